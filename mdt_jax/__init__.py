@@ -1,0 +1,1 @@
+"""Masked Diffusion Transformers (MDT, MDTv2) and DiT in JAX/Flax."""
