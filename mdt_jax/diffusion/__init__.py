@@ -1,0 +1,18 @@
+"""The diffusion process: schedules, losses, samplers, guidance. It knows no model."""
+
+from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, Prediction
+from mdt_jax.diffusion.guidance import guided
+from mdt_jax.diffusion.likelihood import bits_per_dimension
+from mdt_jax.diffusion.samplers import ddim_encode, sample_steps
+from mdt_jax.diffusion.schedules import NoiseSchedule
+
+__all__ = [
+    "GaussianDiffusion",
+    "ModelFn",
+    "NoiseSchedule",
+    "Prediction",
+    "bits_per_dimension",
+    "ddim_encode",
+    "guided",
+    "sample_steps",
+]

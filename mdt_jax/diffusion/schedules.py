@@ -1,0 +1,146 @@
+"""Noise schedules: betas, respacing, and the tables of a Gaussian process, in float64 NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+
+
+def linear_betas(num_timesteps: int) -> np.ndarray:
+    """Ho et al.'s linear betas, 1e-4 to 0.02 for 1000 steps, rescaled for other counts; float64."""
+    scale = 1000 / num_timesteps
+    return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+
+
+def squared_cosine_betas(num_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
+    """Nichol & Dhariwal's betas from ᾱ(u) = cos²((u + 0.008)/1.008·π/2), capped; float64."""
+    u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+    alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+BETAS = {"linear": linear_betas, "squared_cosine": squared_cosine_betas}
+
+
+def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
+    """The original timesteps that a shorter process keeps, ascending int64.
+
+    Args:
+      num_timesteps: T of the training process.
+      respacing: a count ("250"); counts for equal sections of the process, the first T mod n one
+        longer ("10,15,20"); or "ddimN" for the first integer stride that gives exactly N.
+
+    Raises:
+      ValueError: more steps than a section has, or no integer stride gives N.
+    """
+    spec = str(respacing)
+    try:
+        if spec.startswith("ddim"):
+            count = int(spec.removeprefix("ddim"))
+            for stride in range(1, num_timesteps):
+                if len(range(0, num_timesteps, stride)) == count:
+                    return np.arange(0, num_timesteps, stride)
+            raise ValueError(
+                f"respacing {spec!r}: no integer stride over {num_timesteps} gives {count}"
+            )
+        counts = [int(c) for c in spec.split(",")]
+    except ValueError as error:
+        if "respacing" in str(error):
+            raise
+        raise ValueError(
+            f"respacing {spec!r} is not a count, counts by section (10,15,20) or ddimN"
+        ) from None
+    base, extra = divmod(num_timesteps, len(counts))
+    kept, start = [], 0
+    for section, count in enumerate(counts):
+        size = base + (section < extra)
+        if not 1 <= count <= size:
+            raise ValueError(
+                f"respacing {spec!r} asks for {count} of the {size} steps of section "
+                f"{section + 1}; 1 to {size} would do"
+            )
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            # A running sum and Python's round to even, as in ADM: other roundings pick others.
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return np.unique(np.asarray(kept, np.int64))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The tables of a Gaussian process, all float64 of shape (num_steps,) unless said otherwise.
+
+    Attributes:
+      betas: β_i.
+      timesteps: the original timestep of each index, which is what the model is given; int64.
+      num_train_timesteps: T of the original process.
+    """
+
+    betas: np.ndarray
+    timesteps: np.ndarray
+    num_train_timesteps: int
+
+    @classmethod
+    def create(cls, name: str = "linear", num_timesteps: int = 1000) -> NoiseSchedule:
+        """A schedule by name, a key of `BETAS`; raises ValueError for another."""
+        if name not in BETAS:
+            raise ValueError(f"noise schedule {name!r} is unknown; known: {', '.join(BETAS)}")
+        return cls(BETAS[name](num_timesteps), np.arange(num_timesteps), num_timesteps)
+
+    def respaced(self, respacing: str | int) -> NoiseSchedule:
+        """The process over fewer of its steps, β_i = 1 − ᾱ_i/ᾱ_prev (`respace` has the forms)."""
+        kept = respace(self.num_steps, respacing)
+        alpha_bars = self.alphas_cumprod[kept]
+        betas = 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
+        return NoiseSchedule(betas, self.timesteps[kept], self.num_train_timesteps)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this, possibly respaced, process."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """ᾱ_i."""
+        return np.cumprod(1 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """ᾱ_{i−1}, 1 before the first."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @cached_property
+    def alphas_cumprod_next(self) -> np.ndarray:
+        """ᾱ_{i+1}, 0 after the last."""
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    @cached_property
+    def snr(self) -> np.ndarray:
+        """ᾱ/(1 − ᾱ)."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{i−1} | x_i, x_0) (DDPM eq. 7)."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """Its logarithm, index 0 taking index 1's variance, since its own is 0."""
+        second = min(1, self.num_steps - 1)
+        return np.log(np.append(self.posterior_variance[second], self.posterior_variance[1:]))
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        """Weight of x_0 in the posterior mean (DDPM eq. 7)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        """Weight of x_i in the posterior mean (DDPM eq. 7)."""
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)

@@ -1,0 +1,83 @@
+"""How training draws timesteps: uniformly, or by each timestep's recent losses.
+
+The loss-aware draw is Improved DDPM's (§3.3): probability in proportion to √E[loss²] over the last
+losses of a timestep, uniform until every timestep has a full history. Its state is a pytree that
+lives in the train state; the uniform draw's is empty.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+TIMESTEP_SAMPLERS = ("uniform", "loss_second_moment")
+HISTORY_LENGTH = 10
+UNIFORM_SHARE = 0.001  # of the probability, so that no timestep is ever starved
+
+
+class LossHistory(NamedTuple):
+    """The last losses of each timestep, oldest first, and how many there are."""
+
+    losses: Float[Array, "steps history"]
+    counts: Int[Array, " steps"]
+
+
+def init_history(sampler: str, num_steps: int) -> LossHistory | None:
+    """The state of a sampler at the start; raises ValueError for an unknown one."""
+    if sampler not in TIMESTEP_SAMPLERS:
+        known = ", ".join(TIMESTEP_SAMPLERS)
+        raise ValueError(f"timestep sampler {sampler!r} is unknown; known: {known}")
+    if sampler == "uniform":
+        return None
+    return LossHistory(
+        jnp.zeros((num_steps, HISTORY_LENGTH), jnp.float32), jnp.zeros(num_steps, jnp.int32)
+    )
+
+
+def probabilities(history: LossHistory | None, num_steps: int) -> Float[Array, " steps"]:
+    """Probability of drawing each timestep."""
+    uniform = jnp.full(num_steps, 1 / num_steps, jnp.float32)
+    if history is None:
+        return uniform
+    moments = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
+    aware = moments / jnp.maximum(moments.sum(), jnp.finfo(jnp.float32).tiny)
+    aware = (1 - UNIFORM_SHARE) * aware + UNIFORM_SHARE / num_steps
+    return jnp.where((history.counts == HISTORY_LENGTH).all(), aware, uniform)
+
+
+def draw(
+    history: LossHistory | None, num_steps: int, uniforms: Float[Array, " batch"]
+) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
+    """Timesteps from U(0, 1) draws by inversion, and the weights 1/(T·p) that undo the bias."""
+    if history is None:
+        t = jnp.minimum((uniforms * num_steps).astype(jnp.int32), num_steps - 1)
+        return t, jnp.ones(uniforms.shape, jnp.float32)
+    p = probabilities(history, num_steps)
+    cumulative = jnp.cumsum(p)
+    t = jnp.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
+    t = jnp.minimum(t, num_steps - 1).astype(jnp.int32)
+    return t, 1 / (num_steps * p[t])
+
+
+def update_history(
+    history: LossHistory | None, t: Int[Array, " batch"], losses: Float[Array, " batch"]
+) -> LossHistory | None:
+    """Appends a batch's losses in sample order, the oldest beyond HISTORY_LENGTH falling out."""
+    if history is None:
+        return None
+    num_steps = history.counts.shape[0]
+    # A sample's losses go behind its timestep's old ones and those of earlier samples of the batch.
+    earlier = jnp.tril(t[:, None] == t[None, :], k=-1).sum(axis=1)
+    arrivals = jnp.zeros(num_steps, jnp.int32).at[t].add(1)
+    overflow = jnp.maximum(history.counts + arrivals - HISTORY_LENGTH, 0)
+
+    slots = jnp.arange(HISTORY_LENGTH)
+    source = slots[None, :] + overflow[:, None]
+    shifted = jnp.take_along_axis(history.losses, jnp.minimum(source, HISTORY_LENGTH - 1), axis=1)
+    kept = jnp.where(source < history.counts[:, None], shifted, 0.0)
+    position = history.counts[t] + earlier - overflow[t]
+    position = jnp.where(position >= 0, position, HISTORY_LENGTH)  # out of bounds: dropped
+    losses = kept.at[t, position].set(losses.astype(jnp.float32), mode="drop")
+    return LossHistory(losses, jnp.minimum(history.counts + arrivals, HISTORY_LENGTH))

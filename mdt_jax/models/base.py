@@ -1,0 +1,228 @@
+"""The frame MDT, MDTv2 and DiT share: sizes, embeddings in, patches out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mdt_jax.models import layers
+from mdt_jax.models.attention import kept_position_index, relative_position_index
+from mdt_jax.models.blocks import Block, BlockStack
+
+
+class LatentTransformer(nn.Module):
+    """Hyper-parameters of a diffusion transformer on square latents or images (B, H, W, C), NHWC.
+
+    Attributes:
+      input_size: side H = W of the input; patch_size must divide it.
+      patch_size: side p of a patch; there are N = (H/p)² tokens.
+      in_channels: C.
+      hidden_size: width D, a multiple of 4 and of num_heads.
+      depth: number of blocks, the side-interpolator's not counted.
+      num_heads: attention heads.
+      mlp_ratio: hidden width of the MLPs over D.
+      num_classes: classes; 0 makes the model unconditional.
+      null_class: whether the label table has one more row, index num_classes, for label dropout and
+        guidance. An unconditional model has that row alone, and always uses it.
+      learn_variance: whether C more output channels give the learned-range variance.
+      dtype: compute dtype; parameters are float32. float32 also asks for float32 products.
+      remat: rematerialisation of the blocks, a key of `layers.REMAT_POLICIES`.
+      scan_unroll: layers per turn of the scanned stacks. Neither changes a parameter's name.
+
+    Raises:
+      ValueError: sizes that do not fit each other, naming both.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    null_class: bool = True
+    learn_variance: bool = True
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    relative_bias = True  # of every family but DiT
+    frozen = ()  # parameters (top-level names) that checkpoints hold and training leaves alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.input_size % self.patch_size:
+            sizes = [p for p in range(1, self.input_size + 1) if self.input_size % p == 0]
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide input_size {self.input_size}; "
+                f"these do: {', '.join(map(str, sizes))}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
+        if self.remat not in layers.REMAT_POLICIES:
+            known = ", ".join(layers.REMAT_POLICIES)
+            raise ValueError(f"remat {self.remat!r} is unknown; known: {known}")
+        if self.scan_unroll < 1:
+            raise ValueError(f"scan_unroll {self.scan_unroll} is below 1")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid."""
+        return self.input_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of patch tokens."""
+        return self.grid_size**2
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the input."""
+        return (self.input_size, self.input_size, self.in_channels)
+
+    @property
+    def supports_masking(self) -> bool:
+        """Whether `__call__` takes `ids_keep`."""
+        return self.relative_bias
+
+    def embed(
+        self,
+        x: Float[Array, "batch h w c"],
+        t: Int[Array, " batch"] | Float[Array, " batch"],
+        labels: Int[Array, " batch"] | None,
+    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch width"]]:
+        """Patch tokens without positions, and the conditioning vector c."""
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"input of shape {x.shape[1:]}, the model takes {self.image_shape}")
+        tokens = layers.PatchEmbed(
+            self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
+        )(x)
+        c = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")(t)
+        table = self.param(
+            "label_embed",
+            layers.partitioned(layers.normal, None, "embed"),
+            (self.num_classes + (self.null_class or self.num_classes == 0), self.hidden_size),
+            jnp.float32,
+        )
+        if self.num_classes == 0:
+            labels = jnp.zeros(x.shape[:1], jnp.int32)
+        elif labels is None:
+            raise ValueError(f"a model of {self.num_classes} classes needs labels")
+        return tokens, (c + table[labels]).astype(self.dtype)
+
+    def position_table(self, name: str) -> Float[Array, "n width"]:
+        """A trained position table that starts as MAE's 2-D sin-cos."""
+        table = layers.sincos_position_table(self.hidden_size, self.grid_size)
+        return self.param(
+            name,
+            layers.partitioned(lambda key, shape, dtype: jnp.asarray(table, dtype), None, "embed"),
+            table.shape,
+            jnp.float32,
+        ).astype(self.dtype)
+
+    def bias_index(self, ids_keep: Int[Array, "batch kept"] | None = None) -> Array | None:
+        """Bias-table rows among all tokens, (N, N), or among kept ones, (B, kept, kept)."""
+        if not self.relative_bias:
+            return None
+        index = jnp.asarray(relative_position_index(self.grid_size))
+        return index if ids_keep is None else kept_position_index(index, ids_keep)
+
+    def stack(
+        self, depth: int, name: str, skips: str = "none", collect: bool = False
+    ) -> BlockStack:
+        """A scanned stack of this model's blocks."""
+        return BlockStack(
+            depth=depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            grid_size=self.grid_size if self.relative_bias else None,
+            skips=skips,
+            collect=collect,
+            remat=self.remat,
+            unroll=self.scan_unroll,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def interpolate_masked(
+        self,
+        kept: Float[Array, "batch kept width"],
+        c: Float[Array, "batch width"],
+        ids_keep: Int[Array, "batch kept"],
+        decoder_positions: Float[Array, "n width"],
+    ) -> Float[Array, "batch n width"]:
+        """MDT's side-interpolator (MDT §3.3): all N tokens from the kept ones.
+
+        Kept tokens return to their places, a learned mask token fills the rest, positions are
+        added, one block runs over all tokens, and its output replaces the masked positions only.
+        """
+        mask_token = self.param(
+            "mask_token", layers.partitioned(layers.normal, None), (self.hidden_size,), jnp.float32
+        )
+        tokens, masked = scatter_kept(
+            kept, mask_token.astype(self.dtype), ids_keep, self.num_tokens
+        )
+        tokens = layers.constrain_activations(tokens + decoder_positions)
+        side = Block(
+            self.num_heads,
+            self.mlp_ratio,
+            self.grid_size,
+            skip=False,
+            collect=False,
+            dtype=self.dtype,
+            name="side_block",
+        )
+        interpolated, _ = side(tokens, None, c, self.bias_index())
+        return jnp.where(masked[..., None], interpolated, tokens)
+
+    def ids_to_initialize(self, x: Float[Array, "batch h w c"]) -> Int[Array, "batch n"]:
+        """All token ids: `init` runs the masked pass, for the side-interpolator's parameters."""
+        return jnp.broadcast_to(jnp.arange(self.num_tokens), (x.shape[0], self.num_tokens))
+
+    def unembed(
+        self, x: Float[Array, "batch n width"], c: Float[Array, "batch width"]
+    ) -> Float[Array, "batch h w out"]:
+        """The final layer, and its patches laid out as (B, H, W, C or 2C) float32.
+
+        The linear layer's features are (p_row, p_col, channels), the mean's before the variance's.
+        """
+        p = self.patch_size
+        channels = self.in_channels * (2 if self.learn_variance else 1)
+        x = layers.FinalLayer(p * p * channels, self.dtype, name="final_layer")(x, c)
+        return rearrange(
+            x, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid_size, p=p, q=p, c=channels
+        )
+
+
+def scatter_kept(
+    kept: Float[Array, "batch kept width"],
+    filler: Float[Array, " width"],
+    ids_keep: Int[Array, "batch kept"],
+    num_tokens: int,
+) -> tuple[Float[Array, "batch n width"], Array]:
+    """Puts kept tokens at their positions among `num_tokens`, `filler` elsewhere.
+
+    Returns the tokens and the mask (batch, n), True where a token was filled in.
+    """
+
+    def scatter(tokens: Array, ids: Array) -> tuple[Array, Array]:
+        full = jnp.broadcast_to(filler, (num_tokens, tokens.shape[-1])).at[ids].set(tokens)
+        return full, jnp.ones(num_tokens, bool).at[ids].set(False)
+
+    return jax.vmap(scatter)(kept, ids_keep)
+
+
+def gather_kept(
+    tokens: Float[Array, "batch n width"], ids_keep: Int[Array, "batch kept"]
+) -> Float[Array, "batch kept width"]:
+    """The kept tokens, in the order of `ids_keep`."""
+    return jnp.take_along_axis(tokens, ids_keep[..., None], axis=1)

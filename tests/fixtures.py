@@ -1,0 +1,75 @@
+"""The authors' reference arrays (tests/data), as this project's models and parameter trees."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax.convert.transformers import from_torch
+from mdt_jax.models import LatentTransformer, create_model
+
+DATA = Path(__file__).parent / "data"
+FAMILIES = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """One of the authors' tiny models: settings, weights, inputs and what came of them."""
+
+    family: str
+    settings: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, key: str) -> jax.Array:
+        return jnp.asarray(self.arrays[key])
+
+    @property
+    def masks(self) -> bool:
+        return self.family != "DiT"
+
+    def model(self, **overrides: Any) -> LatentTransformer:
+        s = self.settings
+        sizes = {k: s[k] for k in ("input_size", "patch_size", "in_channels", "hidden_size")}
+        sizes |= {k: s[k] for k in ("depth", "num_heads", "num_classes")}
+        if self.masks:
+            sizes["decoder_depth"] = s["decode_layer"]
+        return create_model(self.family, **(sizes | overrides))
+
+    def tree(self, prefix: str) -> dict[str, Any]:
+        """The arrays under a prefix ("param/", "grad/", …) as our parameter tree."""
+        weights = {
+            k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)
+        }
+        tree = from_torch(
+            weights,
+            family=self.family,
+            depth=self.settings["depth"],
+            num_heads=self.settings["num_heads"],
+            decoder_depth=self.settings.get("decode_layer", 0),
+        )
+        return jax.tree.map(jnp.asarray, tree)
+
+    def nhwc(self, key: str) -> jax.Array:
+        """An NCHW array in this project's NHWC."""
+        return jnp.asarray(np.moveaxis(self.arrays[key], -3, -1))
+
+
+@functools.cache
+def reference(name: str) -> Reference:
+    """The fixture of "mdt_v1", "mdt_v2" or "dit"."""
+    with np.load(DATA / f"{name}_tiny.npz") as file:
+        arrays = dict(file)
+    return Reference(FAMILIES[name], ast.literal_eval(str(arrays["config"])), arrays)
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
