@@ -1,0 +1,456 @@
+"""Checkpoints come back bit for bit or say what is wrong; a kill loses one save at most."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mdt_jax.checkpoints import CheckpointError, Checkpoints, read_meta, restore_item
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def make_state(seed: int = 0) -> State:
+    """A few thousand arbitrary bits, NaNs and denormals among them, and a real optimizer state."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2**32, (32, 33), dtype=np.uint32)
+    params = {
+        "kernel": jnp.asarray(bits.view(np.float32)),
+        "blocks": {"bias": jnp.asarray(bits[0].astype(np.uint16).view(jnp.bfloat16))},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return State(jnp.int32(seed), params, optimizer.init(params))
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_steps(workdir: Path, steps, **settings) -> None:
+    """Step n holds `make_state(n)`, EMA parameters, and itself in its meta."""
+    store = Checkpoints(workdir, **settings)
+    for step in steps:
+        state = make_state(step)
+        store.save(step, {"state": state, "ema": state.params}, {"step": step})
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("two_steps")
+    save_steps(workdir, [1, 2])
+    return workdir
+
+
+@pytest.fixture
+def workdir(two_steps, tmp_path) -> Path:
+    """A run with steps 1 and 2, a fresh copy."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def start_python(code: str, *args, devices: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+
+
+def largest_file(directory: Path) -> Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_state_and_meta_come_back_bit_for_bit(tmp_path):
+    state = make_state()
+    meta = {"loss": 0.1 + 0.2, "tiny": 5e-324, "huge": 1.7976931348623157e308, "seed": 2**63}
+    store = Checkpoints(tmp_path)
+    store.save(7, {"state": state, "ema": state.params}, meta)
+    step, items, restored_meta = store.restore(
+        {"state": abstract(state), "ema": abstract(state.params)}
+    )
+    store.close()
+    assert step == 7
+    assert_same_bits(items["state"], state)
+    assert_same_bits(items["ema"], state.params)
+    assert restored_meta == meta
+
+
+def test_what_was_saved_may_be_donated_and_changed_at_once(tmp_path):
+    store = Checkpoints(tmp_path)
+    overwrite = jax.jit(lambda x: -x, donate_argnums=0)
+    overwrite(jnp.zeros((1024, 1024))).block_until_ready()
+    array, on_host, meta = jnp.ones((1024, 1024)), np.ones(1024), {"losses": [1.0]}
+    store.save(1, {"state": {"device": array, "host": on_host}}, meta)
+    overwrite(array).block_until_ready()
+    on_host[:] = 2
+    meta["losses"].append(2.0)
+    store.close()
+    restored = restore_item(tmp_path, "state")
+    assert (restored["device"] == 1).all() and (restored["host"] == 1).all()
+    assert read_meta(tmp_path) == (1, {"losses": [1.0]})
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    code = """
+        import sys, jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from mdt_jax.checkpoints import Checkpoints
+        values = np.arange(64, dtype=np.float32).reshape(8, 8)
+        old = jax.make_mesh((4, 2), ("data", "tensor"))
+        store = Checkpoints(sys.argv[1])
+        w = jax.device_put(values, NamedSharding(old, P("data", "tensor")))
+        store.save(1, {"x": {"w": w}}, {})
+        for n, spec in ((8, P(None, "data")), (2, P("data")), (1, P())):
+            mesh = jax.sharding.Mesh(np.array(jax.devices()[:n]), ("data",))
+            target = NamedSharding(mesh, spec)
+            w = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=target)
+            w = store.restore({"x": {"w": w}})[1]["x"]["w"]
+            assert w.sharding == target, w.sharding
+            assert np.array_equal(w, values), w
+        store.close()
+        """
+    finish(start_python(code, tmp_path, devices=8))
+
+
+def test_saving_compiles_nothing(tmp_path):
+    code = """
+        import sys, jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from mdt_jax.checkpoints import Checkpoints
+        mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+        specs = P("data", "tensor"), P("tensor"), P()
+        tree = [jax.device_put(np.ones((8, 8)), NamedSharding(mesh, spec)) for spec in specs]
+        store = Checkpoints(sys.argv[1])
+        compiled = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, duration, **_: compiled.append(event) if "/compile/" in event else None
+        )
+        store.save(1, {"tree": tree}, {})
+        store.close()
+        assert not compiled, compiled
+        jax.jit(lambda x: x + 1)(tree[0])
+        assert compiled, "the listener hears nothing"
+        """
+    finish(start_python(code, tmp_path, devices=8))
+
+
+def test_two_processes_share_a_checkpoint(tmp_path):
+    code = """
+        import os, sys, jax, numpy as np
+        workdir, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        jax.distributed.initialize(f"localhost:{port}", 2, process)
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from mdt_jax.checkpoints import Checkpoints
+        values = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+        sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+        w = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        store = Checkpoints(workdir)
+        compiled = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, duration, **_: compiled.append(event) if "/compile/" in event else None
+        )
+        for step in 1, 2:
+            store.save(step, {"x": {"w": w}}, {"step": step})
+        store.wait()
+        assert not compiled, compiled
+        store.close()
+        if process == 0:
+            os.unlink(f"{workdir}/checkpoints/2/x/manifest.ocdbt")
+        store = Checkpoints(workdir)
+        abstract = {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)}
+        step, items, meta = store.restore({"x": abstract})
+        assert (step, meta) == (1, {"step": 1}), step
+        for shard in items["x"]["w"].addressable_shards:
+            assert np.array_equal(shard.data, values[shard.index])
+        store.close()
+        """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    finish(*(start_python(code, tmp_path, port, i, devices=2) for i in range(2)))
+    assert restore_item(tmp_path, "x")["w"].shape == (8, 8)
+
+
+def remove_manifest(step: Path) -> str:
+    (step / "manifest.json").unlink()
+    return "interrupted"
+
+
+def spoil_manifest(step: Path) -> str:
+    (step / "manifest.json").write_text("{")
+    return "manifest.json cannot be read"
+
+
+def flip_bit_of_largest(step: Path) -> str:
+    path = largest_file(step / "state")
+    flip_bit(path)
+    return f"file {path.relative_to(step)}: checksum differs"
+
+
+def flip_bit_of_meta(step: Path) -> str:
+    flip_bit(step / "meta" / "metadata")
+    return "file meta/metadata: checksum differs"
+
+
+def truncate(step: Path) -> str:
+    path = largest_file(step / "state")
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    return f"file {path.relative_to(step)} has {size - 1} bytes, expected {size}"
+
+
+def remove_file(step: Path) -> str:
+    path = largest_file(step / "ema")
+    path.unlink()
+    return f"file {path.relative_to(step)} is missing"
+
+
+def add_file(step: Path) -> str:
+    (step / "state" / "stray").touch()
+    return "file state/stray is in no manifest"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_manifest,
+        spoil_manifest,
+        flip_bit_of_largest,
+        flip_bit_of_meta,
+        truncate,
+        remove_file,
+        add_file,
+    ],
+)
+def test_a_damaged_step_is_named_and_the_one_before_it_used(workdir, caplog, damage):
+    newest = workdir / "checkpoints" / "2"
+    complaint = damage(newest)
+    store = Checkpoints(workdir)
+    step, items, meta = store.restore({"state": abstract(make_state())})
+    store.close()
+    assert (step, meta) == (1, {"step": 1})
+    assert_same_bits(items["state"], make_state(1))
+    assert str(newest) in caplog.text and complaint in caplog.text
+    assert not newest.exists()
+
+
+def test_a_damaged_step_is_moved_aside_and_can_be_saved_again(workdir):
+    flip_bit_of_largest(workdir / "checkpoints" / "2")
+    store = Checkpoints(workdir)
+    store.restore({})
+    assert (workdir / "checkpoints" / "damaged-2" / "manifest.json").exists()
+    store.save(2, {"state": make_state(2)}, {})
+    store.close()
+    assert read_meta(workdir)[0] == 2
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(workdir):
+    complaint = flip_bit_of_largest(workdir / "checkpoints" / "1")
+    store = Checkpoints(workdir)
+    with pytest.raises(CheckpointError, match=complaint):
+        store.restore({}, step=1)
+    assert store.restore({})[0] == 2
+    store.close()
+
+
+def test_with_no_sound_step_left_every_start_fails(workdir):
+    for step in "12":
+        flip_bit_of_largest(workdir / "checkpoints" / step)
+    for _ in range(2):
+        store = Checkpoints(workdir)
+        with pytest.raises(CheckpointError, match=str(workdir)):
+            store.restore({})
+        assert store.latest_step() == 1
+        store.close()
+
+
+def test_an_empty_store_says_so(tmp_path):
+    store = Checkpoints(tmp_path)
+    assert store.latest_step() is None
+    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
+        store.restore({})
+    store.close()
+
+
+def test_keeps_the_newest_and_every_kth(tmp_path):
+    save_steps(tmp_path, range(1, 9), keep_last=2, keep_every=3)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "6", "7", "8"]
+
+
+def test_a_step_is_saved_once(workdir):
+    store = Checkpoints(workdir)
+    for step in 1, 2:
+        with pytest.raises(CheckpointError, match=f"step {step} cannot be saved"):
+            store.save(step, {"state": make_state()}, {})
+    store.close()
+    assert_same_bits(
+        restore_item(workdir, "ema", abstract(make_state().params)), make_state(2).params
+    )
+
+
+def test_meta_that_is_not_json_fails_in_the_call(tmp_path):
+    store = Checkpoints(tmp_path)
+    with pytest.raises(TypeError, match="float32"):
+        store.save(1, {"state": make_state()}, {"loss": np.float32(1)})
+    store.close()
+
+
+def test_another_models_state_is_refused_with_the_arrays_named(workdir):
+    other = make_state()
+    other.params["kernel"] = jnp.zeros((32, 34))
+    store = Checkpoints(workdir)
+    with pytest.raises(
+        CheckpointError, match=r"params/kernel is saved as \(32, 33\), .*\(32, 34\)"
+    ):
+        store.restore({"state": abstract(other)})
+    assert store.latest_step() == 2
+    store.close()
+
+
+def test_an_item_is_read_alone(workdir):
+    flip_bit(largest_file(workdir / "checkpoints" / "2" / "state"))
+    ema = restore_item(workdir, "ema")
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(ema))
+    assert_same_bits(ema, make_state(2).params)
+    assert_same_bits(restore_item(workdir, "ema", step=1), make_state(1).params)
+
+
+def test_a_damaged_item_is_an_error(workdir):
+    path = largest_file(workdir / "checkpoints" / "2" / "ema")
+    flip_bit(path)
+    with pytest.raises(CheckpointError, match=f"{path.name}: checksum differs"):
+        restore_item(workdir, "ema")
+
+
+def test_readers_change_nothing(workdir):
+    checkpoints = workdir / "checkpoints"
+    flip_bit_of_largest(checkpoints / "2")
+    shutil.copytree(checkpoints / "1", checkpoints / "3")
+    (checkpoints / "3" / "manifest.json").unlink()
+    shutil.copytree(checkpoints / "1", checkpoints / "4.orbax-checkpoint-tmp")
+    before = sorted(workdir.rglob("*"))
+    assert read_meta(workdir) == (2, {"step": 2})
+    restore_item(workdir, "ema")
+    with pytest.raises(CheckpointError):
+        restore_item(workdir, "state")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3 .*: \\[1, 2\\]"):
+        read_meta(workdir, step=3)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_opening_removes_what_interrupted_saves_left(workdir):
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "1", checkpoints / "4.orbax-checkpoint-tmp")
+    remove_manifest(checkpoints / "2")
+    Checkpoints(workdir).close()
+    assert os.listdir(checkpoints) == ["1"]
+
+
+@pytest.mark.parametrize("culprit", ["orbax", "seal"])
+def test_a_failed_background_save_is_reported_and_can_be_repeated(tmp_path, monkeypatch, culprit):
+    def fail(*_, **__):
+        raise OSError("disk is full")
+
+    store = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        if culprit == "orbax":
+            patch.setattr("orbax.checkpoint.JsonCheckpointHandler.finalize", fail)
+        else:
+            patch.setattr("hashlib.file_digest", fail)
+        store.save(1, {"state": make_state()}, {})
+        with pytest.raises(CheckpointError, match=f"{tmp_path}.*/1 failed.*disk is full"):
+            store.wait()
+        store.save(1, {"state": make_state()}, {})
+        with pytest.raises(CheckpointError, match="disk is full"):
+            store.save(2, {"state": make_state()}, {})
+    assert store.latest_step() is None
+    store.save(1, {"state": make_state()}, {})
+    store.close()
+    assert read_meta(tmp_path) == (1, {})
+
+
+def test_a_killed_run_loses_at_most_the_save_in_progress(tmp_path):
+    code = """
+        import sys, numpy as np
+        from mdt_jax.checkpoints import Checkpoints
+        store = Checkpoints(sys.argv[1], keep_last=1)
+        step = store.latest_step() or 0
+        while True:
+            step += 1
+            store.save(step, {"state": {"x": np.full(2**20, step)}}, {"step": step})
+            print(step, flush=True)
+        """
+    rng = np.random.default_rng(int(time.time()))
+    for _ in range(3):
+        process = start_python(code, tmp_path)
+        for _ in range(3):
+            returned = int(process.stdout.readline())
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        for line in process.communicate()[0].splitlines():
+            returned = int(line)
+        store = Checkpoints(tmp_path, keep_last=1)
+        abstract_state = {
+            "x": jax.ShapeDtypeStruct((2**20,), np.int32, sharding=jnp.zeros(1).sharding)
+        }
+        step, items, meta = store.restore({"state": abstract_state})
+        store.close()
+        assert step >= returned - 1
+        assert meta == {"step": step}
+        assert (np.asarray(items["state"]["x"]) == step).all()
+
+
+def test_orbax_is_quiet_below_debug_verbosity(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        save_steps(tmp_path, [1])
+    assert not caplog.records
+    with caplog.at_level("DEBUG", logger="absl"):
+        save_steps(tmp_path, [2])
+    assert any(record.levelname == "INFO" for record in caplog.records)
