@@ -1,0 +1,43 @@
+"""Data: random-access sources, what happens to an example, and the pipeline to the devices."""
+
+from mdt_jax.data.pipeline import (
+    BatchIterator,
+    DevicePrefetcher,
+    ExampleStream,
+    create_batches,
+    prefetch_to_device,
+)
+from mdt_jax.data.sources import (
+    Source,
+    arrays,
+    create_source,
+    digits,
+    npy_directory,
+    tfds_source,
+)
+from mdt_jax.data.transforms import (
+    LATENT_SCALE,
+    center_crop,
+    random_flip,
+    sample_latent,
+    to_unit_range,
+)
+
+__all__ = [
+    "LATENT_SCALE",
+    "BatchIterator",
+    "DevicePrefetcher",
+    "ExampleStream",
+    "Source",
+    "arrays",
+    "center_crop",
+    "create_batches",
+    "create_source",
+    "digits",
+    "npy_directory",
+    "prefetch_to_device",
+    "random_flip",
+    "sample_latent",
+    "tfds_source",
+    "to_unit_range",
+]

@@ -1,0 +1,647 @@
+"""Sources, transforms and the input pipeline: what an example is, and that nothing but the seed and
+its index decides it."""
+
+import io
+import itertools
+import json
+import pickle
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from mdt_jax import data
+from mdt_jax.data.pipeline import epoch_order
+
+DATA = Path(__file__).parent / "data"
+
+
+def numbered(count: int) -> data.Source:
+    """Examples whose label is their record's number."""
+    images = np.arange(count, dtype=np.uint8).repeat(12).reshape(count, 2, 2, 3)
+    return data.arrays(images, np.arange(count), [f"c{i}" for i in range(count)])
+
+
+def posteriors(count: int = 20) -> data.Source:
+    """Latents of mean 1 and standard deviation 2 everywhere."""
+    moments = np.concatenate([np.full((count, 4, 4, 3), 1), np.full((count, 4, 4, 3), 2)], -1)
+    return data.arrays(moments.astype(np.float16))
+
+
+def open_batches(source, global_batch_size=6, **changes) -> data.BatchIterator:
+    settings = {"seed": 0, "process_index": 0, "process_count": 1, "flip": False} | changes
+    return data.create_batches(source, global_batch_size=global_batch_size, **settings)
+
+
+def take(batches, count: int) -> list:
+    with batches:
+        return list(itertools.islice(batches, count))
+
+
+def labels_of(batches: list) -> list[int]:
+    return np.concatenate([batch["label"] for batch in batches]).tolist()
+
+
+def global_labels(source, count: int, process_count: int, **changes) -> list[int]:
+    """The labels of `count` global batches, each put together from every process's rows."""
+    parts = [
+        take(open_batches(source, process_index=p, process_count=process_count, **changes), count)
+        for p in range(process_count)
+    ]
+    return [label for rows in zip(*parts, strict=True) for label in labels_of(rows)]
+
+
+# Sources
+
+
+def test_digits_heldout_is_every_sixth_scan_and_train_all_the_others():
+    train, heldout, everything = (data.digits(s) for s in ("train", "heldout", "all"))
+    scans = load_digits()
+    numbers = np.arange(1797)
+    for source, chosen in (
+        (train, numbers[numbers % 6 != 5]),
+        (heldout, numbers[5::6]),
+        (everything, numbers),
+    ):
+        assert [source[i]["label"] for i in range(len(source))] == scans.target[chosen].tolist()
+        images = np.stack([source[i]["image"][..., 0] for i in range(len(source))])
+        np.testing.assert_array_equal(np.rint(images / 255 * 16), scans.images[chosen])
+    assert (len(train), len(heldout), len(everything)) == (1498, 299, 1797)
+
+
+def test_digits_are_uint8_8x8_gray_of_ten_named_classes():
+    source = data.digits()
+    assert source[0]["image"].dtype == np.uint8 and source[0]["label"].dtype == np.int32
+    assert source[0]["image"].shape == source.image_shape == (8, 8, 1)
+    assert source.class_names == tuple("0123456789") and not source.latents
+
+
+def test_a_source_refuses_an_index_it_does_not_hold():
+    with pytest.raises(IndexError, match=r"arrays: no example 5; it holds 0 \.\.\. 4"):
+        numbered(5)[5]
+
+
+def test_arrays_without_labels_are_unconditional():
+    source = data.arrays(np.zeros((3, 2, 2, 1), np.uint8))
+    assert source.class_names == () and source[2]["label"] == 0
+
+
+def test_classes_without_names_are_called_by_their_numbers():
+    source = data.arrays(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 1]))
+    assert source.class_names == ("0", "1", "2")
+
+
+def write_folder(folder: Path, **files) -> Path:
+    for name, content in files.items():
+        if name == "class_names":
+            (folder / "class_names.txt").write_text("\n".join(content) + "\n")
+        else:
+            np.save(folder / f"{name}.npy", content)
+    return folder
+
+
+IMAGES = np.arange(4 * 3 * 3 * 3, dtype=np.uint8).reshape(4, 3, 3, 3)
+
+
+def test_a_folder_of_pixels_gives_back_what_was_saved(tmp_path):
+    write_folder(tmp_path, images=IMAGES, labels=np.array([1, 0, 1, 1]), class_names=["cat", "dog"])
+    source = data.npy_directory(tmp_path)
+    assert source.class_names == ("cat", "dog") and source.image_shape == (3, 3, 3)
+    assert [source[i]["label"] for i in range(4)] == [1, 0, 1, 1]
+    np.testing.assert_array_equal(np.stack([source[i]["image"] for i in range(4)]), IMAGES)
+
+
+def test_a_folder_of_latents_gives_float32_posteriors_of_twice_the_channels(tmp_path):
+    moments = np.random.default_rng(0).normal(size=(4, 2, 2, 8)).astype(np.float16)
+    source = data.npy_directory(write_folder(tmp_path, latents=moments))
+    assert source.latents and source.image_shape == (2, 2, 4)
+    assert source[1]["image"].dtype == np.float32
+    np.testing.assert_array_equal(source[1]["image"], moments[1])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no images.npy or latents.npy; data.path must name"),
+        ({"images": IMAGES, "latents": np.ones((4, 2, 2, 8))}, "both images.npy and latents.npy"),
+        ({"images": IMAGES[0]}, r"images of shape \(3, 3, 3\); they must be \(count, height"),
+        ({"images": IMAGES / 255}, "images.npy: holds float64; images.npy must be uint8"),
+        ({"images": IMAGES.astype(np.uint16)}, "images of type uint16; they must be uint8"),
+        ({"latents": IMAGES}, "latents.npy: holds uint8; images.npy must be uint8"),
+        ({"latents": np.ones((4, 2, 2, 7))}, "latents of 7 channels; they must be even"),
+        ({"images": IMAGES, "labels": np.zeros(3, int)}, r"labels of shape \(3,\).* for 4 images"),
+        ({"images": IMAGES, "labels": np.zeros(4)}, "type float64 for 4 images"),
+        ({"images": IMAGES, "labels": np.array([0, -1, 1, 1])}, "label -1; labels count from 0"),
+        (
+            {"images": IMAGES, "labels": np.array([0, 2, 1, 1]), "class_names": ["cat", "dog"]},
+            r"label 2 with 2 class names; labels must be 0 \.\.\. 1",
+        ),
+        ({"images": IMAGES, "class_names": ["cat"]}, "1 class names but no labels"),
+    ],
+)
+def test_a_folder_that_does_not_fit_together_is_refused_in_one_line(tmp_path, files, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        data.npy_directory(write_folder(tmp_path, **files))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone: no such folder; data.path must name"):
+        data.npy_directory(tmp_path / "gone")
+
+
+def test_a_cut_off_file_is_named(tmp_path):
+    file = write_folder(tmp_path, images=IMAGES) / "images.npy"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="images.npy: cannot be memory-mapped"):
+        data.npy_directory(tmp_path)
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(ValueError, match="arrays: holds no examples"):
+        data.arrays(np.zeros((0, 2, 2, 1), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory) -> Path:
+    """A data folder of TFDS with `shapes`: five images of growing height, of two classes."""
+    import tensorflow_datasets as tfds  # only here: the other tests should not wait for it
+
+    def png(array):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        file.seek(0)
+        return file
+
+    with tfds.core.registered.skip_registration():
+
+        class Shapes(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=["round", "square"]),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, _):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i in range(5):
+                    yield i, {"image": png(np.full((8 + i, 8, 3), i, np.uint8)), "label": i % 2}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Shapes(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_gives_the_images_and_labels_that_were_prepared(tfds_folder):
+    source = data.tfds_source("shapes", "train", tfds_folder)
+    assert source.class_names == ("round", "square") and source.image_shape == (None, None, 3)
+    examples = [source[i] for i in range(len(source))]
+    values = [int(example["image"][0, 0, 0]) for example in examples]
+    assert sorted(values) == [0, 1, 2, 3, 4]
+    assert [example["image"].shape[0] for example in examples] == [8 + value for value in values]
+    assert [example["label"] for example in examples] == [value % 2 for value in values]
+
+
+def test_images_that_vary_in_size_need_an_image_size(tfds_folder):
+    source = data.tfds_source("shapes", "train", tfds_folder)
+    with pytest.raises(ValueError, match="tfds:shapes/train: its images vary in size; set image_s"):
+        open_batches(source)
+    (batch,) = take(open_batches(source, image_size=8), 1)
+    assert batch["image"].shape == (6, 8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["mnist", "no_such_dataset"])
+def test_tfds_data_not_on_disk_are_refused_naming_the_folder(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"tfds:{name}: not in {tmp_path}; prepare it with"):
+        data.tfds_source(name, "train", tmp_path)
+
+
+def test_tfds_unknown_split_is_refused_naming_those_there_are(tfds_folder):
+    with pytest.raises(ValueError, match="cannot read split 'val'.*; there are train"):
+        data.tfds_source("shapes", "val", tfds_folder)
+
+
+def test_tfds_data_without_random_access_are_refused(tfds_folder, tmp_path):
+    shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")
+    info = tmp_path / "shapes" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match="holds tfrecord files, which have no random access"):
+        data.tfds_source("shapes", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("picture", "tfds:shapes: no feature 'image'; it has .*picture"),
+        ("image", "tfds:shapes: images of type uint16; they must be uint8"),
+    ],
+)
+def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image, message):
+    shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")
+    file = tmp_path / "shapes" / "1.0.0" / "features.json"
+    written = json.loads(file.read_text())
+    features = written["featuresDict"]["features"]
+    features[image] = features.pop("image")
+    features[image]["image"]["dtype"] = "uint16"
+    file.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=message):
+        data.tfds_source("shapes", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "cifar"}, "data.name is 'cifar'; known are 'digits', 'npy' and 'tfds:NAME'"),
+        ({"name": "digits", "split": "val"}, "digits: no split 'val'; there are train, heldout"),
+        ({"name": "npy"}, "data.name 'npy' needs data.path"),
+        ({"name": "npy", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),
+    ],
+)
+def test_a_configuration_that_names_no_data_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        data.create_source(ml_collections.ConfigDict(config))
+
+
+def test_a_configuration_chooses_dataset_split_and_folder(tmp_path, tfds_folder):
+    def create(**config):
+        return data.create_source(ml_collections.ConfigDict(config))
+
+    assert len(create(name="digits")) == 1498
+    assert len(create(name="digits", split="heldout")) == 299
+    assert len(create(name="npy", path=str(write_folder(tmp_path, images=IMAGES)))) == 4
+    assert len(create(name="tfds:shapes", path=str(tfds_folder), split="train[:2]")) == 2
+
+
+# Transforms
+
+
+@pytest.mark.parametrize(
+    "crop",
+    ["china/64", "china/256", "flower/64", "flower/256", "tall/256", "exact/64", "exact/256"],
+)
+def test_center_crop_equals_adm_bit_for_bit(crop):
+    photo, size = crop.split("/")
+    china, flower = load_sample_images().images
+    whole = {
+        "china": china,
+        "flower": flower,
+        "tall": china[:, 200:317],
+        "exact": flower[:256, :256],
+    }
+    expected = np.load(DATA / "preprocess.npz")[crop]
+    np.testing.assert_array_equal(data.center_crop(whole[photo], int(size)), expected)
+
+
+def test_center_crop_of_gray_is_that_of_equal_rgb_channels():
+    gray = load_sample_images().images[0][..., :1]
+    rgb = data.center_crop(gray.repeat(3, axis=2), 32)
+    np.testing.assert_array_equal(data.center_crop(gray, 32), rgb[..., :1])
+
+
+def test_center_crop_refuses_channels_it_cannot_resize():
+    with pytest.raises(ValueError, match=r"shape \(9, 9, 2\): it must have 1 channel or 3"):
+        data.center_crop(np.zeros((9, 9, 2), np.uint8), 4)
+
+
+def test_to_unit_range_maps_0_and_255_to_the_ends():
+    pixels = data.to_unit_range(np.array([[[0, 51, 255]]], np.uint8))
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels.ravel(), [-1, -0.6, 1], rtol=0, atol=1e-7)
+
+
+def test_random_flip_mirrors_left_to_right_half_of_the_time():
+    rng = np.random.default_rng(0)
+    image = np.arange(12).reshape(2, 3, 2)
+    outcomes = [data.random_flip(image, rng) for _ in range(400)]
+    mirrored = [np.array_equal(outcome, image[:, ::-1]) for outcome in outcomes]
+    assert all(m or np.array_equal(o, image) for m, o in zip(mirrored, outcomes, strict=True))
+    assert 150 < sum(mirrored) < 250
+
+
+def test_sample_latent_is_scaled_mean_plus_standard_deviation_times_noise():
+    mean, std = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+    latent = data.sample_latent(np.concatenate([mean, std], -1), np.random.default_rng(1))
+    noise = np.random.default_rng(1).standard_normal((3, 3, 4), np.float32)
+    assert latent.dtype == np.float32
+    np.testing.assert_allclose(latent, 0.18215 * (mean + std * noise), rtol=1e-6)
+
+
+# The pipeline on the host
+
+
+def test_batches_are_float32_images_in_unit_range_and_int32_labels():
+    (batch,) = take(open_batches(data.digits(), 16), 1)
+    assert batch["image"].shape == (16, 8, 8, 1) and batch["image"].dtype == np.float32
+    assert batch["label"].shape == (16,) and batch["label"].dtype == np.int32
+    assert batch["image"].min() == -1 and batch["image"].max() == 1
+
+
+def test_an_image_stays_with_its_label():
+    for batch in take(open_batches(numbered(17)), 4):
+        pixels = np.rint((batch["image"] + 1) * 127.5)
+        np.testing.assert_array_equal(
+            pixels, np.ones((6, 2, 2, 3)) * batch["label"][:, None, None, None]
+        )
+
+
+def test_order_mirroring_and_noise_of_a_seed_never_change():
+    # If this fails, runs resumed with the new code no longer continue those of the old.
+    for seed, order in ((0, "0291854367"), (2**64 - 1, "8907426315")):
+        labels = labels_of(take(open_batches(numbered(10), 10, seed=seed), 1))
+        assert labels == [int(digit) for digit in order]
+    slope = data.arrays(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))
+    (batch,) = take(open_batches(slope, 12, flip=True), 1)
+    assert (batch["image"][:, 0, 0, 0] == 1).tolist() == [i in (1, 6, 7, 9, 11) for i in range(12)]
+    normal = data.arrays(np.array([0.0, 0.0, 1.0, 1.0]).reshape(1, 1, 1, 4))
+    noise = data.ExampleStream(normal, seed=0)[7]["image"].ravel() / data.LATENT_SCALE
+    np.testing.assert_allclose(noise, [1.7586746, 0.04584706], rtol=1e-6)
+
+
+def test_two_epochs_lose_and_double_nothing_and_differ_in_order():
+    labels = labels_of(take(open_batches(numbered(30)), 10))
+    first, second = labels[:30], labels[30:]
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second and first != sorted(first)
+
+
+def test_seeds_differ_in_order():
+    first, second = (take(open_batches(numbered(30), 30, seed=s), 2) for s in (0, 1))
+    assert labels_of(first[:1]) != labels_of(second[:1])
+    # A seed that only shifted another's epochs would repeat them.
+    assert labels_of(first[1:]) != labels_of(second[:1])
+
+
+def test_every_order_is_about_equally_likely():
+    orders = [tuple(epoch_order(0, epoch, 4)) for epoch in range(4800)]
+    counts = [orders.count(order) for order in itertools.permutations(range(4))]
+    assert sum(counts) == 4800 and min(counts) > 140 and max(counts) < 260  # 200 +- 4.2 sigma
+
+
+@pytest.mark.parametrize("process_count", [2, 3, 4])
+def test_any_number_of_processes_delivers_the_same_global_order(process_count):
+    source = numbered(31)
+    assert global_labels(source, 5, process_count, global_batch_size=12) == labels_of(
+        take(open_batches(source, 12), 5)
+    )
+
+
+def test_each_process_has_its_own_rows_of_the_global_batch():
+    source = numbered(31)
+    whole = labels_of(take(open_batches(source, 12), 1))
+    (third,) = take(open_batches(source, 12, process_index=2, process_count=3), 1)
+    assert third["label"].tolist() == whole[8:12]
+
+
+@pytest.mark.parametrize("position", [0, 12, 17, 25, 31, 100])
+@pytest.mark.parametrize(("process_count", "batch_size"), [(1, 12), (2, 8), (3, 9)])
+def test_a_run_resumed_anywhere_goes_on_as_it_would_have(position, process_count, batch_size):
+    source = numbered(25)
+    whole = labels_of(take(open_batches(source), 24))
+    resumed = global_labels(
+        source, 3, process_count, global_batch_size=batch_size, position=position
+    )
+    assert resumed == whole[position : position + 3 * batch_size]
+
+
+def test_position_counts_what_all_processes_were_given_not_what_is_read_ahead():
+    with open_batches(numbered(25), 12, process_count=3, position=7, read_ahead=8) as batches:
+        assert batches.position == 7
+        next(batches)
+        next(batches)
+        assert batches.position == 7 + 24
+
+
+@pytest.mark.parametrize("source", [data.digits(), posteriors()], ids=["pixels", "latents"])
+def test_mirroring_and_noise_belong_to_seed_and_index_alone(source):
+    stream = data.ExampleStream(source, seed=3, flip=True)
+    expected = np.stack([stream[i]["image"] for i in reversed(range(9, 45))])[::-1]
+    for process_count, batch_size in ((1, 12), (2, 6), (3, 36)):
+        processes = [
+            take(
+                open_batches(
+                    source,
+                    batch_size,
+                    seed=3,
+                    flip=True,
+                    position=9,
+                    process_index=p,
+                    process_count=process_count,
+                ),
+                36 // batch_size,
+            )
+            for p in range(process_count)
+        ]
+        images = [rows["image"] for step in zip(*processes, strict=True) for rows in step]
+        np.testing.assert_array_equal(np.concatenate(images), expected)
+
+
+def test_an_image_is_mirrored_in_half_of_its_epochs():
+    source = data.digits("heldout")
+    plain, mirrored = (data.ExampleStream(source, seed=0, flip=flip) for flip in (False, True))
+    indices = range(len(source), len(source) + 200)
+    flipped = [not np.array_equal(plain[i]["image"], mirrored[i]["image"]) for i in indices]
+    np.testing.assert_array_equal(
+        mirrored[indices[flipped.index(True)]]["image"],
+        plain[indices[flipped.index(True)]]["image"][:, ::-1],
+    )
+    assert 65 < sum(flipped) < 135
+
+
+def test_a_latent_is_drawn_anew_each_epoch_from_its_posterior():
+    source = posteriors()
+    stream = data.ExampleStream(source, seed=0)
+    draws = np.stack([stream[i]["image"] for i in range(200)]) / data.LATENT_SCALE
+    assert len(np.unique(draws)) > 0.9 * draws.size
+    np.testing.assert_allclose([draws.mean(), draws.std()], [1, 2], atol=0.1)
+
+
+def test_latent_noise_does_not_depend_on_the_flip_setting():
+    plain, mirrored = (data.ExampleStream(posteriors(), 0, flip=flip)[4] for flip in (False, True))
+    assert any(
+        np.array_equal(mirrored["image"], image)
+        for image in (plain["image"], plain["image"][:, ::-1])
+    )
+
+
+def test_workers_deliver_what_threads_do(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 4, 4, 3), np.uint8)
+    source = data.npy_directory(write_folder(tmp_path, images=images, labels=np.arange(20)))
+    settings = {"flip": True, "position": 5}
+    threads = take(open_batches(source, **settings), 6)
+    workers = take(open_batches(source, num_workers=2, **settings), 6)
+    for expected, batch in zip(threads, workers, strict=True):
+        assert type(batch["image"]) is np.ndarray  # not Grain's shared memory
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+        np.testing.assert_array_equal(batch["label"], expected["label"])
+
+
+def test_a_memory_mapped_source_travels_to_workers_as_its_path(tmp_path):
+    images = np.zeros((100, 32, 32, 3), np.uint8)
+    source = data.npy_directory(write_folder(tmp_path, images=images))
+    assert len(pickle.dumps(source)) < 2000
+    assert pickle.loads(pickle.dumps(source))[99]["image"].shape == (32, 32, 3)
+
+
+class FailsOnce:
+    """Records, of which number 3 cannot be read the first time."""
+
+    def __init__(self):
+        self.failed = False
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        if index == 3 and not self.failed:
+            self.failed = True
+            raise OSError("the disk is away")
+        return np.full((2, 2, 1), index, np.uint8), index
+
+
+def test_a_record_that_fails_is_named_and_trying_again_gives_the_batch_owed():
+    names = tuple(str(i) for i in range(20))
+    records = FailsOnce()
+    source = data.Source("flaky", records, (2, 2, 1), names)
+    with open_batches(source, 5) as batches:
+        delivered, errors = [], []
+        while len(delivered) < 4:
+            try:
+                delivered.append(next(batches))
+            except OSError as error:
+                errors.append(error)
+        assert batches.position == 20
+    assert len(errors) == 1 and str(errors[0]) == "the disk is away"
+    assert "in record 3 of flaky, example " in errors[0].__notes__[0]
+    assert labels_of(delivered) == labels_of(take(open_batches(source, 5), 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"process_index": 2, "process_count": 2}, "process_index is 2 of process_count 2"),
+        ({"process_count": 4}, "global_batch_size is 6, for 4 processes; it must be a positive"),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
+        ({"position": -1}, "position is -1; it must be at least 0"),
+        ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+        ({"read_ahead": 0}, "read_ahead is 0; it must be at least 1"),
+        ({"seed": -1}, r"seed is -1; it must be in 0 \.\.\. 2\*\*64 - 1"),
+        ({"image_size": 0}, "image_size is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        open_batches(numbered(5), **changes)
+
+
+def test_latents_are_not_resized():
+    with pytest.raises(ValueError, match="latents are 4 x 4 and cannot be resized to image_size 8"):
+        open_batches(posteriors(), image_size=8)
+
+
+# From the host to the devices
+
+SHARDING = jax.sharding.NamedSharding(
+    jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)), jax.sharding.PartitionSpec("data")
+)
+
+
+def prefetch_threads() -> int:
+    return sum(thread.name == "prefetch_to_device" for thread in threading.enumerate())
+
+
+def wait_until(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_prefetch_delivers_the_same_batches_as_global_arrays_in_order():
+    expected = take(open_batches(data.digits(), 16), 5)
+    with (
+        open_batches(data.digits(), 16) as batches,
+        data.prefetch_to_device(batches, SHARDING) as prefetched,
+    ):
+        for want, got in zip(expected, prefetched, strict=False):
+            assert isinstance(got["image"], jax.Array) and got["image"].sharding == SHARDING
+            np.testing.assert_array_equal(got["image"], want["image"])
+            np.testing.assert_array_equal(got["label"], want["label"])
+
+
+def test_prefetch_ends_where_its_batches_end():
+    batches = [{"x": np.full(2, i)} for i in range(3)]
+    prefetched = data.prefetch_to_device(batches, SHARDING, depth=5)
+    assert [int(batch["x"][0]) for batch in prefetched] == [0, 1, 2]
+    assert next(prefetched, None) is None
+    assert wait_until(lambda: prefetch_threads() == 0)
+
+
+def test_an_error_reaches_the_consumer_after_the_batches_before_it():
+    broken = OSError("the disk is away")
+
+    def batches():
+        yield {"x": np.zeros(2)}
+        yield {"x": np.ones(2)}
+        raise broken
+
+    with data.prefetch_to_device(batches(), SHARDING) as prefetched:
+        assert [int(next(prefetched)["x"][0]) for _ in range(2)] == [0, 1]
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is away") as caught:
+                next(prefetched)
+            assert caught.value is broken
+
+
+def test_prefetch_takes_depth_batches_ahead_and_no_more():
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield {"x": np.zeros(2)}
+
+    with data.prefetch_to_device(batches(), SHARDING, depth=2) as prefetched:
+        for consumed in range(3):
+            assert wait_until(lambda ahead=consumed + 2: taken == ahead)
+            time.sleep(0.05)
+            assert taken == consumed + 2
+            next(prefetched)
+
+
+def test_closing_ends_the_thread_and_the_iterator():
+    prefetched = data.prefetch_to_device(({"x": np.zeros(2)} for _ in itertools.count()), SHARDING)
+    next(prefetched)
+    assert prefetch_threads() == 1
+    prefetched.close()
+    prefetched.close()
+    assert prefetch_threads() == 0
+    with pytest.raises(ValueError, match="iterator is closed"):
+        next(prefetched)
+
+
+def test_dropping_the_iterator_ends_the_thread():
+    prefetched = data.prefetch_to_device(({"x": np.zeros(2)} for _ in itertools.count()), SHARDING)
+    next(prefetched)
+    del prefetched
+    assert wait_until(lambda: prefetch_threads() == 0)
+
+
+def test_a_depth_of_zero_is_refused():
+    with pytest.raises(ValueError, match="depth is 0; it must be at least 1"):
+        data.prefetch_to_device([], SHARDING, depth=0)
