@@ -126,6 +126,7 @@ class GaussianDiffusion:
         x = self.add_noise(x0, i, noise)
         timesteps = jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
         output = model_fn(x, timesteps).astype(jnp.float32)
+        self._check_channels(output, x)
         if self.loss in ("kl", "rescaled_kl"):
             bound = self.variational_term(self.interpret(output, x, i), x0, x, i)
             return {"loss": bound * (self.num_steps if self.loss == "rescaled_kl" else 1)}
@@ -155,9 +156,11 @@ class GaussianDiffusion:
 
         KL(q(x_{i−1} | x_i, x_0) ‖ p), and at i = 0 the negative log-likelihood of x_0, discretised.
         """
-        true_mean = self.posterior_mean(x0, x, i)
+        # Both means have the same multiple of x_i. At large i it is all float32 sees of them, so
+        # their difference is taken without it.
+        difference = take(self.schedule.posterior_mean_coef1, i, x) * (x0 - predicted.x0)
         true_log_variance = take(self.schedule.posterior_log_variance_clipped, i, x)
-        kl = normal_kl(true_mean, true_log_variance, predicted.mean, predicted.log_variance)
+        kl = normal_kl(difference, true_log_variance, predicted.log_variance)
         nll = -discretized_gaussian_log_likelihood(x0, predicted.mean, 0.5 * predicted.log_variance)
         return jnp.where(i == 0, mean_flat(nll), mean_flat(kl)) / np.log(2.0)
 
@@ -166,17 +169,21 @@ class GaussianDiffusion:
         alpha_bar = self.schedule.alphas_cumprod[-1]
         mean = np.float32(np.sqrt(alpha_bar)) * x0
         log_variance = jnp.full_like(x0, np.log(1 - alpha_bar))
-        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / np.log(2.0)
+        return mean_flat(normal_kl(mean, log_variance, jnp.zeros_like(x0))) / np.log(2.0)
 
-    def _split(self, output: Array, x: Array, i: Array) -> tuple[Array, Array]:
-        """The predicted quantity and the log-variance, each of x's shape."""
-        s, channels = self.schedule, x.shape[-1]
+    def _check_channels(self, output: Array, x: Array) -> None:
+        channels = x.shape[-1]
         expected = channels * (2 if self.variance == "learned_range" else 1)
         if output.shape[-1] != expected:
             raise ValueError(
                 f"variance {self.variance!r} needs {expected} output channels for inputs of "
                 f"{channels}; the model gave {output.shape[-1]}"
             )
+
+    def _split(self, output: Array, x: Array, i: Array) -> tuple[Array, Array]:
+        """The predicted quantity and the log-variance, each of x's shape."""
+        s, channels = self.schedule, x.shape[-1]
+        self._check_channels(output, x)
         if self.variance == "learned_range":
             fraction = (output[..., channels:] + 1) / 2
             low = take(s.posterior_log_variance_clipped, i, x)
@@ -230,15 +237,11 @@ def mean_flat(x: Array) -> Float[Array, " b"]:
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
-def normal_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array) -> Array:
-    """KL divergence between two diagonal normals, elementwise, in nats."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1.0
-        + jnp.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * jnp.exp(-jnp.asarray(log_variance2, jnp.float32))
-    )
+def normal_kl(mean_difference: Array, log_variance1: Array, log_variance2: Array) -> Array:
+    """KL(N₁ ‖ N₂) of two diagonal normals, elementwise, in nats."""
+    ratio = log_variance1 - log_variance2
+    # exp(ratio) − 1 − ratio, which is about ratio²/2 where the variances are nearly equal.
+    return 0.5 * (jnp.expm1(ratio) - ratio + mean_difference**2 * jnp.exp(-log_variance2))
 
 
 def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:

@@ -1,7 +1,7 @@
 """Samplers: one step of DDPM, DDIM and the DDIM encoder, and loops over them.
 
-A loop's bounds are traced, so one compiled program (a `lax.scan` of no fixed length) serves every
-chunk of steps: a progress bar can move, and the result's bits cannot depend on where chunks end.
+Jit a loop with its bounds traced, and one compiled program serves every chunk of steps: a progress
+bar can move, and the result's bits cannot depend on where chunks end.
 """
 
 from __future__ import annotations

@@ -42,9 +42,11 @@ def probabilities(history: LossHistory | None, num_steps: int) -> Float[Array, "
     if history is None:
         return uniform
     moments = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
-    aware = moments / jnp.maximum(moments.sum(), jnp.finfo(jnp.float32).tiny)
+    total = moments.sum()
+    aware = moments / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     aware = (1 - UNIFORM_SHARE) * aware + UNIFORM_SHARE / num_steps
-    return jnp.where((history.counts == HISTORY_LENGTH).all(), aware, uniform)
+    ready = (history.counts == HISTORY_LENGTH).all() & (total > 0)
+    return jnp.where(ready, aware, uniform)
 
 
 def draw(

@@ -1,0 +1,271 @@
+"""One training step as a pure function: both passes, the optimiser and the EMAs.
+
+Every random draw of a step comes from `draw_randomness`, keyed by (seed, step, sample index) alone,
+so that 1 device, 8 devices or 4 processes train the same model. A test replaces it by its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mdt_jax import masking, sharding
+from mdt_jax.diffusion import GaussianDiffusion, timesteps
+from mdt_jax.models import LatentTransformer
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything a run carries from step to step.
+
+    Attributes:
+      step: steps done, int32.
+      params: float32 parameters.
+      opt_state: the optimiser's.
+      ema: averages of the parameters by rate, "0.9999" and so on.
+      loss_history: of the loss-aware timestep sampler, None for the uniform one.
+
+    As any pytree it also comes with shapes, shardings or names for leaves, hence no array types.
+    """
+
+    step: Any
+    params: Params
+    opt_state: optax.OptState
+    ema: dict[str, Params]
+    loss_history: Any
+
+
+class Draws(NamedTuple):
+    """The randomness of one step, per sample: uniforms on [0, 1) and standard normals."""
+
+    timestep: Float[Array, " batch"]
+    full_noise: Float[Array, "batch h w c"]
+    masked_noise: Float[Array, "batch h w c"]
+    full_label_drop: Float[Array, " batch"]
+    masked_label_drop: Float[Array, " batch"]
+    mask: Float[Array, "batch n"]
+
+
+DrawFn = Callable[[int, Array, tuple[int, ...], int], Draws]
+
+
+def draw_randomness(
+    seed: int,
+    step: Int[Array, ""],
+    shape: tuple[int, ...],
+    num_tokens: int,
+) -> Draws:
+    """Draws of a step for a global batch of `shape` (B, H, W, C); sample i's by (seed, step, i).
+
+    Timestep and mask are shared by what they serve; the full and the masked pass have their own
+    noise and label dropout.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def draw(i: Array) -> Draws:
+        keys = jax.random.split(jax.random.fold_in(key, i), len(Draws._fields))
+        return Draws(
+            jax.random.uniform(keys[0]),
+            jax.random.normal(keys[1], shape[1:]),
+            jax.random.normal(keys[2], shape[1:]),
+            jax.random.uniform(keys[3]),
+            jax.random.uniform(keys[4]),
+            jax.random.uniform(keys[5], (num_tokens,)),
+        )
+
+    return jax.vmap(draw)(jnp.arange(shape[0]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """What a step is made of; its methods are pure functions of their arguments.
+
+    Attributes:
+      model, diffusion: network and process.
+      optimizer: an optax transformation.
+      schedule: learning rate by step, for the metrics; the optimiser has its own.
+      mesh: the device mesh.
+      ema_rates: decay of each average.
+      label_dropout: probability of replacing a label by the null class, in either pass.
+      accumulation_steps: microbatches whose mean gradient is one step's.
+      timestep_sampler: one of `timesteps.TIMESTEP_SAMPLERS`.
+      seed: of every draw.
+      draw_fn: (seed, step, batch shape, number of tokens) → Draws.
+    """
+
+    model: LatentTransformer
+    diffusion: GaussianDiffusion
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    ema_rates: tuple[float, ...] = (0.9999,)
+    label_dropout: float = 0.1
+    accumulation_steps: int = 1
+    timestep_sampler: str = "uniform"
+    seed: int = 0
+    draw_fn: DrawFn = draw_randomness
+
+    def init(self, key: Array) -> TrainState:
+        """The state at step 0, still labelled with logical axes (`nn.unbox` takes them off)."""
+        x = jnp.zeros((1, *self.model.image_shape))
+        zero = jnp.zeros(1, jnp.int32)
+        params = self.model.init(key, x, zero, zero)["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            # Buffers of their own: the step donates its state, and a buffer can be given only once.
+            ema={str(rate): jax.tree.map(jnp.copy, params) for rate in self.ema_rates},
+            loss_history=timesteps.init_history(self.timestep_sampler, self.diffusion.num_steps),
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; allocates nothing."""
+        boxed = jax.eval_shape(self.init, jax.random.key(0))
+        shardings = sharding.tree_shardings(self.mesh, boxed)
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            nn.unbox(boxed),
+            shardings,
+        )
+
+    def create_state(self) -> TrainState:
+        """The state at step 0, made in its shards."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        init = jax.jit(lambda key: nn.unbox(self.init(key)), out_shardings=shardings)
+        return init(jax.random.key(self.seed))
+
+    def jit_step(self, num_kept: int | None) -> Callable[[TrainState, dict], tuple]:
+        """The jitted step for a number of kept tokens, its state donated; None: no masked pass."""
+        state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        batch = sharding.batch_sharding(self.mesh)
+        return jax.jit(
+            partial(self.step, num_kept=num_kept),
+            in_shardings=(state, {"image": batch, "label": batch}),
+            out_shardings=(state, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def step(
+        self, state: TrainState, batch: dict[str, Array], *, num_kept: int | None
+    ) -> tuple[TrainState, Metrics]:
+        """One step on a global batch {"image": (B, H, W, C), "label": (B,)}."""
+        with sharding.activations(self.mesh):
+            images, labels = batch["image"], batch["label"]
+            draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
+            t, weights = timesteps.draw(
+                state.loss_history, self.diffusion.num_steps, draws.timestep
+            )
+            grads, losses = self._gradients(
+                state.params, (images, labels, t, weights, draws), num_kept
+            )
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            new_state = TrainState(
+                step=state.step + 1,
+                params=params,
+                opt_state=opt_state,
+                ema={
+                    rate: _update_ema(float(rate), ema, params, self.model.frozen)
+                    for rate, ema in state.ema.items()
+                },
+                loss_history=timesteps.update_history(
+                    state.loss_history, t, sum(pass_["loss"] for pass_ in losses.values())
+                ),
+            )
+            metrics = _summarize(losses, t, weights, self.diffusion.num_steps)
+            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
+            return new_state, metrics
+
+    def loss(
+        self,
+        params: Params,
+        samples: tuple[Array, Array, Array, Array, Draws],
+        num_kept: int | None,
+    ) -> tuple[Float[Array, ""], dict[str, dict[str, Float[Array, " batch"]]]]:
+        """mean(w·full) + mean(w·masked), and the per-sample terms of each pass.
+
+        Both passes share the timesteps; each has its own noise and label dropout (MDT §3.4).
+        """
+        images, labels, t, weights, draws = samples
+
+        def run(noise: Array, label_drop: Array, *ids_keep: Array) -> dict[str, Array]:
+            dropped = jnp.where(label_drop < self.label_dropout, self.model.num_classes, labels)
+            return self.diffusion.losses(
+                lambda x, t: self.model.apply({"params": params}, x, t, dropped, *ids_keep),
+                images,
+                t,
+                noise,
+            )
+
+        losses = {"full": run(draws.full_noise, draws.full_label_drop)}
+        if num_kept is not None:
+            ids_keep = masking.ids_to_keep(draws.mask, num_kept)
+            losses["masked"] = run(draws.masked_noise, draws.masked_label_drop, ids_keep)
+        total = sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())
+        return total, losses
+
+    def _gradients(
+        self, params: Params, samples: Any, num_kept: int | None
+    ) -> tuple[Params, dict[str, dict[str, Array]]]:
+        """Mean gradient over the microbatches, and every sample's terms in batch order."""
+        gradient = jax.grad(self.loss, has_aux=True)
+        n = self.accumulation_steps
+        if n == 1:
+            return gradient(params, samples, num_kept)
+
+        # Microbatch k takes every n-th sample from k on: each device's samples stay on it.
+        def split(x: Array) -> Array:
+            x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+            return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+        def accumulate(total: Params, micro: Any) -> tuple[Params, Any]:
+            grads, losses = gradient(params, micro, num_kept)
+            return jax.tree.map(jnp.add, total, grads), losses
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, losses = jax.lax.scan(accumulate, zeros, jax.tree.map(split, samples))
+        join = partial(jax.tree.map, lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
+        return jax.tree.map(lambda g: g / n, total), join(losses)
+
+
+def _update_ema(rate: float, ema: Params, params: Params, frozen: tuple[str, ...]) -> Params:
+    """rate·average + (1 − rate)·value of every parameter that is trained."""
+
+    # A step moves an average by a few units in the last place, so it matters that compilers, which
+    # fuse the first product with the sum, round the second, rate·average, as the authors' code does.
+    def average(a: Array, value: Array) -> Array:
+        return (1 - rate) * value + rate * a
+
+    return {
+        name: ema[name] if name in frozen else jax.tree.map(average, ema[name], params[name])
+        for name in ema
+    }
+
+
+def _summarize(
+    losses: dict[str, dict[str, Array]], t: Array, weights: Array, num_steps: int
+) -> Metrics:
+    """Weighted means of each pass's terms; its loss by quartile of t, NaN where none was drawn."""
+    metrics = {"loss": sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())}
+    quartile = 4 * t // num_steps
+    for name, terms in losses.items():
+        metrics |= {f"{name}_{term}": jnp.mean(weights * v) for term, v in terms.items()}
+        for q in range(4):
+            inside = (quartile == q).astype(jnp.float32)
+            mean = jnp.sum(inside * weights * terms["loss"]) / inside.sum()
+            metrics[f"{name}_loss_q{q}"] = mean
+    return metrics
