@@ -246,7 +246,7 @@ def _update_ema(rate: float, ema: Params, params: Params, frozen: tuple[str, ...
     """rate·average + (1 − rate)·value of every parameter that is trained."""
 
     # A step moves an average by a few units in the last place, so it matters that compilers, which
-    # fuse the first product with the sum, round the second, rate·average, as the authors' code does.
+    # fuse the first product with the sum, round the second, rate·average, as the authors' code.
     def average(a: Array, value: Array) -> Array:
         return (1 - rate) * value + rate * a
 

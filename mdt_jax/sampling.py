@@ -1,0 +1,332 @@
+"""Sampling from a trained model, in Python: `load` a run, `sample` images from it.
+
+A sample's noise is keyed by (key, index of the sample) alone, so neither the batch size nor the
+devices change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from mdt_jax import checkpoints, sharding
+from mdt_jax import config as config_lib
+from mdt_jax.diffusion import GaussianDiffusion, guided, sample_steps
+from mdt_jax.models import LatentTransformer
+
+CHUNK_STEPS = 25  # steps between two moves of the progress bar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffusionModel:
+    """A network with the process it was trained for, and how it is sampled by default.
+
+    Attributes:
+      name: the model's name, such as "MDTv2-XL/2".
+      network: the Flax module.
+      diffusion: its training process.
+      class_names: names of the classes, empty if it has none.
+      step: training steps behind the parameters.
+      defaults: `sample`'s arguments where the caller gives none: sampler, steps, cfg_scale,
+        cfg_power, guided_channels, clip.
+    """
+
+    name: str
+    network: LatentTransformer
+    diffusion: GaussianDiffusion
+    class_names: tuple[str, ...] = ()
+    step: int = 0
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Any, class_names: Sequence[str] = (), step: int = 0):
+        """The model of a run's config."""
+        keys = ("sampler", "steps", "cfg_scale", "cfg_power", "guided_channels", "clip")
+        return cls(
+            name=config.model.name,
+            network=config_lib.create_network(config),
+            diffusion=config_lib.create_diffusion(config),
+            class_names=tuple(class_names),
+            step=step,
+            defaults={key: config.sample[key] for key in keys},
+        )
+
+    def label(self, name: str | int) -> int:
+        """The class of a number or a name; ValueError lists the nearest names to an unknown one."""
+        count = self.network.num_classes
+        if name in self.class_names:
+            return self.class_names.index(name)
+        try:
+            label = int(name)
+        except ValueError:
+            nearest = difflib.get_close_matches(str(name), self.class_names, n=3, cutoff=0.0)
+            hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
+            raise ValueError(f"no class is named {name!r}{hint}") from None
+        if not 0 <= label < count:
+            raise ValueError(f"label {label} is outside 0 to {count - 1}")
+        return label
+
+
+def load(
+    path: str | Path, *, ema_rate: float | None = None, step: int | None = None
+) -> tuple[DiffusionModel, dict[str, Any]]:
+    """A run's model and its EMA parameters.
+
+    Args:
+      path: the run's workdir.
+      ema_rate: which average; the config's first by default.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      checkpoints.CheckpointError: no checkpoint there, or a damaged one.
+      ValueError: an average the run does not keep.
+    """
+    step, meta = checkpoints.read_meta(path, step)
+    config = config_lib.from_json(meta["config"])
+    rates = [str(rate) for rate in config.ema_rates]
+    rate = rates[0] if ema_rate is None else str(ema_rate)
+    if rate not in rates:
+        raise ValueError(f"{path} keeps no average of rate {rate}; it keeps {', '.join(rates)}")
+    params = checkpoints.restore_item(path, f"ema_{rate}", step=step)
+    model = DiffusionModel.from_config(config, meta["class_names"], step)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def sample(
+    model: DiffusionModel,
+    params: dict[str, Any],
+    *,
+    labels: Sequence[int | str] | np.ndarray | Array | None = None,
+    num_samples: int | None = None,
+    key: Array | int = 0,
+    cfg_scale: float | None = None,
+    cfg_power: float | None | str = "default",
+    guided_channels: int | None | str = "default",
+    sampler: str | None = None,
+    steps: int | str | None = None,
+    eta: float = 0.0,
+    clip: bool | None = None,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Float[np.ndarray, "n h w c"]:
+    """Samples, one for each label, in the range the model was trained on ([−1, 1] for images).
+
+    What is None or "default" is the model's own (`DiffusionModel.defaults`).
+
+    Args:
+      model, params: from `load`, or a model of your own and its parameters.
+      labels: classes by number or name. Without any, classes in turn; none if unconditional.
+      num_samples: how many, when labels are not given (16), or labels repeated to that many.
+      key: PRNG key or seed; sample i's noise depends on it and i alone.
+      cfg_scale: guidance scale, 1 for none; always 1 if unconditional.
+      cfg_power: exponent of the power-cosine scale, None for a constant scale.
+      guided_channels: how many channels of the mean are guided, None for all.
+      sampler: "ddpm" or "ddim".
+      steps: a count of steps, or any respacing ("10,15,20", "ddim50").
+      eta: DDIM's, 0 deterministic to 1 ancestral.
+      clip: whether x̂0 is clipped to [−1, 1].
+      batch_size: samples at a time, over all devices; rounded up to fill them.
+      mesh: devices to use; all by default, the batch split over them.
+      progress: whether to show a progress bar.
+
+    Raises:
+      ValueError: labels, sampler, steps or channels that the model does not have.
+    """
+    labels = _resolve_labels(model, labels, num_samples)
+    options = _options(model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip)
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    key = jax.random.key(key) if isinstance(key, int) else key
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-min(batch_size, len(labels)) // shards) * shards
+    run = compile_sampler(model, mesh, batch_size, options)
+
+    total = run.num_steps * -(-len(labels) // batch_size)
+    with tqdm(total=total, unit="step", disable=not progress or jax.process_index() > 0) as bar:
+        batches = [
+            run(params, labels[i : i + batch_size], key, i, bar.update)
+            for i in range(0, len(labels), batch_size)
+        ]
+    return np.concatenate(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """What a compiled sampler is specialised to."""
+
+    sampler: str
+    steps: int | str
+    cfg_scale: float
+    cfg_power: float | None
+    guided_channels: int
+    eta: float
+    clip: bool
+
+
+class CompiledSampler:
+    """A sampler for batches of one size, compiled once; `compile_sampler` makes and keeps them."""
+
+    def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
+        self.diffusion = model.diffusion.respaced(options.steps)
+        self.mesh = mesh
+        self.shape = (batch_size, *model.network.image_shape)
+        network = model.network
+
+        def noise(keys: Array, index: Int[Array, ""]) -> Array:
+            draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), self.shape[1:])  # noqa: E731
+            return jax.vmap(draw)(keys)
+
+        def start(key: Array, first: Array) -> tuple[Array, Array]:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch_size))
+            return keys, noise(keys, jnp.int32(self.num_steps))
+
+        def chunk(
+            params: Any, x: Array, keys: Array, labels: Array, first: Array, last: Array
+        ) -> Array:
+            with sharding.activations(mesh):
+                model_fn = guided(
+                    lambda x, t, y: network.apply({"params": params}, x, t, y),
+                    labels,
+                    network.num_classes,
+                    scale=options.cfg_scale,
+                    power=options.cfg_power,
+                    channels=options.guided_channels,
+                    num_train_timesteps=model.diffusion.schedule.num_train_timesteps,
+                )
+                settings: dict[str, Any] = {"clip": options.clip}
+                if options.sampler == "ddim":
+                    settings["eta"] = options.eta
+                return sample_steps(
+                    options.sampler,
+                    self.diffusion,
+                    model_fn,
+                    x,
+                    lambda i: noise(keys, i),
+                    first,
+                    last,
+                    **settings,
+                )
+
+        batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._start = jax.jit(start, in_shardings=(whole, whole), out_shardings=(batch, batch))
+        self._chunk = jax.jit(chunk, out_shardings=batch, donate_argnums=1)
+        self._compiled: Callable | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of one run."""
+        return self.diffusion.num_steps
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles everything a run needs, for parameters of these shapes and shardings."""
+        key = jax.random.key(0)
+        keys, x = self._start(key, np.int32(0))
+        labels = self._place(np.zeros(self.shape[0], np.int32))
+        step = np.int32(0)
+        self._compiled = self._chunk.lower(params, x, keys, labels, step, step).compile()
+
+    def __call__(
+        self,
+        params: Any,
+        labels: Int[np.ndarray, " n"],
+        key: Array,
+        first_index: int = 0,
+        advance: Callable[[int], Any] = lambda steps: None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
+        if self._compiled is None:
+            self.warm_up(params)
+        filled = np.zeros(self.shape[0], np.int32)
+        filled[: len(labels)] = labels
+        keys, x = self._start(key, np.int32(first_index))
+        placed = self._place(filled)
+        for first in range(0, self.num_steps, CHUNK_STEPS):
+            last = min(first + CHUNK_STEPS, self.num_steps)
+            x = self._compiled(params, x, keys, placed, np.int32(first), np.int32(last))
+            x.block_until_ready()
+            advance(last - first)
+        if jax.process_count() > 1:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)[: len(labels)]
+
+    def _place(self, labels: np.ndarray) -> Array:
+        shard = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(labels.shape, shard, lambda index: labels[index])
+
+
+@lru_cache(maxsize=8)
+def compile_sampler(
+    model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions
+) -> CompiledSampler:
+    """The sampler for these settings, kept for the next call."""
+    return CompiledSampler(model, mesh, batch_size, options)
+
+
+def _options(
+    model: DiffusionModel,
+    cfg_scale: float | None = None,
+    cfg_power: float | None | str = "default",
+    guided_channels: int | None | str = "default",
+    sampler: str | None = None,
+    steps: int | str | None = None,
+    eta: float = 0.0,
+    clip: bool | None = None,
+) -> SamplerOptions:
+    """The caller's settings over the model's own; refuses those that cannot be."""
+    given = {"cfg_scale": cfg_scale, "sampler": sampler, "steps": steps, "clip": clip}
+    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False}
+    chosen = {k: model.defaults.get(k, fallback[k]) if v is None else v for k, v in given.items()}
+    power = model.defaults.get("cfg_power") if cfg_power == "default" else cfg_power
+    channels = (
+        model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
+    )
+    available = model.network.in_channels
+    channels = available if channels is None else channels
+    if not 1 <= channels <= available:
+        raise ValueError(f"guided_channels {channels} is outside 1 to {available}")
+    if model.network.num_classes == 0:
+        chosen["cfg_scale"] = 1.0
+    elif chosen["cfg_scale"] != 1 and not model.network.null_class:
+        raise ValueError(f"cfg_scale {chosen['cfg_scale']}: the model has no null class; 1 works")
+    return SamplerOptions(
+        **{**chosen, "cfg_scale": float(chosen["cfg_scale"])},
+        cfg_power=power,
+        guided_channels=channels,
+        eta=eta,
+    )
+
+
+def default_options(model: DiffusionModel) -> SamplerOptions:
+    """The model's own sampler settings."""
+    return _options(model)
+
+
+def _resolve_labels(
+    model: DiffusionModel, labels: Any, num_samples: int | None
+) -> Int[np.ndarray, " n"]:
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples {num_samples} is below 1")
+    count = model.network.num_classes
+    if count == 0:
+        if labels is not None and len(labels):
+            raise ValueError("the model is unconditional; it takes no labels")
+        return np.zeros(num_samples or 16, np.int32)
+    if labels is None or not len(labels):
+        chosen = np.arange(count)
+        num_samples = num_samples or 16
+    else:
+        chosen = np.array([model.label(name) for name in np.asarray(labels).tolist()])
+        num_samples = num_samples or len(chosen)
+    return np.resize(chosen, num_samples).astype(np.int32)

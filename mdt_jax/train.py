@@ -1,0 +1,389 @@
+"""Trains a model: `python -m mdt_jax.train --config configs/digits.py --workdir runs/digits`.
+
+The same command again resumes the run. `--config.KEY=VALUE` changes a setting, `--dry_run` shows
+what would be trained and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mdt_jax import config as config_lib
+from mdt_jax import flops, images, masking, metrics, optimizers, sampling, sharding
+from mdt_jax.checkpoints import CheckpointError, Checkpoints
+from mdt_jax.data import create_batches, create_source, prefetch_to_device
+from mdt_jax.distributed import initialize_distributed
+from mdt_jax.train_step import Trainer, TrainState
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient norm that is not finite; the message says where to go on."""
+
+
+def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
+    """The training step's parts from a config; ValueError for what cannot work."""
+    config_lib.check(config, mesh)
+    model = config_lib.create_network(config)
+    sharding.check_heads(mesh, model.num_heads)
+    schedule = config_lib.create_schedule(config)
+    return Trainer(
+        model=model,
+        diffusion=config_lib.create_diffusion(config),
+        optimizer=optimizers.create_optimizer(config.optimizer, schedule, model.frozen),
+        schedule=schedule,
+        mesh=mesh,
+        ema_rates=tuple(config.ema_rates),
+        label_dropout=config.label_dropout,
+        accumulation_steps=config.accumulation_steps,
+        timestep_sampler=config.diffusion.timestep_sampler,
+        seed=config.seed,
+    )
+
+
+class Run:
+    """One training run: its parts, built and checked in the order in which they can fail."""
+
+    def __init__(self, config: ConfigDict, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        self.mesh = sharding.create_mesh(**config.mesh)
+        self.trainer = create_trainer(config, self.mesh)
+        self.model = self.trainer.model
+        self.counts, self.probabilities = config_lib.kept_counts(config, self.model)
+        self.abstract = self.trainer.abstract_state()
+        self.rates = [str(rate) for rate in config.ema_rates]
+
+    def describe(self) -> str:
+        """Parameters, memory and work of the run, for a person."""
+        c, model = self.config, self.model
+        trained = {k: v for k, v in self.abstract.params.items() if k not in model.frozen}
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+        step_flops = self.step_flops()
+        lines = [
+            f"model          {c.model.name}: {count:,} trainable parameters, "
+            f"{model.num_tokens} tokens, {np.dtype(model.dtype).name}",
+            f"devices        {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}, mesh "
+            + " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
+            f"state          {sharding.bytes_per_device(self.abstract) / 2**20:,.1f} MiB a device "
+            "(parameters, optimiser, EMA)",
+            f"batch          {c.batch_size} ({c.batch_size // sharding.batch_shards(self.mesh)} a "
+            f"device, {c.accumulation_steps} microbatches)",
+            f"kept tokens    {', '.join(map(str, self.counts))}"
+            if self.counts[0] is not None
+            else "kept tokens    no masked pass",
+            f"work           {step_flops / 1e12:,.3g} model TFLOP a step",
+        ]
+        return "\n".join(lines)
+
+    def step_flops(self) -> float:
+        """Model FLOPs of a step, at the mean number of kept tokens."""
+        if self.counts[0] is None:
+            return flops.train_step_flops(self.model, self.config.batch_size)
+        mean = float(np.dot(self.counts, self.probabilities))
+        return flops.train_step_flops(self.model, self.config.batch_size, mean)
+
+    def kept(self, step: int) -> int | None:
+        """How many tokens the masked pass of a step keeps."""
+        if self.counts[0] is None:
+            return None
+        return masking.draw_kept_count(self.counts, self.probabilities, self.config.seed, step)
+
+    def compile_steps(self) -> dict[int | None, Callable]:
+        """The compiled step of every number of kept tokens, so that none is compiled later."""
+        shape = (self.config.batch_size, *self.model.image_shape)
+        batch = sharding.batch_sharding(self.mesh)
+        abstract_batch = {
+            "image": jax.ShapeDtypeStruct(shape, np.float32, sharding=batch),
+            "label": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=batch),
+        }
+        lowered = [
+            self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda step: step.compile(), lowered)
+            return dict(zip(self.counts, compiled, strict=True))
+
+    def restore(self, store: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint that verifies, or a fresh state and empty meta data.
+
+        Raises ValueError if the checkpoint is of a run with other settings.
+        """
+        if store.latest_step() is None:
+            return self.trainer.create_state(), {}
+        averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
+        step, items, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
+        changed = config_lib.differences(meta["config"], config_lib.to_json(self.config))
+        if changed:
+            raise ValueError(
+                f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
+                "give this one another --workdir"
+            )
+        ema = {rate: items[f"ema_{rate}"] for rate in self.rates}
+        return items["state"].replace(ema=ema), meta
+
+    def save(self, store: Checkpoints, state: TrainState, step: int, meta: dict) -> None:
+        """Starts saving a state whose loss was seen finite; the averages are items of their own."""
+        averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
+        store.save(step, {"state": state.replace(ema={}), **averages}, meta)
+
+
+class StepLog:
+    """Takes each step's metrics one step late, so that the devices never wait for the host.
+
+    Keeps the means since the last log line, writes them, and stops the run at a loss or gradient
+    norm that is not finite.
+    """
+
+    def __init__(self, run: Run, first_step: int, window: metrics.Window, store: Checkpoints):
+        c = run.config
+        self._run, self._window, self._store = run, window, store
+        self._writer = metrics.MetricsWriter(
+            run.workdir, resume_step=first_step, total_steps=c.num_steps
+        )
+        self._progress = metrics.Progress(c.num_steps, first_step=first_step)
+        self._pending: tuple[int, Any] | None = None
+        self._since, self._logged_step = time.perf_counter(), first_step
+
+    def add(self, step: int, values: Any) -> None:
+        """Hands over a step's metrics, still on their way, and takes the step before's."""
+        pending, self._pending = self._pending, (step, values)
+        self._take(pending)
+
+    def settle(self) -> None:
+        """Waits for the metrics of the last step handed over."""
+        pending, self._pending = self._pending, None
+        self._take(pending)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Puts a picture into the TensorBoard events."""
+        self._writer.image(step, name, image)
+
+    def close(self) -> None:
+        """Closes the files and the bar."""
+        self._progress.close()
+        self._writer.close()
+
+    def _take(self, pending: tuple[int, Any] | None) -> None:
+        if pending is None:
+            return
+        step, values = pending
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                last = self._store.latest_step()
+                good = "there is no checkpoint yet" if last is None else f"step {last} is saved"
+                raise NonFiniteLoss(
+                    f"{name} is {values[name]} at step {step}; {good} in {self._run.workdir}. "
+                    "Try a lower --config.optimizer.learning_rate, --config.optimizer.clip_norm=1 "
+                    "or --config.model.dtype=float32"
+                )
+        self._window.add(values)
+        self._progress.advance(step)
+        c = self._run.config
+        if step % c.log_every == 0 or step == c.num_steps:
+            self._log(step, values["learning_rate"])
+
+    def _log(self, step: int, learning_rate: float) -> None:
+        now, run = time.perf_counter(), self._run
+        seconds = (now - self._since) / max(step - self._logged_step, 1)
+        self._since, self._logged_step = now, step
+        line = self._window.means() | {"learning_rate": learning_rate}
+        self._window.reset()
+        line |= {"seconds_per_step": seconds, "images_per_second": run.config.batch_size / seconds}
+        device = run.mesh.devices.flat[0].device_kind
+        dtype = np.dtype(run.model.dtype).name
+        used = metrics.mfu(run.step_flops(), seconds, run.mesh.size, device, dtype)
+        if used is not None:
+            line["mfu"] = used
+        self._writer.write(step, line)
+        self._progress.log(step, loss=line["loss"], images_per_second=line["images_per_second"])
+
+
+class GridSampler:
+    """Draws a grid of EMA samples every so often; compiled before training starts."""
+
+    def __init__(self, run: Run, class_names: tuple[str, ...]):
+        c = run.config
+        self._run = run
+        self._model = sampling.DiffusionModel.from_config(c, class_names)
+        shards = sharding.batch_shards(run.mesh)
+        size = -(-c.sample.num_samples // shards) * shards
+        self._options = sampling.default_options(self._model)
+        self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
+        self._sampler.warm_up(run.abstract.ema[run.rates[0]])
+
+    def draw(self, state: TrainState, step: int) -> np.ndarray | None:
+        """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
+        run, o = self._run, self._options
+        labels = np.resize(np.arange(max(run.model.num_classes, 1)), run.config.sample.num_samples)
+        samples = self._sampler(
+            state.ema[run.rates[0]], labels.astype(np.int32), jax.random.key(run.config.seed)
+        )
+        if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
+            return None
+        grid = images.image_grid(images.to_uint8(samples))
+        metadata = images.provenance(
+            model=run.config.model.name,
+            step=step,
+            seed=run.config.seed,
+            labels=labels.tolist(),
+            cfg_scale=o.cfg_scale,
+            sampler=o.sampler,
+            steps=o.steps,
+        )
+        images.save_png(run.workdir / "samples" / f"{step:08d}.png", grid, metadata)
+        return grid
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+    """Trains, or goes on training, to config.num_steps and returns the final state.
+
+    Raises:
+      ValueError: settings that cannot work, or a workdir of another run.
+      CheckpointError: no checkpoint of the workdir can be used.
+      NonFiniteLoss: the loss or the gradient norm stopped being finite.
+    """
+    run = Run(config, workdir)
+    source = create_source(config.data)
+    _check_source(config, source)
+    logging.info("%s", "\n" + run.describe())
+    logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
+    with contextlib.closing(
+        Checkpoints(workdir, keep_last=config.keep_last, keep_every=config.keep_every)
+    ) as store:
+        return _train(run, source, store)
+
+
+def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
+    config = run.config
+    state, meta = run.restore(store)
+    first = int(state.step)
+    if first >= config.num_steps:
+        logging.info("%s is trained already: step %d of %d", run.workdir, first, config.num_steps)
+        return state
+    if first:
+        logging.info("resuming %s from step %d", run.workdir, first)
+    if jax.process_index() == 0:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        (run.workdir / "config.json").write_text(json.dumps(config_lib.to_json(config), indent=2))
+
+    began = time.perf_counter()
+    steps = run.compile_steps()
+    sampler = GridSampler(run, source.class_names) if config.sample.every else None
+    logging.info("compiled %d variants in %.1f s", len(steps), time.perf_counter() - began)
+
+    position = meta.get("position", 0)
+    window = metrics.Window.from_state(meta["window"]) if meta else metrics.Window()
+    log = StepLog(run, first, window, store)
+    with contextlib.closing(log), _batches(run, source, position) as batches:
+        for step in range(first + 1, config.num_steps + 1):
+            state, values = steps[run.kept(step - 1)](state, next(batches))
+            log.add(step, values)
+            position += config.batch_size
+            if sampler and step % config.sample.every == 0:
+                log.settle()
+                grid = sampler.draw(state, step)
+                if grid is not None:
+                    log.image(step, "samples", grid)
+            if step % config.checkpoint_every == 0 or step == config.num_steps:
+                log.settle()  # no step is committed before its loss was seen finite
+                meta = {
+                    "config": config_lib.to_json(config),
+                    "class_names": list(source.class_names),
+                    "position": position,
+                    "window": window.state(),
+                }
+                run.save(store, state, step, meta)
+    return state
+
+
+@contextlib.contextmanager
+def _batches(run: Run, source: Any, position: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    """The run's batches on the devices, from an example on."""
+    config = run.config
+    batches = create_batches(
+        source,
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        flip=config.data.flip,
+        image_size=None if source.latents else config.model.input_size,
+        position=position,
+        num_workers=config.data.num_workers,
+        read_ahead=config.data.read_ahead,
+    )
+    with batches, prefetch_to_device(batches, sharding.batch_sharding(run.mesh)) as on_device:
+        yield on_device
+
+
+def _check_source(config: ConfigDict, source: Any) -> None:
+    """Refuses data that the model does not take, with ValueError."""
+    height, _, channels = source.image_shape
+    size, model_channels = config.model.input_size, config.model.in_channels
+    if channels != model_channels or (source.latents and height != size):
+        raise ValueError(
+            f"data.name {config.data.name!r} gives {source.image_shape}, the model takes "
+            f"{(size, size, model_channels)}: set model.input_size and model.in_channels"
+        )
+    classes = config.model.num_classes
+    if classes and len(source.class_names) > classes:
+        raise ValueError(
+            f"the data have {len(source.class_names)} classes, model.num_classes is {classes}"
+        )
+    if classes and not source.class_names:
+        raise ValueError(f"the data have no labels; model.num_classes is {classes}, 0 would do")
+
+
+def dry_run(config: ConfigDict) -> str:
+    """What `--dry_run` prints: the run, and its data if they are there."""
+    run = Run(config, "")
+    try:
+        source = create_source(config.data)
+        _check_source(config, source)
+        steps = len(source) / config.batch_size
+        data = f"{len(source):,} examples, {steps:,.1f} steps an epoch"
+    except FileNotFoundError as error:
+        data = f"not there: {error}"
+    return f"{run.describe()}\ndata           {data}"
+
+
+def main(_: list[str]) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    initialize_distributed()
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    try:
+        if flags.FLAGS.dry_run:
+            print(dry_run(config))
+        elif not workdir:
+            raise ValueError(
+                "--workdir is missing: the folder for checkpoints, metrics and samples"
+            )
+        else:
+            train(config, workdir)
+    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+    flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
+    flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
+    flags.mark_flag_as_required("config")
+    app.run(main)
