@@ -3,7 +3,13 @@
     python -m mdt_jax.train --config configs/digits.py --workdir runs/digits
 
 The embedded default: 1,498 real 8 × 8 scans to train on (299 more are held out), a few minutes on
-two CPU cores. `python -m mdt_jax.digits_report --workdir runs/digits` judges the result.
+two CPU cores. `python -m mdt_jax.digits_report --workdir runs/digits` judges the result: expect
+nearly all of the guided samples to be read as the class asked for.
+
+Two things differ from MDTv2's recipe for latents. Images this small lose their content early in the
+linear schedule, so the process is the squared cosine one, predicting velocity; and patches of 4
+leave 4 tokens, which is what makes it minutes on a CPU. `--config.model.patch_size=2` has 16 tokens
+and four numbers of kept tokens, and wants some ten times as long.
 """
 
 from mdt_jax.config import apply_recipe, default_config
@@ -16,14 +22,15 @@ def get_config():
         input_size=8,
         in_channels=1,
         num_classes=10,
-        patch_size=2,
-        hidden_size=64,
+        patch_size=4,
+        hidden_size=128,
         depth=4,
         num_heads=4,
         decoder_depth=2,
     )
     apply_recipe(config)
-    config.optimizer.learning_rate = 2e-3
+    config.diffusion.update(schedule="squared_cosine", prediction="velocity")
+    config.optimizer.learning_rate = 4e-3
     config.schedule.update(name="cosine", warmup_steps=50)
     config.num_steps = 1000
     config.batch_size = 128
@@ -35,7 +42,7 @@ def get_config():
     config.sample.update(
         every=500,
         num_samples=40,
-        steps=50,
+        steps=100,
         cfg_scale=2.0,
         cfg_power=None,
         guided_channels=None,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mdt_jax import checkpoints, sharding
 from mdt_jax import config as config_lib
 from mdt_jax.diffusion import GaussianDiffusion, guided, sample_steps
+from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models import LatentTransformer
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
@@ -145,8 +146,10 @@ def sample(
     Raises:
       ValueError: labels, sampler, steps or channels that the model does not have.
     """
-    labels = _resolve_labels(model, labels, num_samples)
-    options = _options(model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip)
+    labels = resolve_labels(model, labels, num_samples)
+    options = resolve_options(
+        model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip
+    )
     mesh = sharding.create_mesh() if mesh is None else mesh
     key = jax.random.key(key) if isinstance(key, int) else key
     shards = sharding.batch_shards(mesh)
@@ -274,7 +277,7 @@ def compile_sampler(
     return CompiledSampler(model, mesh, batch_size, options)
 
 
-def _options(
+def resolve_options(
     model: DiffusionModel,
     cfg_scale: float | None = None,
     cfg_power: float | None | str = "default",
@@ -292,10 +295,16 @@ def _options(
     channels = (
         model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
     )
+    if chosen["sampler"] not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
+    model.diffusion.respaced(chosen["steps"])  # refuses steps that the process does not have
     available = model.network.in_channels
     channels = available if channels is None else channels
     if not 1 <= channels <= available:
-        raise ValueError(f"guided_channels {channels} is outside 1 to {available}")
+        raise ValueError(
+            f"guided_channels {channels} is outside 1 to {available}; None guides all of them"
+        )
     if model.network.num_classes == 0:
         chosen["cfg_scale"] = 1.0
     elif chosen["cfg_scale"] != 1 and not model.network.null_class:
@@ -308,14 +317,10 @@ def _options(
     )
 
 
-def default_options(model: DiffusionModel) -> SamplerOptions:
-    """The model's own sampler settings."""
-    return _options(model)
-
-
-def _resolve_labels(
-    model: DiffusionModel, labels: Any, num_samples: int | None
+def resolve_labels(
+    model: DiffusionModel, labels: Any = None, num_samples: int | None = None
 ) -> Int[np.ndarray, " n"]:
+    """Labels as numbers, repeated or in turn to `num_samples`; zeros if unconditional."""
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples {num_samples} is below 1")
     count = model.network.num_classes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging as standard_logging
 import math
 import os
 import sys
@@ -22,8 +23,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mdt_jax import checkpoints, flops, images, masking, metrics, optimizers, sampling, sharding
 from mdt_jax import config as config_lib
-from mdt_jax import flops, images, masking, metrics, optimizers, sampling, sharding
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import initialize_distributed
@@ -43,7 +44,7 @@ def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
     return Trainer(
         model=model,
         diffusion=config_lib.create_diffusion(config),
-        optimizer=optimizers.create_optimizer(config.optimizer, schedule, model.frozen),
+        optimizer=optimizers.create_optimizer(dict(config.optimizer), schedule, model.frozen),
         schedule=schedule,
         mesh=mesh,
         ema_rates=tuple(config.ema_rates),
@@ -63,6 +64,7 @@ class Run:
         self.trainer = create_trainer(config, self.mesh)
         self.model = self.trainer.model
         self.counts, self.probabilities = config_lib.kept_counts(config, self.model)
+        sampling.resolve_options(sampling.DiffusionModel.from_config(config))
         self.abstract = self.trainer.abstract_state()
         self.rates = [str(rate) for rate in config.ema_rates]
 
@@ -123,16 +125,22 @@ class Run:
         """
         if store.latest_step() is None:
             return self.trainer.create_state(), {}
+        # Before any array: those of another model would not fit. Damage is `store.restore`'s.
+        with contextlib.suppress(CheckpointError):
+            self._check_settings(checkpoints.read_meta(self.workdir)[1])
         averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
         step, items, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
+        self._check_settings(meta)
+        ema = {rate: items[f"ema_{rate}"] for rate in self.rates}
+        return items["state"].replace(ema=ema), meta
+
+    def _check_settings(self, meta: dict[str, Any]) -> None:
         changed = config_lib.differences(meta["config"], config_lib.to_json(self.config))
         if changed:
             raise ValueError(
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
                 "give this one another --workdir"
             )
-        ema = {rate: items[f"ema_{rate}"] for rate in self.rates}
-        return items["state"].replace(ema=ema), meta
 
     def save(self, store: Checkpoints, state: TrainState, step: int, meta: dict) -> None:
         """Starts saving a state whose loss was seen finite; the averages are items of their own."""
@@ -183,6 +191,7 @@ class StepLog:
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
+                self._store.wait()  # the last good step may still be being written
                 last = self._store.latest_step()
                 good = "there is no checkpoint yet" if last is None else f"step {last} is saved"
                 raise NonFiniteLoss(
@@ -221,7 +230,7 @@ class GridSampler:
         self._model = sampling.DiffusionModel.from_config(c, class_names)
         shards = sharding.batch_shards(run.mesh)
         size = -(-c.sample.num_samples // shards) * shards
-        self._options = sampling.default_options(self._model)
+        self._options = sampling.resolve_options(self._model)
         self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
         self._sampler.warm_up(run.abstract.ema[run.rates[0]])
 
@@ -353,19 +362,20 @@ def dry_run(config: ConfigDict) -> str:
     run = Run(config, "")
     try:
         source = create_source(config.data)
+    except (FileNotFoundError, ValueError) as error:  # the latter without a data.path
+        data = f"not there: {error}"
+    else:
         _check_source(config, source)
         steps = len(source) / config.batch_size
         data = f"{len(source):,} examples, {steps:,.1f} steps an epoch"
-    except FileNotFoundError as error:
-        data = f"not there: {error}"
     return f"{run.describe()}\ndata           {data}"
 
 
 def main(_: list[str]) -> None:
     """The command: one clear line and exit status 1 for what a user can mend."""
-    initialize_distributed()
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
+        initialize_distributed()
+        config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
         if flags.FLAGS.dry_run:
             print(dry_run(config))
         elif not workdir:
@@ -374,16 +384,26 @@ def main(_: list[str]) -> None:
             )
         else:
             train(config, workdir)
-    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss) as error:
+    except (ValueError, OSError, CheckpointError, NonFiniteLoss) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; an unknown --config.KEY ends in one line as its other errors do."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        sys.exit(f"error: --config has no such key: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
+    # Otherwise it says at length which accelerators are not there.
+    standard_logging.getLogger("jax._src.xla_bridge").setLevel(standard_logging.WARNING)
     config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
     flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -43,7 +43,7 @@ class TrainState(struct.PyTreeNode):
     step: Any
     params: Params
     opt_state: optax.OptState
-    ema: dict[str, Params]
+    ema: Any
     loss_history: Any
 
 

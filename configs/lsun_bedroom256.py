@@ -1,0 +1,20 @@
+"""LSUN bedrooms at 256 pixels, unconditional, on latents; any model by name.
+
+    python -m mdt_jax.train --config configs/lsun_bedroom256.py:MDTv2-B/2 --workdir runs/bedroom \\
+        --config.data.path=DIR
+
+DIR holds `latents.npy` (N, 32, 32, 8: posterior mean, then standard deviation), 3,033,042 bedrooms
+encoded by the `mse` autoencoder; no labels. The recipe is ImageNet's of the same family. The MDT
+authors publish no result on this set.
+"""
+
+from configs.imagenet256 import get_config as imagenet256
+
+
+def get_config(model: str = "MDTv2-B/2"):
+    config = imagenet256(model)
+    config.model.num_classes = 0
+    config.label_dropout = 0.0
+    config.num_steps = 400_000
+    config.sample.update(cfg_scale=1.0)
+    return config
