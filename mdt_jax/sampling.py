@@ -144,8 +144,10 @@ def sample(
       progress: whether to show a progress bar.
 
     Raises:
-      ValueError: labels, sampler, steps or channels that the model does not have.
+      ValueError: labels, sampler, steps or channels that the model does not have, or no batch.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1")
     labels = resolve_labels(model, labels, num_samples)
     options = resolve_options(
         model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip

@@ -1,0 +1,220 @@
+"""Sampling: the same images however they are batched and spread, refusals, and the command."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import mdt_jax
+from mdt_jax import checkpoints, images, sampling, sharding
+from mdt_jax import config as config_lib
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("cat", "catfish", "dog", "goldfish")
+
+
+def random_params(network, seed):
+    """Parameters that no layer starts at zero, so that every input moves the output."""
+    x, zero = jnp.zeros((1, *network.image_shape)), jnp.zeros(1, jnp.int32)
+    abstract = nn.unbox(jax.eval_shape(network.init, jax.random.key(0), x, zero, zero))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), abstract)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of a tiny model at step 7, whose averages of two rates are parameters of their own."""
+    config = config_lib.default_config()
+    config.model.update(name="DiT", input_size=8, in_channels=1, num_classes=4, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    config.ema_rates = (0.9, 0.99)
+    config.sample.update(steps=20, cfg_scale=2.0, guided_channels=None, clip=True)
+    network = config_lib.create_network(config)
+    params, *averages = (random_params(network, seed) for seed in range(3))
+    path = tmp_path_factory.mktemp("run")
+    store = checkpoints.Checkpoints(path)
+    store.save(
+        7,
+        {"state": {"params": params}, "ema_0.9": averages[0], "ema_0.99": averages[1]},
+        {"config": config_lib.to_json(config), "class_names": list(NAMES)},
+    )
+    store.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return mdt_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def twelve(loaded):
+    """Samples of the classes in turn, key 3, in one batch."""
+    return mdt_jax.sample(*loaded, num_samples=12, key=3)
+
+
+def test_load_gives_the_average_asked_for(workdir, loaded):
+    model, params = loaded
+    assert (model.name, model.step, model.class_names) == ("DiT", 7, NAMES)
+    slower = mdt_jax.load(workdir, ema_rate=0.99)[1]
+    for found, item in ((params, "ema_0.9"), (slower, "ema_0.99")):
+        jax.tree.map(np.testing.assert_array_equal, found, checkpoints.restore_item(workdir, item))
+    raw = checkpoints.restore_item(workdir, "state")["params"]
+    assert not np.array_equal(raw["pos_embed"], params["pos_embed"])
+    with pytest.raises(ValueError, match=r"no average of rate 0\.5; it keeps 0\.9, 0\.99"):
+        mdt_jax.load(workdir, ema_rate=0.5)
+    with pytest.raises(checkpoints.CheckpointError, match="no checkpoint of step 6"):
+        mdt_jax.load(workdir, step=6)
+
+
+def test_samples_differ_by_sample_and_by_key(loaded, twelve):
+    assert twelve.shape == (12, 8, 8, 1) and np.isfinite(twelve).all()
+    assert len({image.tobytes() for image in twelve}) == 12
+    other = mdt_jax.sample(*loaded, num_samples=12, key=4)
+    assert np.abs(other - twelve).max(axis=(1, 2, 3)).min() > 0.1
+    same = mdt_jax.sample(*loaded, num_samples=12, key=jax.random.key(3))
+    np.testing.assert_array_equal(same, twelve)
+
+
+def test_labels_and_parameters_are_used(workdir, loaded, twelve):
+    model, _ = loaded
+    labels = np.arange(12) % 4
+    relabelled = mdt_jax.sample(*loaded, labels=(labels + 1) % 4, key=3)
+    slower = mdt_jax.sample(model, mdt_jax.load(workdir, ema_rate=0.99)[1], num_samples=12, key=3)
+    for other in (relabelled, slower):
+        assert np.abs(other - twelve).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_the_batch_size_does_not_change_samples(loaded, twelve):
+    batched = mdt_jax.sample(*loaded, num_samples=12, key=3, batch_size=8)
+    np.testing.assert_allclose(batched, twelve, atol=1e-5)
+
+
+def test_the_first_samples_do_not_depend_on_how_many_are_asked_for(loaded, twelve):
+    np.testing.assert_allclose(mdt_jax.sample(*loaded, num_samples=3, key=3), twelve[:3], atol=1e-5)
+
+
+def test_the_devices_do_not_change_samples(loaded, twelve):
+    alone = sharding.create_mesh(devices=jax.devices()[:1])
+    samples = mdt_jax.sample(*loaded, num_samples=12, key=3, mesh=alone)
+    np.testing.assert_allclose(samples, twelve, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20])
+def test_where_the_progress_bar_moves_does_not_change_a_bit(loaded, twelve, chunk, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK_STEPS", chunk)
+    np.testing.assert_array_equal(mdt_jax.sample(*loaded, num_samples=12, key=3), twelve)
+
+
+def test_ddim_is_deterministic_but_for_its_start(loaded, twelve):
+    first, second = (
+        mdt_jax.sample(*loaded, num_samples=8, key=3, sampler="ddim", steps=steps)
+        for steps in ("ddim20", "ddim20")
+    )
+    np.testing.assert_array_equal(first, second)
+    assert not np.allclose(first, twelve[:8], atol=1e-3)
+
+
+def test_labels_are_numbers_or_names(loaded):
+    model, _ = loaded
+    resolve = sampling.resolve_labels
+    assert resolve(model, [3, 0]).tolist() == [3, 0]
+    assert resolve(model, ["dog", "1"]).tolist() == [2, 1]
+    assert resolve(model, ["dog"], 3).tolist() == [2, 2, 2]
+    assert resolve(model, jnp.array([1, 2])).tolist() == [1, 2]
+    assert resolve(model, None, 6).tolist() == [0, 1, 2, 3, 0, 1]
+    assert len(resolve(model)) == 16
+
+
+REFUSED = {
+    "a class out of range": ({"labels": [4]}, "label 4 is outside 0 to 3"),
+    "a negative class": ({"labels": [-1]}, "label -1 is outside 0 to 3"),
+    "an unknown name": ({"labels": ["catfsh"]}, "'catfsh'; the nearest: catfish, "),
+    "no samples": ({"num_samples": 0}, "num_samples 0 is below 1"),
+    "a sampler": ({"sampler": "euler"}, "sampler 'euler' is unknown; known: ddpm, ddim"),
+    "too many steps": ({"steps": 2000}, "2000 of the 1000 steps"),
+    "steps that are none": ({"steps": "fast"}, "'fast'"),
+    "channels to guide": ({"guided_channels": 2}, "guided_channels 2 is outside 1 to 1; None"),
+    "a batch of none": ({"batch_size": 0}, "batch_size 0 is below 1"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_model_does_not_have_is_refused(what, loaded):
+    settings, message = REFUSED[what]
+    with pytest.raises(ValueError) as error:
+        mdt_jax.sample(*loaded, **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unconditional_model_takes_no_labels(loaded):
+    config = config_lib.default_config()
+    config.model.update(name="DiT", input_size=8, num_classes=0, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    model = sampling.DiffusionModel.from_config(config)
+    with pytest.raises(ValueError, match="the model is unconditional; it takes no labels"):
+        sampling.resolve_labels(model, [0])
+    assert sampling.resolve_labels(model, None, 3).tolist() == [0, 0, 0]
+    assert sampling.resolve_options(model, cfg_scale=4.0).cfg_scale == 1
+
+
+def test_sample_stays_a_function_when_the_command_is_imported(loaded, twelve):
+    importlib.import_module("mdt_jax.sample")
+    samples = mdt_jax.sample(*loaded, num_samples=12, key=3)
+    np.testing.assert_array_equal(samples, twelve)
+
+
+def run_command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "mdt_jax.sample", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_writes_pictures_that_say_what_made_them(workdir, loaded, tmp_path):
+    output = tmp_path / "new" / "cats"
+    done = run_command(
+        "--workdir", workdir, "--output", output, "--labels=cat,2", "--num_samples=5", "--seed=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{output}.npz", f"{output}.png"]
+    expected = mdt_jax.sample(*loaded, labels=["cat", "dog"], num_samples=5, key=3)
+    with np.load(f"{output}.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (5, 8, 8, 1)
+        # Truncation to 8 bits may turn a difference of 1e-5 into one level.
+        levels = images.to_uint8(jnp.asarray(expected)).astype(int)
+        assert np.abs(levels - arrays["arr_0"]).max() <= 1
+        assert arrays["arr_1"].tolist() == [0, 2, 0, 2, 0]
+        assert json.loads(str(arrays["metadata"])) == images.read_metadata(f"{output}.npz")
+    for suffix in (".npz", ".png"):
+        said = images.read_metadata(f"{output}{suffix}")
+        assert "synthetic" in said["Content"]
+        found = {key: said[key] for key in ("model", "step", "seed", "labels", "cfg_scale")}
+        assert found == {
+            "model": "DiT",
+            "step": "7",
+            "seed": "3",
+            "labels": "0,2,0,2,0",
+            "cfg_scale": "2.0",
+        }
+
+
+def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
+    done = run_command("--workdir", tmp_path / "nothing", "--output", tmp_path / "samples")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "no checkpoint in" in line and str(tmp_path / "nothing") in line
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,514 @@
+"""The training command: it survives being killed, compiles once, and refuses what cannot work."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax import checkpoints, distributed, images, metrics, train
+from mdt_jax.config import default_config, to_json
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [sys.executable, "-m", "mdt_jax.train"]
+# `python -m mdt_jax.train` that kills itself SECONDS after the COUNT-th call of MODULE:CLASS.METHOD
+# began, or returned.
+KILLED_TRAIN = """
+import importlib, os, runpy, signal, sys, threading
+module, name, when, count, seconds = sys.argv[1:6]
+owner_name, name = name.split(".")
+owner = getattr(importlib.import_module(module), owner_name)
+original, calls = getattr(owner, name), []
+
+def kill_soon():
+    calls.append(name)
+    if len(calls) == int(count):
+        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        threading.Timer(float(seconds), kill).start() if float(seconds) else kill()
+
+def wrapped(*args, **kwargs):
+    if when == "began":
+        kill_soon()
+    result = original(*args, **kwargs)
+    if when == "returned":
+        kill_soon()
+    return result
+
+setattr(owner, name, wrapped)
+del sys.argv[1:6]
+runpy.run_module("mdt_jax.train", run_name="__main__", alter_sys=True)
+"""
+CONFIG = """
+from mdt_jax.config import apply_recipe, default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(name="MDT", input_size=8, in_channels=1, num_classes=4, patch_size=4)
+    config.model.update(hidden_size=8, depth=2, num_heads=2, decoder_depth=1)
+    apply_recipe(config)
+    config.data.update(name="npy", path={data!r})
+    config.num_steps, config.batch_size = 20, 8
+    config.sample.update(every=0, guided_channels=None)
+    return config
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA without its expensive passes, which the tiny models here do not repay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the commands
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """A config file of a model of 4 tokens, and its data: 20 images of noise."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    np.save(folder / "images.npy", rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8))
+    np.save(folder / "labels.npy", np.arange(20) % 4)
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(data=str(folder)))
+    return path
+
+
+def run_command(command, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def sealed_steps(workdir):
+    return sorted(int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json"))
+
+
+def bits(workdir, items):
+    """Every array of a run's newest checkpoint, by path."""
+    trees = {name: checkpoints.restore_item(workdir, name) for name in items}
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in leaves}
+
+
+def logged(workdir):
+    """The lines of metrics.jsonl, without what the clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds_per_step", "images_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_config, tmp_path):
+    # Windows of 3 steps between log lines, so that checkpoints fall inside them.
+    flags = ["--config", tiny_config, "--config.log_every=3", "--config.checkpoint_every=5"]
+    flags += ["--config.optimizer.name=adan", "--config.ema_rates=(0.9, 0.99)"]
+    flags += ["--config.diffusion.timestep_sampler=loss_second_moment", "--config.mesh.fsdp=2"]
+    # Few timesteps, so that the losses seen decide which are drawn before the run ends.
+    flags += ["--config.diffusion.schedule=squared_cosine", "--config.diffusion.num_timesteps=4"]
+    flags += ["--config.sample.steps=4"]
+    flags += ["--config.schedule.name=cosine", "--config.optimizer.learning_rate=1e-2"]
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        # Restarts are fast, and the killed run's programs are the other's.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = run_command([*TRAIN, *flags, "--workdir", whole], **environment)
+    assert reference.returncode == 0, reference.stderr
+
+    def kill(method, when, count, seconds):
+        """Starts the run, kills it, and returns its newest checkpoint."""
+        driver = [sys.executable, "-c", KILLED_TRAIN, *method.split(":"), when, count, seconds]
+        done = run_command([*driver, *flags, "--workdir", killed], **environment)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        return max(sealed_steps(killed), default=None)
+
+    rng = random.Random()
+    save, restore = (f"mdt_jax.checkpoints:Checkpoints.{name}" for name in ("save", "restore"))
+    moments = [  # and what may be the newest checkpoint after each
+        (("mdt_jax.metrics:Window.add", "began", rng.randint(1, 4), 0), [None]),
+        ((save, "returned", 2, rng.uniform(0, 0.02)), [5]),  # the second is being written
+        ((restore, "began", 1, rng.uniform(0, 0.02)), [5]),
+    ]
+    for moment, newest in moments:
+        assert kill(*moment) in newest, moments
+
+    last = run_command([*TRAIN, *flags, "--workdir", killed], **environment)
+    assert last.returncode == 0, last.stderr
+    assert logged(killed) == logged(whole), moments
+    assert [line["step"] for line in logged(whole)] == [3, 6, 9, 12, 15, 18, 20]
+    items = ["state", "ema_0.9", "ema_0.99"]
+    expected, found = bits(whole, items), bits(killed, items)
+    different = [name for name in expected if expected[name] != found[name]]
+    assert expected.keys() == found.keys() and not different, moments
+    assert any("loss_history" in name for name in expected)
+
+
+def load_config(path):
+    """What `--config PATH` gives, or `--config PATH:ARGUMENT`."""
+    path, *argument = str(path).split(":")
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def changed(config, **settings):
+    """A copy of a config with other settings, "model__depth" for model.depth."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
+    return copy
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """A run of 12 steps in this process, with two counts of kept tokens and two grids of samples.
+
+    Its attributes: config, workdir; steps, what `Run.compile_steps` gave; compiled, what was being
+    compiled after the first step.
+    """
+    config = changed(load_config(tiny_config), model__patch_size=2, masking__ratio_span=0.06)
+    config.num_steps, config.log_every, config.checkpoint_every = 12, 4, 4
+    config.sample.update(every=6, steps=2, num_samples=8)
+    workdir, steps = tmp_path_factory.mktemp("finished"), {}
+    compile_steps = train.Run.compile_steps
+
+    def keep_steps(run):
+        steps.update(compile_steps(run))
+        return steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "compile_steps", keep_steps)
+        compiled = compiled_after_first_step(patch, config, workdir)
+    return types.SimpleNamespace(config=config, workdir=workdir, steps=steps, compiled=compiled)
+
+
+def compiled_after_first_step(patch, config, workdir):
+    """Trains, and returns what was compiled when the first step had been handed over."""
+    heard, first_step = [], []
+    add = train.StepLog.add
+
+    def mark(log, step, values):
+        first_step.append(step)
+        add(log, step, values)
+
+    def listen(event, duration, fun_name="?", **_):
+        if first_step and "backend_compile" in event:
+            heard.append(fun_name)
+
+    patch.setattr(train.StepLog, "add", mark)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.train(config, workdir)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return heard
+
+
+def test_nothing_compiles_after_the_first_step(finished):
+    assert len(finished.steps) == 2
+    run = train.Run(finished.config, "")
+    assert {run.kept(step) for step in range(12)} == set(finished.steps)  # both were used
+    assert finished.compiled == []
+
+
+def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path, monkeypatch):
+    def compile_only_first(run):
+        first, second = run.counts
+        return {first: finished.steps[first], second: run.trainer.jit_step(second)}
+
+    def warm_up_when_used(sampler, params):
+        if isinstance(params["pos_embed"], jax.Array):
+            warm_up(sampler, params)
+
+    warm_up = train.sampling.CompiledSampler.warm_up
+    monkeypatch.setattr(train.Run, "compile_steps", compile_only_first)
+    monkeypatch.setattr(train.sampling.CompiledSampler, "warm_up", warm_up_when_used)
+    config = changed(finished.config, num_steps=6)
+    run = train.Run(config, "")
+    assert run.kept(0) == run.counts[0] and run.counts[1] in map(run.kept, range(6))
+    heard = compiled_after_first_step(monkeypatch, config, tmp_path)
+    assert len(heard) >= 2, heard  # the step of the other count, and the sampler
+
+
+def test_metrics_hold_the_losses_and_the_speed(finished):
+    lines = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    quartiles = [f"{name}_loss_q{q}" for name in ("full", "masked") for q in range(4)]
+    promised = ["loss", "full_loss", "masked_loss", *quartiles, "grad_norm", "learning_rate"]
+    promised += ["seconds_per_step", "images_per_second"]
+    for line in lines:
+        assert set(promised) <= line.keys()
+        assert line["loss"] == pytest.approx(line["full_loss"] + line["masked_loss"], rel=1e-5)
+        speed = finished.config.batch_size / line["seconds_per_step"]
+        assert line["images_per_second"] == pytest.approx(speed)
+        assert "mfu" not in line  # of a CPU no peak is known
+    events = list((finished.workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert events and b"masked_loss" in events[0].read_bytes()
+
+
+def test_grids_say_what_made_them(finished):
+    grids = sorted((finished.workdir / "samples").iterdir())
+    assert [path.name for path in grids] == ["00000006.png", "00000012.png"]
+    said = images.read_metadata(grids[-1])
+    assert "synthetic" in said["Content"]
+    assert said["step"] == "12" and said["labels"] == "0,1,2,3,0,1,2,3"
+
+
+def files(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
+    before = files(finished.workdir)
+    with caplog.at_level("INFO"):
+        state = train.train(finished.config, finished.workdir)
+    assert int(state.step) == 12
+    assert f"{finished.workdir} is trained already: step 12 of 12" in caplog.text
+    assert files(finished.workdir) == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "longer")
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run: finished.steps)
+    state = train.train(changed(finished.config, num_steps=15, sample__every=0), workdir)
+    assert int(state.step) == 15
+    before, after = logged(finished.workdir), logged(workdir)
+    assert after[:3] == before and [line["step"] for line in after[3:]] == [15]
+    step, meta = checkpoints.read_meta(workdir)
+    assert step == 15 and meta["position"] == 15 * finished.config.batch_size
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch):
+    """Poison at step 6: checkpoints are due at 4 and 8; the loss of 6 is seen one step late."""
+
+    def poisoned(step_fn):
+        def step(state, batch):
+            nan = np.nan if int(state.step) == 5 else 1.0
+            return step_fn(state, batch | {"image": batch["image"] * np.float32(nan)})
+
+        return step
+
+    steps = {count: poisoned(step) for count, step in finished.steps.items()}
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run: steps)
+    config = changed(finished.config, sample__every=0)
+    with pytest.raises(train.NonFiniteLoss) as error:
+        train.train(config, tmp_path)
+    assert "loss is nan at step 6; step 4 is saved" in str(error.value)
+    assert sealed_steps(tmp_path) == [4]
+
+    # A checkpoint due at the very step whose loss is not finite is not written either.
+    with pytest.raises(train.NonFiniteLoss, match="at step 6; step 4 is saved"):
+        train.train(changed(config, checkpoint_every=2), tmp_path)
+    assert sealed_steps(tmp_path) == [4]
+
+
+def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
+    def diverged(state, batch):
+        state, values = finished.steps[train.Run(finished.config, "").kept(0)](state, batch)
+        return state, values | {"grad_norm": np.float32(np.inf)}
+
+    steps = dict.fromkeys(finished.steps, diverged)
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run: steps)
+    with pytest.raises(SystemExit, match="^error: grad_norm is inf at step 1; there is no checkpo"):
+        command(monkeypatch, changed(finished.config, sample__every=0), tmp_path)
+
+
+KEPT = {  # tokens: (input_size, patch_size)
+    16: (8, 2),
+    256: (32, 2),
+}
+
+
+@pytest.mark.parametrize("tokens", KEPT)
+def test_a_run_draws_the_references_numbers_of_kept_tokens(tiny_config, tokens):
+    size, patch = KEPT[tokens]
+    config = changed(load_config(tiny_config), model__input_size=size, model__patch_size=patch)
+    run = train.Run(changed(config, masking__ratio_span=0.2), "")
+    drawn = np.array([run.kept(step) for step in range(10_000)])
+    for count, p in zip(run.counts, run.probabilities, strict=True):
+        sigma = np.sqrt(p * (1 - p) / len(drawn))
+        assert abs(np.mean(drawn == count) - p) < 4 * sigma, count
+    assert set(drawn) <= set(run.counts)
+    ratios = np.random.default_rng(0).uniform(0.3, 0.5, 100_000)
+    reference = np.floor(tokens * (1 - ratios)).mean()
+    assert drawn.mean() == pytest.approx(reference, rel=0.01)
+
+
+REFUSED = {
+    "a batch that the mesh cuts": ({"batch_size": 12}, r"batch_size 12 .*; 8 or 16 would be"),
+    "a patch that does not fit": ({"model__patch_size": 3}, r"patch_size 3|input_size 8"),
+    "heads cut by tensor": ({"mesh__tensor": 4}, r"mesh.tensor 4 .* 2 heads; 1, 2 would"),
+    "an optimizer": ({"optimizer__name": "lion"}, r"optimizer.name 'lion' .*adamw, adam, adan"),
+    "a schedule": ({"schedule__name": "sine"}, r"schedule.name 'sine' .*constant, linear"),
+    "a noise schedule": ({"diffusion__schedule": "sine"}, r"schedule 'sine' .*known: linear"),
+    "a timestep sampler": (
+        {"diffusion__timestep_sampler": "sobol"},
+        r"timestep sampler 'sobol' .*uniform",
+    ),
+    "a sampler": ({"sample__sampler": "euler"}, r"sample.sampler 'euler' .*ddpm, ddim"),
+    "a dtype": ({"model__dtype": "float8"}, r"model.dtype 'float8' .*bfloat16, float32"),
+    "a model": ({"model__name": "MTD"}, r"unknown model 'MTD'; the nearest: .*MDT"),
+    "a long warm-up": ({"schedule__warmup_steps": 20}, r"warmup_steps 20 .* the run's 20"),
+    "more classes": ({"model__num_classes": 3}, r"4 classes, model.num_classes is 3"),
+    "other images": ({"model__in_channels": 3}, r"\(8, 8, 1\), the model takes \(8, 8, 3\)"),
+    "no steps": ({"num_steps": 0}, r"num_steps 0 is below 1"),
+    "channels to guide": ({"sample__guided_channels": 3}, r"guided_channels 3 .*None guides all"),
+    "sampling steps": ({"sample__steps": 2000}, r"2000"),
+    "no averages": ({"ema_rates": ()}, r"ema_rates is empty"),
+    "no mask ratio": ({"masking__ratio": 0.95}, r"masking.ratio 0.95|keeps none of 4 tokens"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_written(what, tiny_config, tmp_path):
+    settings, message = REFUSED[what]
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=message) as error:
+        train.train(changed(load_config(tiny_config), **settings), workdir)
+    assert "\n" not in str(error.value)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 1}, "seed: 0, now 1"),
+        ({"model__depth": 4}, "model.depth: 2, now 4"),
+        ({"ema_rates": (0.9999, 0.99)}, "ema_rates: [0.9999], now [0.9999, 0.99]"),
+        ({"data__flip": False}, "data.flip: True, now False"),
+    ],
+)
+def test_the_workdir_of_another_run_is_refused(settings, message, finished):
+    before = files(finished.workdir)
+    with pytest.raises(ValueError, match="another --workdir") as error:
+        train.train(changed(finished.config, **settings), finished.workdir)
+    assert message in str(error.value) and str(finished.workdir) in str(error.value)
+    assert files(finished.workdir) == before
+
+
+def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
+    flags = ["--config", tiny_config, "--workdir", tmp_path / "run", "--config.batchsize=3"]
+    done = run_command([*TRAIN, *flags])
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "batchsize" in done.stderr and "batch_size" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def command(monkeypatch, config, workdir=None, dry_run=False):
+    """The command's main, with its flags parsed."""
+    parsed = types.SimpleNamespace(config=config, workdir=workdir, dry_run=dry_run)
+    monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=parsed))
+    train.main([])
+
+
+def test_the_command_wants_a_workdir(tiny_config):
+    done = run_command([*TRAIN, "--config", tiny_config])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --workdir is missing")
+
+
+def test_a_dry_run_shows_the_run_and_touches_nothing(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, load_config(tiny_config), tmp_path / "run", dry_run=True)
+    shown = capsys.readouterr().out
+    for part in ("trainable parameters", "MiB a device", "20 examples, 2.5 steps an epoch"):
+        assert part in shown
+    assert not list(tmp_path.iterdir())
+
+
+CONFIGS = {  # and its trainable parameters
+    "digits.py": None,
+    "ffhq256.py": None,
+    "imagenet256.py:MDTv2-XL/2": 742_263_904,
+    "imagenet256_step_decay.py": 742_263_904,
+    "lsun_bedroom256.py": None,
+}
+
+
+def test_every_config_is_tested():
+    assert {name.split(":")[0] for name in CONFIGS} == {p.name for p in ROOT.glob("configs/*.py")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    config = load_config(f"configs/{name}")
+    assert to_json(config).keys() == to_json(default_config()).keys()
+    command(monkeypatch, config, dry_run=True)
+    shown = capsys.readouterr().out
+    if CONFIGS[name]:
+        assert f"{CONFIGS[name]:,} trainable parameters" in shown
+    if config.data.name == "npy":
+        assert "not there" in shown and "data.path" in shown
+    path = f"configs/{name.split(':')[0]}"
+    assert f"python -m mdt_jax.train --config {path}" in (ROOT / path).read_text()
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda device_kind, dtype: 1e12)
+    run = train.Run(finished.config, tmp_path)
+    log = train.StepLog(run, 3, metrics.Window(), checkpoints.Checkpoints(tmp_path))
+    log.add(4, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
+    log.settle()
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    expected = run.step_flops() / line["seconds_per_step"] / (run.mesh.size * 1e12)
+    assert line["mfu"] == pytest.approx(expected)
+
+
+COORDINATES = {
+    "JAX_COORDINATOR_ADDRESS": "host:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "0",
+}
+EXPLICIT = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 0}
+ENVIRONMENTS = {
+    "a workstation": ({}, None),
+    "SLURM, one task": ({"SLURM_NTASKS": "1"}, None),
+    "SLURM": ({"SLURM_NTASKS": "8"}, {}),
+    "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+    "a TPU slice of one host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    "a TPU slice": ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, {}),
+    "several TPU slices": ({"MEGASCALE_COORDINATOR_ADDRESS": "host0"}, {}),
+    "JAX's own variables": (COORDINATES, EXPLICIT),
+    "JAX's own, one process": (COORDINATES | {"JAX_NUM_PROCESSES": "1"}, None),
+    "empty variables": ({"SLURM_NTASKS": "", "TPU_WORKER_HOSTNAMES": ""}, None),
+}
+
+
+@pytest.mark.parametrize("where", ENVIRONMENTS)
+def test_processes_are_joined_where_there_are_several(where, monkeypatch):
+    environment, expected = ENVIRONMENTS[where]
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
+    distributed.initialize_distributed(environment)
+    joined = [] if expected is None else [{**expected, "heartbeat_timeout_seconds": 30}]
+    assert calls == joined
+    assert distributed.is_cluster(environment) == bool(joined)
+
+
+@pytest.mark.parametrize("missing", ["JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"])
+def test_half_a_cluster_is_refused(missing):
+    environment = {k: v for k, v in COORDINATES.items() if k != missing}
+    with pytest.raises(ValueError, match=f"JAX_NUM_PROCESSES is set, {missing} is not"):
+        distributed.initialize_distributed(environment)
