@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +17,11 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mdt_jax.models import layers
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 RULES = (
-    # Activations.
-    ("batch", BATCH_AXES),
-    # Parameters.
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
@@ -113,11 +113,20 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
         )
 
 
+def constrain_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
+    """Shards an array inside a jitted function by its batch axis, the others whole."""
+    spec = PartitionSpec(*(None,) * axis, BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 @contextlib.contextmanager
 def activations(mesh: Mesh) -> Iterator[None]:
     """Puts the models' activation constraints into force; for the body of a jitted function."""
-    with mesh, nn.logical_axis_rules(RULES):
+    token = layers.activation_constraint.set(partial(constrain_batch, mesh))
+    try:
         yield
+    finally:
+        layers.activation_constraint.reset(token)
 
 
 def bytes_per_device(abstract: Any) -> int:

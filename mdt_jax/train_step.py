@@ -165,6 +165,7 @@ class Trainer:
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
+            draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
             t, weights = timesteps.draw(
                 state.loss_history, self.diffusion.num_steps, draws.timestep
             )
@@ -186,7 +187,7 @@ class Trainer:
                 ),
             )
             metrics = _summarize(losses, t, weights, self.diffusion.num_steps)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = optax.tree.norm(grads)
             metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
             return new_state, metrics
 
@@ -230,7 +231,7 @@ class Trainer:
         # Microbatch k takes every n-th sample from k on: each device's samples stay on it.
         def split(x: Array) -> Array:
             x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
+            return sharding.constrain_batch(self.mesh, x, axis=1)
 
         def accumulate(total: Params, micro: Any) -> tuple[Params, Any]:
             grads, losses = gradient(params, micro, num_kept)

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax import sharding
 from mdt_jax.convert.transformers import from_torch
+from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.models import LatentTransformer, create_model
+from mdt_jax.optimizers import create_optimizer, create_schedule
+from mdt_jax.train_step import Trainer, TrainState
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}
@@ -73,3 +77,46 @@ def relative_error(a: Any, b: Any) -> float:
     """‖a − b‖ / ‖b‖ in float64."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+# How the authors trained each fixture.
+RECIPES = {
+    "mdt_v1": {"name": "adamw", "learning_rate": 1e-4, "clip_norm": None},
+    "mdt_v2": {"name": "adan", "learning_rate": 3e-4, "clip_norm": 1.0},
+    "dit": {"name": "adamw", "learning_rate": 1e-4, "clip_norm": None},
+}
+
+
+def make_trainer(name, mesh=None, model=None, **overrides):
+    """A trainer with a fixture's model and recipe, on one device by default."""
+    r = reference(name)
+    recipe = RECIPES[name] | {"weight_decay": 0.0, "betas": None, "eps": 1e-8}
+    schedule = create_schedule("constant", recipe["learning_rate"], 10)
+    model = model or r.model()
+    return Trainer(
+        **{
+            "model": model,
+            "diffusion": GaussianDiffusion(
+                NoiseSchedule.create(), min_snr=5.0 if name == "mdt_v2" else None
+            ),
+            "optimizer": create_optimizer(recipe, schedule, model.frozen),
+            "schedule": schedule,
+            "mesh": mesh or sharding.create_mesh(devices=jax.devices()[:1]),
+            "label_dropout": 0.1,
+            **overrides,
+        }
+    )
+
+
+def start(trainer, params):
+    """The state at step 0 with given parameters, in the trainer's shards."""
+    fresh = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=trainer.optimizer.init(params),
+        ema={str(rate): params for rate in trainer.ema_rates},
+        loss_history=None,
+    )
+    return jax.tree.map(
+        lambda x, like: jax.device_put(np.array(x), like.sharding), fresh, trainer.abstract_state()
+    )

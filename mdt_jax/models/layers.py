@@ -6,6 +6,7 @@ Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +92,16 @@ def modulate(
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+# Lays activations out over devices, by their batch axis; `mdt_jax.sharding` puts it in force, so
+# that the models need not know of meshes.
+activation_constraint: ContextVar[Callable[[Array], Array]] = ContextVar(
+    "activation_constraint", default=lambda x: x
+)
+
+
 def constrain_activations(x: Array) -> Array:
-    """Shards (batch, tokens, width) activations by batch alone; a no-op without a mesh."""
-    return nn.with_logical_constraint(x, ("batch", None, None))
+    """Shards (batch, tokens, width) activations by batch alone, where a mesh is in force."""
+    return activation_constraint.get()(x)
 
 
 class PatchEmbed(nn.Module):

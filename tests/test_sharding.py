@@ -1,0 +1,182 @@
+"""One model, however it is spread: every mesh trains it alike, or is refused."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fixtures import make_trainer, reference, start
+from flax import linen as nn
+
+from mdt_jax import sharding
+from mdt_jax.train_step import Trainer
+
+NUM_STEPS, BATCH = 5, 16
+
+
+def randomised(model):
+    """Parameters with every tensor random: zero gates and last layers hide every error."""
+    x, zero = jnp.zeros((1, *model.image_shape)), jnp.zeros(1, jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, zero, zero)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.1), jnp.float32), nn.unbox(shapes)
+    )
+
+
+def run(mesh_shape, fault=None, **settings):
+    """Losses and per-tensor gradient norms of five steps on a mesh of that shape."""
+    devices = jax.devices()[: int(np.prod(mesh_shape))]
+    mesh = sharding.create_mesh(*mesh_shape, devices=devices)
+    model = reference("mdt_v2").model(scan_unroll=settings.pop("scan_unroll", 1))
+    trainer = make_trainer("mdt_v2", mesh=mesh, model=model, **settings)
+    seen = []
+
+    # Plain descent, whose "state" is the norm of each tensor's gradient.
+    def record(grads, norms, params=None):
+        norms = [jnp.linalg.norm(g) for g in jax.tree.leaves(grads)]
+        return jax.tree.map(lambda g: -1e-2 * g, grads), norms
+
+    probe = optax.GradientTransformation(
+        lambda params: [jnp.zeros(())] * len(jax.tree.leaves(params)), record
+    )
+    trainer = dataclasses.replace(trainer, optimizer=probe)
+    if fault:
+        trainer = fault(trainer)
+    state = start(trainer, randomised(model))
+    step = trainer.jit_step(9)
+    rng = np.random.default_rng(1)
+    for _ in range(NUM_STEPS):
+        batch = {
+            "image": rng.normal(size=(BATCH, 8, 8, 4)).astype(np.float32),
+            "label": rng.integers(0, 10, BATCH).astype(np.int32),
+        }
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        state, metrics = step(state, batch)
+        norms = {f"tensor {i}": norm for i, norm in enumerate(state.opt_state)}
+        seen.append({"loss": metrics["loss"], **norms})
+    return jax.tree.map(lambda *xs: np.array(xs, np.float64), *seen)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """One device, replicated, scanned, no accumulation: what every other way must equal."""
+    # Compiling is nearly all that these runs take, and this takes a third off.
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield run((1, 1, 1))
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def largest_difference(a, b):
+    scale = max(np.abs(v).max() for k, v in b.items() if k != "loss")
+
+    def difference(k):
+        # A gradient that is zero in exact arithmetic is rounding noise beside the others.
+        floor = 1e-6 * scale if k != "loss" else 0.0
+        return np.max(np.abs(a[k] - b[k]) / np.maximum(np.abs(b[k]), floor))
+
+    return max(difference(k) for k in b)
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "settings"),
+    [
+        ((1, 1, 1), {"scan_unroll": 2, "accumulation_steps": 2}),
+        ((2, 1, 1), {"accumulation_steps": 4}),
+        ((4, 1, 1), {}),
+        ((8, 1, 1), {}),
+        ((1, 8, 1), {}),
+        ((1, 4, 1), {"scan_unroll": 2}),
+        ((1, 1, 4), {}),
+        ((2, 2, 2), {"accumulation_steps": 2}),
+    ],
+)
+def test_every_mesh_trains_the_same_model(single, mesh_shape, settings):
+    assert largest_difference(run(mesh_shape, **settings), single) < 1e-5
+
+
+class MissingShard(Trainer):
+    """Leaves the samples of one shard of eight out of the gradient."""
+
+    def loss(self, params, samples, num_kept):
+        images, labels, t, weights, draws = samples
+        weights = weights.at[-BATCH // 8 :].set(0.0)
+        return super().loss(params, (images, labels, t, weights, draws), num_kept)
+
+
+class NoBias(Trainer):
+    """Runs the model with its relative-position bias dropped."""
+
+    def loss(self, params, samples, num_kept):
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, p: 0 * p if "relative_bias" in jax.tree_util.keystr(path) else p, params
+        )
+        return super().loss(params, samples, num_kept)
+
+
+@pytest.mark.parametrize("broken", [MissingShard, NoBias])
+def test_a_fault_of_one_mesh_is_seen(single, broken):
+    def fault(trainer):
+        fields = {f.name: getattr(trainer, f.name) for f in dataclasses.fields(trainer)}
+        return broken(**fields)
+
+    assert largest_difference(run((8, 1, 1), fault=fault), single) > 1e-3
+
+
+def test_parameters_and_moments_are_really_sharded():
+    mesh = sharding.create_mesh(1, 4, 2)
+    abstract = make_trainer("mdt_v2", mesh=mesh).abstract_state()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert sharding.bytes_per_device(abstract) < whole / 5
+    qkv = abstract.opt_state[1].m["in_blocks"]["layers"]["attn"]["qkv"]["kernel"]
+    assert tuple(qkv.sharding.spec) == (None, "fsdp", None, "tensor", None)
+
+
+def test_activations_are_constrained_to_the_batch_in_every_block():
+    """Without constraints XLA is free to gather the batch and cut activations by their width."""
+    trainer = make_trainer("mdt_v2", mesh=sharding.create_mesh(2, 2, 2))
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 8, 8, 4), jnp.float32),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    lowered = trainer.jit_step(9).lower(trainer.abstract_state(), batch).as_text()
+    tokens = re.findall(
+        r'sharding_constraint.*\[\{"data", "fsdp"\}, \{\}, \{\}\].*tensor<8x(16|9)x32', lowered
+    )
+    # Full pass: in, out and decoder stacks. Masked pass: those, and around the side-interpolator.
+    assert tokens.count("9") >= 2 and tokens.count("16") >= 6
+
+
+# ---- Meshes that cannot work -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 1, 1), "data 3 .* does not fit 8 devices.*1, 2, 4, 8"),
+        ((-1, -1, 1), "mesh.data and mesh.fsdp are both -1"),
+        ((0, 1, 1), "mesh.data 0"),
+        ((2, 2, 1), "must be 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.create_mesh(*shape)
+
+
+def test_a_tensor_axis_that_cuts_a_head_is_refused():
+    with pytest.raises(
+        ValueError, match="mesh.tensor 8 does not divide the model's 4 heads; 1, 2, 4"
+    ):
+        sharding.check_heads(sharding.create_mesh(1, 1, 8), 4)
+
+
+def test_an_axis_that_does_not_divide_a_parameter_is_named():
+    model = reference("mdt_v2").model(hidden_size=36, num_heads=4)
+    trainer = make_trainer("mdt_v2", mesh=sharding.create_mesh(1, 8, 1), model=model)
+    with pytest.raises(ValueError, match=r"mesh.fsdp 8 does not divide an axis of 36 of .*"):
+        trainer.abstract_state()
