@@ -99,8 +99,10 @@ def default_config() -> ConfigDict:
     config.sample.sampler = "ddpm"
     config.sample.steps = 250
     config.sample.cfg_scale = 3.8
-    config.sample.cfg_power = 4.0  # of the power-cosine scale; None: constant
-    config.sample.guided_channels = 3  # of the mean's; None: all
+    config.sample.cfg_power = number()  # of the power-cosine scale; None: constant
+    config.sample.cfg_power = 4.0
+    config.sample.guided_channels = integer()  # of the mean's; None: all
+    config.sample.guided_channels = 3
     config.sample.clip = False  # x̂0 to [−1, 1]: for images, not latents
     return config
 
@@ -131,7 +133,10 @@ def create_network(config: ConfigDict) -> LatentTransformer:
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {dtype!r} is unknown; known: auto, bfloat16, float32")
     learned = config.diffusion.variance == "learned_range"
-    return create_model(name, **settings, dtype=jnp.dtype(dtype), learn_variance=learned)
+    # Without label dropout a null class would be an untrained one.
+    null = config.label_dropout > 0
+    dtype = jnp.dtype(dtype)
+    return create_model(name, **settings, dtype=dtype, learn_variance=learned, null_class=null)
 
 
 def create_diffusion(config: ConfigDict) -> GaussianDiffusion:
@@ -174,6 +179,13 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
                 "keep_last"):  # fmt: skip
         if config[key] < 1:
             raise ValueError(f"{key} {config[key]} is below 1")
+    at_least = {"seed": 0, "data.read_ahead": 1, "data.num_workers": 0, "sample.num_samples": 1,
+                "sample.every": 0, "keep_every": 1}  # fmt: skip
+    for key, least in at_least.items():
+        section, _, name = key.rpartition(".")
+        value = (config[section] if section else config)[name]
+        if value is not None and value < least:
+            raise ValueError(f"{key} {value} is below {least}")
     if not config.ema_rates:
         raise ValueError("ema_rates is empty; sampling uses the first of them, such as 0.9999")
     for rate in config.ema_rates:

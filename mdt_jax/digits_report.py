@@ -10,6 +10,7 @@ class means and one that repeats its training scans each miss a different requir
 import argparse
 import dataclasses
 import math
+import sys
 
 import numpy as np
 from absl import app
@@ -167,10 +168,21 @@ def main(args: argparse.Namespace) -> int:
     # Here and not above, so that `report` can be used on arrays without JAX starting up.
     import jax
 
+    from mdt_jax.checkpoints import CheckpointError
+    from mdt_jax.distributed import initialize_distributed
     from mdt_jax.images import to_uint8
     from mdt_jax.sampling import load, sample
 
-    model, params = load(args.workdir)
+    initialize_distributed()
+    try:
+        model, params = load(args.workdir)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if model.network.image_shape != (8, 8, 1) or model.network.num_classes != 10:
+        shape, classes = model.network.image_shape, model.network.num_classes
+        print(f"error: {args.workdir}: {classes} classes of {shape} are no digits", file=sys.stderr)
+        return 1
     labels = np.repeat(np.arange(10), args.per_class)
     guided, plain = (
         to_uint8(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ def is_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
-    """Calls `jax.distributed.initialize` where there is a cluster; must precede any use of JAX.
+    """Calls `jax.distributed.initialize` where there is a cluster; every command's first call.
 
     SLURM, Open MPI and TPU slices are recognised by JAX itself. Elsewhere JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
@@ -30,6 +31,8 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
       ValueError: JAX_NUM_PROCESSES without the two others.
     """
+    # At absl's INFO level it would tell at length which accelerators are not there.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     if not is_cluster(environment):
         return
     explicit = {}

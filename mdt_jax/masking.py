@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -15,9 +17,10 @@ def kept_counts(
     The reference keeps int(N·(1 − r)), r fixed (MDT) or uniform on [mask_ratio, mask_ratio +
     ratio_span) (MDTv2, span 0.2). A count is a compile-time constant, so for large N the draw is
     over four evenly spaced multiples of 16 in that range (N = 256: 128, 144, 160, 176), equally
-    likely, which fused attention and the TPU's tiles want. Between 128 and 255 tokens the range
-    holds no four multiples of 16: there multiples of 8 take the probability of the counts nearest
-    to them. Smaller N uses every count with the reference's own probability.
+    likely, which fused attention and the TPU's tiles want. Where that would move the mean by more
+    than 1%, each takes the probability of the counts nearest to it; where the range holds fewer
+    than three of them, multiples of 8 do. Below 128 tokens, or over a narrow range, every count is
+    used, with the reference's own probability.
 
     Raises:
       ValueError: a ratio outside [0, 1) or one that keeps no token.
@@ -33,19 +36,20 @@ def kept_counts(
         low, high = num_tokens * (1 - mask_ratio - ratio_span), num_tokens * (1 - mask_ratio)
         # Guards against 0.3 + 0.2 falling on either side of a whole number.
         low, high = round(low, 6), round(high, 6)
-        if num_tokens >= 256:
-            multiples = np.arange(-(-low // 16), high // 16 + 1) * 16
-            chosen = np.round(np.linspace(0, len(multiples) - 1, min(4, len(multiples)))).astype(
-                int
-            )
-            counts, weights = multiples[chosen].tolist(), [1.0] * len(chosen)
-        else:
-            step = 8 if num_tokens >= 128 else 1
-            counts = list(np.arange(-(-int(low) // step), int(high) // step + 1) * step)
-            edges = [
-                (a + b) / 2 if step > 1 else b for a, b in zip(counts, counts[1:], strict=False)
-            ]
-            weights = np.diff([low, *edges, high]).tolist()
+        mean = (low + high - 1) / 2  # of the reference's counts
+        for step, enough in ((16, 3), (8, 2), (1, 1)):
+            multiples = np.arange(-(-int(low) // step), int(high) // step + 1) * step
+            if (num_tokens >= 128 or step == 1) and len(multiples) >= enough:
+                break
+        if step > 1:
+            few = np.linspace(0, len(multiples) - 1, min(4, len(multiples)))
+            multiples = multiples[np.round(few).astype(int)]
+        counts = multiples.tolist()
+        weights = [1.0] * len(counts)
+        if step == 1 or abs(np.mean(counts) / mean - 1) > 0.01:
+            # A count stands for the reference's from halfway to its neighbours on.
+            between = [(a + b) / 2 if step > 1 else b for a, b in pairwise(counts)]
+            weights = np.diff([low, *between, high]).tolist()
     if min(counts) < 1:
         raise ValueError(
             f"a mask ratio up to {mask_ratio + ratio_span} keeps none of {num_tokens} tokens"

@@ -133,19 +133,18 @@ def create_optimizer(
     if len(betas) != len(default_betas):
         raise ValueError(f"optimizer.betas {betas}: {name} takes {len(default_betas)}")
 
+    # Always the same parts, idle ones too: clipping or decay can be turned on for a saved run.
     if name == "adan":
         transform = adan(schedule, betas=betas, eps=settings["eps"], weight_decay=decay)
     else:
+        l2 = optax.add_decayed_weights(decay if name == "adam" else 0.0)  # a term of the gradient
+        decoupled = optax.add_decayed_weights(decay if name == "adamw" else 0.0)
         adam = optax.scale_by_adam(*betas, eps=settings["eps"])
-        if name == "adam" and decay:  # Adam's decay is an L2 term of the gradient
-            transform = optax.chain(optax.add_decayed_weights(decay), adam)
-        elif decay:
-            transform = optax.chain(adam, optax.add_decayed_weights(decay))
-        else:
-            transform = adam
-        transform = optax.chain(transform, optax.scale_by_learning_rate(schedule))
-    if settings["clip_norm"]:
-        transform = optax.chain(optax.clip_by_global_norm(settings["clip_norm"]), transform)
+        transform = optax.chain(l2, adam, decoupled, optax.scale_by_learning_rate(schedule))
+    clip = settings["clip_norm"]
+    transform = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(), transform
+    )
     return freeze(transform, frozen) if frozen else transform
 
 

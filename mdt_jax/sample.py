@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from mdt_jax import images, sampling
+from mdt_jax import images, sampling, sharding
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.distributed import initialize_distributed
 
@@ -32,17 +32,15 @@ def write(
     Latents (neither 1 nor 3 channels) are written as they are, float32 `arr_0`: they need their
     autoencoder's decoder before they are pictures.
     """
-    output = Path(output)
-    if output.suffix in (".png", ".npz"):
-        output = output.with_suffix("")
     metadata = images.provenance(
         model=model.name, step=model.step, labels=labels.tolist(), **settings
     )
     pixels = samples.shape[-1] in (1, 3)
-    written = [output.with_suffix(".npz")]
+    stem = str(output).removesuffix(".png").removesuffix(".npz")
+    written = [Path(f"{stem}.npz")]
     images.save_npz(written[0], images.to_uint8(samples) if pixels else samples, labels, metadata)
     if pixels:
-        written.append(output.with_suffix(".png"))
+        written.append(Path(f"{stem}.png"))
         images.save_png(written[1], images.image_grid(images.to_uint8(samples)), metadata)
     return written
 
@@ -52,7 +50,8 @@ def main(_: list[str]) -> None:
     f = flags.FLAGS
     try:
         initialize_distributed()
-        model, params = sampling.load(f.workdir, ema_rate=f.ema_rate, step=f.step)
+        mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
+        model, params = sampling.load(f.workdir, ema_rate=f.ema_rate, step=f.step, mesh=mesh)
         labels = sampling.resolve_labels(model, f.labels or None, f.num_samples)
         given = {"cfg_power": f.cfg_power, "guided_channels": f.guided_channels}
         options = sampling.resolve_options(
@@ -61,8 +60,11 @@ def main(_: list[str]) -> None:
             sampler=f.sampler,
             steps=f.steps,
             eta=f.eta,
+            clip=f.clip,
             **{k: v for k, v in given.items() if v is not None},
         )
+        # Before the work: an output that cannot be written would lose it.
+        Path(f.output).parent.mkdir(parents=True, exist_ok=True)
         samples = sampling.sample(
             model,
             params,
@@ -70,17 +72,18 @@ def main(_: list[str]) -> None:
             num_samples=len(labels),
             key=f.seed,
             batch_size=f.batch_size,
+            mesh=mesh,
             progress=True,
             **vars(options),
         )
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        if jax.process_index() == 0:
+            settings = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate}
+            for path in write(model, samples, labels, f.output, **settings):
+                print(path)
+    except (ValueError, OSError, CheckpointError) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"error: {error}")
-    if jax.process_index() == 0:
-        settings = {k: getattr(options, k) for k in ("cfg_scale", "sampler", "steps")}
-        for path in write(model, samples, labels, f.output, seed=f.seed, **settings):
-            print(path)
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 class _CallableModule(types.ModuleType):
@@ -99,12 +102,15 @@ if __name__ == "__main__":
     flags.DEFINE_list("labels", [], "Classes by number or name; all in turn by default.")
     flags.DEFINE_integer("seed", 0, "Of the noise; sample i depends on it and i alone.")
     flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 for none; the run's by default.")
-    flags.DEFINE_float("cfg_power", None, "Exponent of the power-cosine scale; the run's.")
+    flags.DEFINE_float("cfg_power", None, "Exponent of the power-cosine scale; 0: constant.")
     flags.DEFINE_integer("guided_channels", None, "Channels that are guided; the run's.")
     flags.DEFINE_string("steps", None, "Steps, or a respacing (ddim50, 10,15,20); the run's.")
     flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "The run's by default.")
+    flags.DEFINE_bool("clip", None, "Whether x0 is clipped to [-1, 1]; the run's by default.")
     flags.DEFINE_float("eta", 0.0, "DDIM's: 0 deterministic, 1 ancestral.")
     flags.DEFINE_float("ema_rate", None, "Which average; the run's first by default.")
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+    flags.DEFINE_integer("mesh_fsdp", 1, "Devices that share one copy of the parameters.")
+    flags.DEFINE_integer("mesh_tensor", 1, "Devices that share each head and hidden layer.")
     flags.DEFINE_integer("batch_size", 256, "Samples at a time, over all devices.")
     app.run(main)

@@ -81,14 +81,19 @@ class DiffusionModel:
 
 
 def load(
-    path: str | Path, *, ema_rate: float | None = None, step: int | None = None
+    path: str | Path,
+    *,
+    ema_rate: float | None = None,
+    step: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A run's model and its EMA parameters.
+    """A run's model and its EMA parameters, in their shards if a mesh has an fsdp or tensor axis.
 
     Args:
       path: the run's workdir.
       ema_rate: which average; the config's first by default.
       step: which checkpoint; the newest by default.
+      mesh: devices to load onto; all of them, each with a whole copy, by default.
 
     Raises:
       checkpoints.CheckpointError: no checkpoint there, or a damaged one.
@@ -100,9 +105,10 @@ def load(
     rate = rates[0] if ema_rate is None else str(ema_rate)
     if rate not in rates:
         raise ValueError(f"{path} keeps no average of rate {rate}; it keeps {', '.join(rates)}")
-    params = checkpoints.restore_item(path, f"ema_{rate}", step=step)
     model = DiffusionModel.from_config(config, meta["class_names"], step)
-    return model, jax.tree.map(jnp.asarray, params)
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    abstract = sharding.abstract_parameters(mesh, model.network)
+    return model, checkpoints.restore_item(path, f"ema_{rate}", abstract, step=step)
 
 
 def sample(
@@ -111,7 +117,7 @@ def sample(
     *,
     labels: Sequence[int | str] | np.ndarray | Array | None = None,
     num_samples: int | None = None,
-    key: Array | int = 0,
+    key: Array | int | np.integer = 0,
     cfg_scale: float | None = None,
     cfg_power: float | None | str = "default",
     guided_channels: int | None | str = "default",
@@ -153,10 +159,11 @@ def sample(
         model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip
     )
     mesh = sharding.create_mesh() if mesh is None else mesh
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
     run = compile_sampler(model, mesh, batch_size, options)
+    params = _on_mesh(params, mesh)
 
     total = run.num_steps * -(-len(labels) // batch_size)
     with tqdm(total=total, unit="step", disable=not progress or jax.process_index() > 0) as bar:
@@ -165,6 +172,16 @@ def sample(
             for i in range(0, len(labels), batch_size)
         ]
     return np.concatenate(batches)
+
+
+def _on_mesh(params: Any, mesh: Mesh) -> Any:
+    """Parameters on a mesh's devices: as they are if they are there, else a copy on each."""
+    devices = set(mesh.devices.flat)
+    there = all(
+        isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+        for leaf in jax.tree.leaves(params)
+    )
+    return params if there else jax.device_put(params, sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +244,7 @@ class CompiledSampler:
         batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._start = jax.jit(start, in_shardings=(whole, whole), out_shardings=(batch, batch))
         self._chunk = jax.jit(chunk, out_shardings=batch, donate_argnums=1)
-        self._compiled: Callable | None = None
+        self._run: Callable = self._chunk
 
     @property
     def num_steps(self) -> int:
@@ -235,12 +252,14 @@ class CompiledSampler:
         return self.diffusion.num_steps
 
     def warm_up(self, params: Any) -> None:
-        """Compiles everything a run needs, for parameters of these shapes and shardings."""
+        """Compiles all that a run needs, for parameters of just these dtypes and shardings."""
         key = jax.random.key(0)
         keys, x = self._start(key, np.int32(0))
         labels = self._place(np.zeros(self.shape[0], np.int32))
         step = np.int32(0)
-        self._compiled = self._chunk.lower(params, x, keys, labels, step, step).compile()
+        self._run = self._chunk.lower(params, x, keys, labels, step, step).compile()
+        if jax.process_count() > 1:
+            multihost_utils.process_allgather(x, tiled=True)
 
     def __call__(
         self,
@@ -251,15 +270,13 @@ class CompiledSampler:
         advance: Callable[[int], Any] = lambda steps: None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
-        if self._compiled is None:
-            self.warm_up(params)
         filled = np.zeros(self.shape[0], np.int32)
         filled[: len(labels)] = labels
         keys, x = self._start(key, np.int32(first_index))
         placed = self._place(filled)
         for first in range(0, self.num_steps, CHUNK_STEPS):
             last = min(first + CHUNK_STEPS, self.num_steps)
-            x = self._compiled(params, x, keys, placed, np.int32(first), np.int32(last))
+            x = self._run(params, x, keys, placed, np.int32(first), np.int32(last))
             x.block_until_ready()
             advance(last - first)
         if jax.process_count() > 1:

@@ -75,6 +75,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which block of a global batch's rows this process holds, and how many blocks there are.
+
+    Processes of one tensor-parallel group hold, and so read, the same block.
+
+    Raises:
+      ValueError: a mesh whose processes do not hold contiguous blocks of one size.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges = {rows.indices(batch_size)[:2] for (rows,) in held}
+    first, size = min(start for start, _ in ranges), sum(stop - start for start, stop in ranges)
+    contiguous = max(stop for _, stop in ranges) - first == size
+    if not contiguous or first % size or batch_size % size:
+        raise ValueError(
+            f"process {jax.process_index()} holds the rows {sorted(ranges)} of a batch of "
+            f"{batch_size}, not one block: make mesh.tensor divide a process's devices or be a "
+            "multiple of them"
+        )
+    return first // size, batch_size // size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -100,6 +121,18 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
     jax.tree_util.tree_map_with_path(check, nn.unbox(boxed), shardings)
     return shardings
+
+
+def abstract_parameters(mesh: Mesh, model: Any) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters; allocates nothing."""
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
+    i = jax.ShapeDtypeStruct((1,), np.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), x, i, i)["params"]
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        nn.unbox(boxed),
+        tree_shardings(mesh, boxed),
+    )
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging as standard_logging
 import math
 import os
 import sys
@@ -135,7 +134,9 @@ class Run:
         return items["state"].replace(ema=ema), meta
 
     def _check_settings(self, meta: dict[str, Any]) -> None:
-        changed = config_lib.differences(meta["config"], config_lib.to_json(self.config))
+        # Through a config of today's, so that a setting newer than the run is not a difference.
+        saved = config_lib.to_json(config_lib.from_json(meta["config"]))
+        changed = config_lib.differences(saved, config_lib.to_json(self.config))
         if changed:
             raise ValueError(
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
@@ -209,7 +210,9 @@ class StepLog:
         now, run = time.perf_counter(), self._run
         seconds = (now - self._since) / max(step - self._logged_step, 1)
         self._since, self._logged_step = now, step
-        line = self._window.means() | {"learning_rate": learning_rate}
+        # A quartile in which no sample of the window fell has no mean.
+        line = {name: mean for name, mean in self._window.means().items() if not math.isnan(mean)}
+        line["learning_rate"] = learning_rate
         self._window.reset()
         line |= {"seconds_per_step": seconds, "images_per_second": run.config.batch_size / seconds}
         device = run.mesh.devices.flat[0].device_kind
@@ -249,9 +252,7 @@ class GridSampler:
             step=step,
             seed=run.config.seed,
             labels=labels.tolist(),
-            cfg_scale=o.cfg_scale,
-            sampler=o.sampler,
-            steps=o.steps,
+            **vars(o),
         )
         images.save_png(run.workdir / "samples" / f"{step:08d}.png", grid, metadata)
         return grid
@@ -323,12 +324,13 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
 def _batches(run: Run, source: Any, position: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
     """The run's batches on the devices, from an example on."""
     config = run.config
+    block, blocks = sharding.batch_rows(run.mesh, config.batch_size)
     batches = create_batches(
         source,
         global_batch_size=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=block,
+        process_count=blocks,
         flip=config.data.flip,
         image_size=None if source.latents else config.model.input_size,
         position=position,
@@ -341,12 +343,13 @@ def _batches(run: Run, source: Any, position: int) -> Iterator[Iterator[dict[str
 
 def _check_source(config: ConfigDict, source: Any) -> None:
     """Refuses data that the model does not take, with ValueError."""
-    height, _, channels = source.image_shape
-    size, model_channels = config.model.input_size, config.model.in_channels
-    if channels != model_channels or (source.latents and height != size):
+    size, channels = config.model.input_size, config.model.in_channels
+    wanted, given = (size, size, channels), tuple(source.image_shape)
+    # Images are cropped to size, latents are not.
+    if given != wanted if source.latents else given[-1] != channels:
         raise ValueError(
-            f"data.name {config.data.name!r} gives {source.image_shape}, the model takes "
-            f"{(size, size, model_channels)}: set model.input_size and model.in_channels"
+            f"data.name {config.data.name!r} gives {given}, the model takes {wanted}: "
+            "set model.input_size and model.in_channels"
         )
     classes = config.model.num_classes
     if classes and len(source.class_names) > classes:
@@ -394,14 +397,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; an unknown --config.KEY ends in one line as its other errors do."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         sys.exit(f"error: --config has no such key: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    # Otherwise it says at length which accelerators are not there.
-    standard_logging.getLogger("jax._src.xla_bridge").setLevel(standard_logging.WARNING)
     config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
     flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")

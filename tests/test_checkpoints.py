@@ -107,6 +107,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.smoke
 def test_state_and_meta_come_back_bit_for_bit(tmp_path):
     state = make_state()
     meta = {"loss": 0.1 + 0.2, "tiny": 5e-324, "huge": 1.7976931348623157e308, "seed": 2**63}
@@ -137,6 +138,7 @@ def test_what_was_saved_may_be_donated_and_changed_at_once(tmp_path):
     assert read_meta(tmp_path) == (1, {"losses": [1.0]})
 
 
+@pytest.mark.smoke
 def test_restores_onto_another_mesh(tmp_path):
     code = """
         import sys, jax, numpy as np

@@ -183,8 +183,9 @@ def run_command(*flags):
     )
 
 
+@pytest.mark.smoke
 def test_the_command_writes_pictures_that_say_what_made_them(workdir, loaded, tmp_path):
-    output = tmp_path / "new" / "cats"
+    output = tmp_path / "new" / "cats3.8"
     done = run_command(
         "--workdir", workdir, "--output", output, "--labels=cat,2", "--num_samples=5", "--seed=3"
     )

@@ -100,12 +100,13 @@ def test_every_mesh_trains_the_same_model(single, mesh_shape, settings):
 
 
 class MissingShard(Trainer):
-    """Leaves the samples of one shard of eight out of the gradient."""
+    """Leaves the samples of one shard of eight out of the gradient, and in the loss."""
 
     def loss(self, params, samples, num_kept):
-        images, labels, t, weights, draws = samples
-        weights = weights.at[-BATCH // 8 :].set(0.0)
-        return super().loss(params, (images, labels, t, weights, draws), num_kept)
+        total, losses = super().loss(params, samples, num_kept)
+        last = slice(-BATCH // 8, None)
+        missing = sum(terms["loss"][last].sum() / BATCH for terms in losses.values())
+        return total - missing + jax.lax.stop_gradient(missing), losses
 
 
 class NoBias(Trainer):
@@ -149,6 +150,25 @@ def test_activations_are_constrained_to_the_batch_in_every_block():
     )
     # Full pass: in, out and decoder stacks. Masked pass: those, and around the side-interpolator.
     assert tokens.count("9") >= 2 and tokens.count("16") >= 6
+
+
+def test_no_device_computes_the_whole_batch():
+    """Collectives of batch-sized activations would mean that sharding the parameters undid it."""
+    mesh = sharding.create_mesh(1, 8, 1)
+    model = reference("mdt_v2").model(hidden_size=64)
+    trainer = make_trainer("mdt_v2", mesh=mesh, model=model)
+    batch = {
+        "image": jax.ShapeDtypeStruct((56, 8, 8, 4), jnp.float32),
+        "label": jax.ShapeDtypeStruct((56,), jnp.int32),
+    }
+    compiled = trainer.jit_step(9).lower(trainer.abstract_state(), batch).compile().as_text()
+    collectives = re.findall(r"= (\S+) (?:all-reduce|all-gather)\(", compiled)
+    assert len(collectives) > 10
+    assert [shape for shape in collectives if re.match(r"f32\[56,\d+,", shape)] == []
+
+
+def test_one_process_holds_the_one_block_of_rows():
+    assert sharding.batch_rows(sharding.create_mesh(2, 2, 2), 8) == (0, 1)
 
 
 # ---- Meshes that cannot work -------------------------------------------------------------------

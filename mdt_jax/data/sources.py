@@ -232,7 +232,9 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
         return digits(split)
     if name == "npy":
         if not path:
-            raise ValueError("data.name 'npy' needs data.path, the folder of images.npy")
+            raise ValueError(
+                "data.name 'npy' needs data.path, the folder of images.npy or latents.npy"
+            )
         if split != "train":
             raise ValueError(
                 f"data.split is {split!r}, but a folder of .npy files is one split, 'train': "

@@ -117,7 +117,8 @@ class LatentTransformer(nn.Module):
             labels = jnp.zeros(x.shape[:1], jnp.int32)
         elif labels is None:
             raise ValueError(f"a model of {self.num_classes} classes needs labels")
-        return tokens, (c + table[labels]).astype(self.dtype)
+        c = (c + layers.constrain_activations(table[labels])).astype(self.dtype)
+        return layers.constrain_activations(tokens), layers.constrain_activations(c)
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
         """A trained position table that starts as MAE's 2-D sin-cos."""

@@ -88,8 +88,8 @@ def modulate(
     shift: Float[Array, "batch width"],
     scale: Float[Array, "batch width"],
 ) -> Float[Array, "batch n width"]:
-    """x·(1 + scale) + shift, per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x·(1 + scale) + shift, per sample, in x's dtype: bfloat16 would lose a scale below 1/256."""
+    return x * (1 + scale.astype(x.dtype)[:, None]) + shift.astype(x.dtype)[:, None]
 
 
 # Lays activations out over devices, by their batch axis; `mdt_jax.sharding` puts it in force, so
@@ -100,7 +100,7 @@ activation_constraint: ContextVar[Callable[[Array], Array]] = ContextVar(
 
 
 def constrain_activations(x: Array) -> Array:
-    """Shards (batch, tokens, width) activations by batch alone, where a mesh is in force."""
+    """Shards activations (batch, ...) by batch alone, where a mesh is in force."""
     return activation_constraint.get()(x)
 
 
@@ -140,14 +140,14 @@ class TimestepEmbed(nn.Module):
             kernel_init=partitioned(normal, None, "embed"),
             bias_init=partitioned(zeros, "embed"),
             name="fc1",
-        )(timestep_features(t))
+        )(constrain_activations(timestep_features(t)))
         return nn.Dense(
             self.width,
             precision=precision,
             kernel_init=partitioned(normal, "embed", None),
             bias_init=partitioned(zeros, None),
             name="fc2",
-        )(nn.silu(h))
+        )(nn.silu(constrain_activations(h)))
 
 
 class Mlp(nn.Module):
