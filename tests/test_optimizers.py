@@ -1,5 +1,6 @@
 """Optimisers against PyTorch's own, and learning rates by step."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -95,3 +96,15 @@ def test_learning_rate_by_step(schedule, expected):
 def test_unknown_names_are_refused_with_the_known_ones(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adan"])
+def test_clipping_and_decay_can_be_turned_on_for_a_saved_run(name):
+    """The optimiser's state has one structure, whatever is idle, so a checkpoint still fits."""
+    off = {"name": name, "weight_decay": 0.0, "betas": None, "eps": 1e-8, "clip_norm": None}
+    schedule, params = create_schedule("constant", 0.1, 10), {"w": jnp.ones(3)}
+    states = [
+        create_optimizer(off | change, schedule).init(params)
+        for change in ({}, {"clip_norm": 1.0}, {"weight_decay": 0.1})
+    ]
+    assert len({jax.tree.structure(state) for state in states}) == 1

@@ -17,7 +17,6 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, take
 
 # Standard normal noise of x's shape for the step at index i of the process.
 NoiseFn = Callable[[Int[Array, ""]], Array]
-Step = Callable[[Array, Array], Array]
 
 
 def ddpm_step(

@@ -1,0 +1,55 @@
+"""Configs: recipes by family, and when two runs are the same run."""
+
+import pytest
+
+from configs import imagenet256, imagenet256_step_decay
+from mdt_jax import config as config_lib
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "rate", "clip", "min_snr", "span"),
+    [
+        ("MDT-XL/2", "adamw", 1e-4, None, None, 0.0),
+        ("MDTv2-XL/2", "adan", 3e-4, 1.0, 5.0, 0.2),
+        ("MDTv2-S/2", "adan", 5e-4, 1.0, 5.0, 0.2),
+        ("DiT-XL/2", "adamw", 1e-4, None, None, 0.0),
+    ],
+)
+def test_each_family_has_its_authors_recipe(model, optimizer, rate, clip, min_snr, span):
+    c = imagenet256.get_config(model)
+    assert (c.optimizer.name, c.optimizer.learning_rate) == (optimizer, rate)
+    assert (c.optimizer.clip_norm, c.diffusion.min_snr) == (clip, min_snr)
+    assert (c.masking.ratio, c.masking.ratio_span, c.batch_size) == (0.3, span, 256)
+    assert (c.optimizer.weight_decay, tuple(c.ema_rates)) == (0.0, (0.9999,))
+
+
+def test_the_model_cards_step_decay():
+    c = imagenet256_step_decay.get_config()
+    rate = config_lib.create_schedule(c)
+    assert (c.optimizer.name, c.batch_size, c.num_steps) == ("adam", 32, 150_000)
+    assert [float(rate(s)) for s in (0, 99_999, 100_001, 125_001)] == pytest.approx(
+        [1e-4, 1e-4, 1e-5, 1e-6]
+    )
+
+
+def test_a_config_comes_back_from_json():
+    c = imagenet256.get_config("MDT-B/4")
+    again = config_lib.from_json(config_lib.to_json(c))
+    assert config_lib.to_json(again) == config_lib.to_json(c)
+
+
+def test_a_setting_newer_than_a_run_is_no_difference():
+    now = config_lib.to_json(config_lib.default_config())
+    old = config_lib.to_json(config_lib.default_config())
+    del old["diffusion"]["timestep_sampler"]
+    filled = config_lib.to_json(config_lib.from_json(old))
+    assert config_lib.differences(filled, now) == []
+
+
+def test_differences_name_what_changes_a_runs_meaning_and_nothing_else():
+    c = config_lib.default_config()
+    old = config_lib.to_json(c)
+    c.model.remat, c.num_steps, c.batch_size, c.data.path = "full", 7, 32, "elsewhere"
+    c.model.depth, c.seed = 12, 3
+    found = config_lib.differences(old, config_lib.to_json(c))
+    assert found == ["seed: 0, now 3", "model.depth: None, now 12"]
