@@ -295,7 +295,9 @@ def _sealed_steps(root: Path) -> list[int]:
 def _choose(root: Path, steps: list[int], step: int | None) -> int:
     if not steps or step not in (None, *steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise CheckpointError(f"no {wanted} in {root}; sealed steps: {steps or 'none'}")
+        there = f"complete ones: {steps}" if steps else "nothing was saved there"
+        missing = "" if root.is_dir() else ", a folder that does not exist"
+        raise CheckpointError(f"no {wanted} in {root}{missing}; {there}")
     return steps[-1] if step is None else step
 
 

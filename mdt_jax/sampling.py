@@ -72,8 +72,9 @@ class DiffusionModel:
         try:
             label = int(name)
         except ValueError:
-            nearest = difflib.get_close_matches(str(name), self.class_names, n=3, cutoff=0.0)
+            nearest = difflib.get_close_matches(str(name), self.class_names, n=3, cutoff=0.3)
             hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
+            hint = hint or f"; classes are 0 to {count - 1}, {', '.join(self.class_names[:5])}, …"
             raise ValueError(f"no class is named {name!r}{hint}") from None
         if not 0 <= label < count:
             raise ValueError(f"label {label} is outside 0 to {count - 1}")

@@ -81,7 +81,7 @@ class Run:
             f"state          {sharding.bytes_per_device(self.abstract) / 2**20:,.1f} MiB a device "
             "(parameters, optimiser, EMA)",
             f"batch          {c.batch_size} ({c.batch_size // sharding.batch_shards(self.mesh)} a "
-            f"device, {c.accumulation_steps} microbatches)",
+            f"device, in {c.accumulation_steps} microbatch(es))",
             f"kept tokens    {', '.join(map(str, self.counts))}"
             if self.counts[0] is not None
             else "kept tokens    no masked pass",
@@ -291,9 +291,10 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
         (run.workdir / "config.json").write_text(json.dumps(config_lib.to_json(config), indent=2))
 
     began = time.perf_counter()
+    logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
     steps = run.compile_steps()
     sampler = GridSampler(run, source.class_names) if config.sample.every else None
-    logging.info("compiled %d variants in %.1f s", len(steps), time.perf_counter() - began)
+    logging.info("compiled in %.1f s", time.perf_counter() - began)
 
     position = meta.get("position", 0)
     window = metrics.Window.from_state(meta["window"]) if meta else metrics.Window()
@@ -317,6 +318,11 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
                     "window": window.state(),
                 }
                 run.save(store, state, step, meta)
+    logging.info(
+        "done; to sample: python -m mdt_jax.sample --workdir %s --output %s",
+        run.workdir,
+        run.workdir / "picture",
+    )
     return state
 
 
@@ -394,11 +400,22 @@ def main(_: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; an unknown --config.KEY ends in one line as its other errors do."""
+    """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config", "-config") or flag.startswith("--config="):
+            path = Path((flag.partition("=")[2] or value).split(":")[0])
+            if not path.is_file():
+                there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
+                sys.exit(
+                    f"error: --config {path} is not there; "
+                    + (f"there are {there}" if there else "run from the root of the clone")
+                )
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        sys.exit(f"error: --config has no such key: {' '.join(str(error).split())}")
+        # ml_collections quotes the message of one exception in the next.
+        said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "")
+        sys.exit(f"error: --config has no such key: {' '.join(said.split())}")
 
 
 if __name__ == "__main__":

@@ -422,6 +422,12 @@ def command(monkeypatch, config, workdir=None, dry_run=False):
     train.main([])
 
 
+def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .*digits\.py"):
+        train.parse_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
+
+
 def test_the_command_wants_a_workdir(tiny_config):
     done = run_command([*TRAIN, "--config", tiny_config])
     assert done.returncode == 1
