@@ -123,16 +123,20 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
     return shardings
 
 
-def abstract_parameters(mesh: Mesh, model: Any) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters; allocates nothing."""
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
-    i = jax.ShapeDtypeStruct((1,), np.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), x, i, i)["params"]
+def abstract_tree(mesh: Mesh, boxed: Any) -> Any:
+    """The tree's ShapeDtypeStructs with their shardings, logical axis names taken off."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         nn.unbox(boxed),
         tree_shardings(mesh, boxed),
     )
+
+
+def abstract_parameters(mesh: Mesh, model: Any) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters; allocates nothing."""
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
+    i = jax.ShapeDtypeStruct((1,), np.int32)
+    return abstract_tree(mesh, jax.eval_shape(model.init, jax.random.key(0), x, i, i)["params"])
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:

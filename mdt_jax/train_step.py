@@ -133,13 +133,7 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; allocates nothing."""
-        boxed = jax.eval_shape(self.init, jax.random.key(0))
-        shardings = sharding.tree_shardings(self.mesh, boxed)
-        return jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            nn.unbox(boxed),
-            shardings,
-        )
+        return sharding.abstract_tree(self.mesh, jax.eval_shape(self.init, jax.random.key(0)))
 
     def create_state(self) -> TrainState:
         """The state at step 0, made in its shards."""
