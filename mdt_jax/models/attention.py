@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import layers
-
-
-def relative_position_index(grid_size: int) -> np.ndarray:
-    """Row of the bias table for every (query, key) pair of tokens.
-
-    Returns (N, N) int32, N = grid_size²: (r_i − r_j + G − 1)(2G − 1) + (c_i − c_j + G − 1), i the
-    query, tokens row by row (BEiT's window rule, as MDT uses it).
-    """
-    rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
-    row_offset = rows[:, None] - rows[None, :] + grid_size - 1
-    column_offset = columns[:, None] - columns[None, :] + grid_size - 1
-    return (row_offset * (2 * grid_size - 1) + column_offset).astype(np.int32)
 
 
 def kept_position_index(

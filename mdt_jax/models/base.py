@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import layers
-from mdt_jax.models.attention import kept_position_index, relative_position_index
+from mdt_jax.models.attention import kept_position_index
 from mdt_jax.models.blocks import Block, BlockStack
+from mdt_jax.positions import relative_position_index, sincos_position_table
 
 
 class LatentTransformer(nn.Module):
@@ -122,7 +123,7 @@ class LatentTransformer(nn.Module):
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
         """A trained position table that starts as MAE's 2-D sin-cos."""
-        table = layers.sincos_position_table(self.hidden_size, self.grid_size)
+        table = sincos_position_table(self.hidden_size, self.grid_size)
         return self.param(
             name,
             layers.partitioned(lambda key, shape, dtype: jnp.asarray(table, dtype), None, "embed"),

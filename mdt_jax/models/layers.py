@@ -42,21 +42,6 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def sincos_position_table(width: int, grid_size: int) -> np.ndarray:
-    """MAE's 2-D sin-cos position table, (grid_size², width) float32.
-
-    The column coordinate fills the first half, the row the second; each has its sines before its
-    cosines. Raises ValueError when width is not a multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"hidden_size {width} is not a multiple of 4, as sin-cos tables need")
-    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
-    rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
-    halves = [np.outer(position, frequencies) for position in (columns, rows)]
-    table = np.concatenate([f(half) for half in halves for f in (np.sin, np.cos)], axis=1)
-    return table.astype(np.float32)
-
-
 def timestep_features(
     t: Int[Array, " batch"] | Float[Array, " batch"], size: int = 256
 ) -> Float[Array, "batch {size}"]:
