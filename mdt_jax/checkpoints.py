@@ -31,6 +31,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
+from mdt_jax.lazy import LazyArray
+
 _MANIFEST = "manifest.json"
 _PART = "checksums.{}.json"  # One process's share of the manifest, until there is a manifest.
 _META = "meta"
@@ -109,7 +111,8 @@ class Checkpoints:
 
         Args:
             step: later than every sealed step.
-            items: name → pytree of arrays and numbers; any name but "meta".
+            items: name → pytree of arrays and numbers; any name but "meta". Leaves that are
+                `LazyArray`s are made and written one at a time, before this returns.
             meta: JSON. Floats come back exactly, tuples as lists.
 
         Raises:
@@ -280,6 +283,42 @@ def restore_item(
     return _read_item(_verified(workdir, step, name), name, abstract)
 
 
+def lazy_item(
+    workdir: str | Path, name: str, part: str | None = None, step: int | None = None
+) -> PyTree:
+    """One item of a step, or one part of it ("params" of "state"), as a tree of `LazyArray`s.
+
+    Each leaf is read when it is asked for, so that a large model never is in memory whole.
+
+    Raises:
+        CheckpointError: there is no such step, item or part, or it is damaged.
+    """
+    _silence_orbax()
+    path = epath.Path(_verified(workdir, step, name) / name)
+    handler = _tree_handler()
+    if not path.is_dir():
+        raise CheckpointError(f"there is no item {name!r} in checkpoint {path.parent}")
+    saved = handler.metadata(path).tree
+    if part is not None and part not in saved:
+        raise CheckpointError(f"item {name!r} of checkpoint {path.parent} has no {part!r}")
+
+    def leaf(keys: tuple, saved: PyTree) -> PyTree:
+        if isinstance(saved, dict):
+            return {key: leaf((*keys, key), below) for key, below in saved.items()}
+        return LazyArray(lambda: _read_leaf(path, keys, saved))
+
+    return leaf((), saved) if part is None else leaf((part,), saved[part])
+
+
+def _read_leaf(path: epath.Path, keys: tuple[str, ...], saved: PyTree) -> np.ndarray:
+    item = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
+    restore_args = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(keys):
+        item, restore_args = {key: item}, {key: restore_args}
+    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    return jax.tree.leaves(_tree_handler().restore(path, args=args))[0]
+
+
 def _root(workdir: str | Path) -> Path:
     if "://" in str(workdir):
         raise ValueError(f"workdir {workdir} is a URL: mount it (gcsfuse), and give the path")
@@ -382,9 +421,21 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
             (float, scalar),
             (np.number, scalar),
             (np.ndarray, types.NumpyHandler()),
+            (LazyArray, _OneByOne(deepcopy_host_arrays=False)),
             (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
         ),
     )
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Makes and writes `LazyArray`s one at a time: Orbax would hold all of them, and a copy."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            written = await super().serialize([np.asarray(value)], [info], [arg or ocp.SaveArgs()])
+            for future in written:
+                future.result()
+        return []
 
 
 def _read_item(directory: Path, name: str, abstract: PyTree | None) -> PyTree:

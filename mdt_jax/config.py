@@ -15,7 +15,9 @@ from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models import LatentTransformer, create_model
 
 # What a run's parameters mean: changing one of these needs another workdir.
-IDENTITY = ("seed", "model", "diffusion", "masking", "label_dropout", "ema_rates", "data")
+IDENTITY = (
+    "seed", "init_from", "model", "diffusion", "masking", "label_dropout", "ema_rates", "data",
+)  # fmt: skip
 # Parts of those that only say how something is computed or read.
 FREE = ("model.dtype", "model.remat", "model.scan_unroll", "data.num_workers", "data.read_ahead",
         "data.path")  # fmt: skip
@@ -32,6 +34,10 @@ def default_config() -> ConfigDict:
     config.accumulation_steps = 1  # microbatches a step
     config.ema_rates = (0.9999,)  # the first is what is sampled and evaluated
     config.label_dropout = 0.1
+
+    # Fine-tuning: weights to start from, a .pt or .safetensors file, hf://OWNER/REPO/FILE or a
+    # workdir; classes, resolution and (v1) decoder depth may differ.
+    config.init_from = ""
 
     config.model = ConfigDict()
     config.model.name = "MDTv2-XL/2"  # or a family ("MDT", "MDTv2", "DiT") with the sizes below
@@ -81,7 +87,7 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # or "npy", "tfds:NAME"
+    config.data.name = "digits"  # or "folder", "npy", "tfds:NAME"
     config.data.split = "train"
     config.data.path = ""  # the npy folder, or TFDS's data folder
     config.data.flip = True

@@ -1,4 +1,4 @@
-"""Sampling from a trained model, in Python: `load` a run, `sample` images from it.
+"""Sampling from a trained model, in Python: `load` a run or weights, `sample` images from them.
 
 A sample's noise is keyed by (key, index of the sample) alone, so neither the batch size nor the
 devices change it.
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from mdt_jax import checkpoints, sharding
+from mdt_jax import checkpoints, pretrained, sharding, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.diffusion import GaussianDiffusion, guided, sample_steps
 from mdt_jax.diffusion.samplers import SAMPLERS
@@ -87,19 +87,36 @@ def load(
     ema_rate: float | None = None,
     step: int | None = None,
     mesh: Mesh | None = None,
+    decode_layers: int = 2,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
 ) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A run's model and its EMA parameters, in their shards if a mesh has an fsdp or tensor axis.
+    """A model and its EMA parameters, in their shards if a mesh has an fsdp or tensor axis.
 
     Args:
-      path: the run's workdir.
-      ema_rate: which average; the config's first by default.
-      step: which checkpoint; the newest by default.
+      path: a run's workdir, or PyTorch weights: a .pt or .safetensors file, or
+        hf://OWNER/REPO/FILE ("hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt").
+      ema_rate: which average of a run; the config's first by default.
+      step: which checkpoint of a run; the newest by default.
       mesh: devices to load onto; all of them, each with a whole copy, by default.
+      decode_layers, num_heads, num_classes: what PyTorch weights do not show: an MDT v1's decoder
+        depth, a DiT's heads, and how many rows of the label table are classes.
 
     Raises:
       checkpoints.CheckpointError: no checkpoint there, or a damaged one.
-      ValueError: an average the run does not keep.
+      ValueError: an average the run does not keep; PyTorch weights that cannot be read, are damaged
+        or of another kind of model.
     """
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    if weight_files.is_weight_file(path) or Path(path).is_file():
+        if ema_rate is not None or step is not None:
+            raise ValueError(f"ema_rate and step are a run's; {path} is one set of weights")
+        found = pretrained.read(
+            path, decode_layers=decode_layers, num_heads=num_heads, num_classes=num_classes
+        )
+        model = DiffusionModel.from_config(found.config, found.class_names, found.step)
+        abstract = sharding.abstract_parameters(mesh, model.network)
+        return model, pretrained.place(found.params, abstract)
     step, meta = checkpoints.read_meta(path, step)
     config = config_lib.from_json(meta["config"])
     rates = [str(rate) for rate in config.ema_rates]
@@ -107,7 +124,6 @@ def load(
     if rate not in rates:
         raise ValueError(f"{path} keeps no average of rate {rate}; it keeps {', '.join(rates)}")
     model = DiffusionModel.from_config(config, meta["class_names"], step)
-    mesh = sharding.create_mesh() if mesh is None else mesh
     abstract = sharding.abstract_parameters(mesh, model.network)
     return model, checkpoints.restore_item(path, f"ema_{rate}", abstract, step=step)
 

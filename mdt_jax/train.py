@@ -7,6 +7,8 @@ what would be trained and stops.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,11 +22,23 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-from mdt_jax import checkpoints, flops, images, masking, metrics, optimizers, sampling, sharding
+from mdt_jax import (
+    checkpoints,
+    flops,
+    images,
+    masking,
+    metrics,
+    optimizers,
+    pretrained,
+    sampling,
+    sharding,
+)
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
+from mdt_jax.convert.adapt import adapt
 from mdt_jax.data import create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import initialize_distributed
 from mdt_jax.train_step import Trainer, TrainState
@@ -123,20 +137,69 @@ class Run:
         Raises ValueError if the checkpoint is of a run with other settings.
         """
         if store.latest_step() is None:
-            return self.trainer.create_state(), {}
+            return self._fresh_state(), {}
         # Before any array: those of another model would not fit. Damage is `store.restore`'s.
+        items = {"state"}
         with contextlib.suppress(CheckpointError):
-            self._check_settings(checkpoints.read_meta(self.workdir)[1])
+            meta = checkpoints.read_meta(self.workdir)[1]
+            self._check_settings(meta)
+            items = set(meta.get("weights", {}).get("items", items))
+        if "state" not in items:
+            return self._restore_weights(store, items)
         averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
         step, items, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
         self._check_settings(meta)
         ema = {rate: items[f"ema_{rate}"] for rate in self.rates}
         return items["state"].replace(ema=ema), meta
 
+    def _restore_weights(
+        self, store: Checkpoints, items: set[str]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state that converted weights start with: they came without an optimiser's."""
+        step, restored, meta = store.restore(dict.fromkeys(items, self.abstract.params))
+        (average,) = (item for item in items if item.startswith("ema_"))
+        params = restored.get("params", restored[average])
+        logging.info("starting from converted weights (%s)", meta["weights"]["source"])
+        return self.trainer.start_from(params, restored[average], step), meta
+
+    def _fresh_state(self) -> TrainState:
+        """The state at step 0: as initialised, or from the weights that `init_from` names."""
+        source = self.config.init_from
+        if not source:
+            return self.trainer.create_state()
+        found = pretrained.read(source)
+        fresh = functools.cache(self.trainer.create_parameters)
+        params, report = adapt(
+            jax.tree.map(np.asarray, found.params),
+            found.architecture,
+            pretrained.architecture_of(self.model),
+            lambda path: _whole(
+                functools.reduce(lambda tree, key: tree[key], path.split("/"), fresh())
+            ),
+        )
+        logging.info("starting from %s (%s):\n%s", source, found.architecture.name, report)
+        for key in ("schedule", "prediction"):
+            theirs, ours = found.config.diffusion[key], self.config.diffusion[key]
+            if theirs != ours:
+                logging.warning("diffusion.%s is %s; the weights know %s", key, ours, theirs)
+        return self.trainer.start_from(pretrained.place(params, self.abstract.params))
+
     def _check_settings(self, meta: dict[str, Any]) -> None:
+        """Refuses, with ValueError, to go on with what is another run."""
         # Through a config of today's, so that a setting newer than the run is not a difference.
-        saved = config_lib.to_json(config_lib.from_json(meta["config"]))
-        changed = config_lib.differences(saved, config_lib.to_json(self.config))
+        saved = config_lib.from_json(meta["config"])
+        if "weights" in meta:  # converted: of its settings only the network and process are known
+            ours = dataclasses.asdict(pretrained.architecture_of(self.model))
+            theirs = pretrained.architecture_of(config_lib.create_network(saved))
+            theirs = dataclasses.asdict(theirs)
+            changed = [f"{k}: {theirs[k]}, now {ours[k]}" for k in ours if ours[k] != theirs[k]]
+            rates = [str(rate) for rate in saved.ema_rates]
+            if "state" in meta["weights"]["items"] and rates != self.rates:
+                changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
+        else:
+            changed = config_lib.differences(
+                config_lib.to_json(saved), config_lib.to_json(self.config)
+            )
         if changed:
             raise ValueError(
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
@@ -147,6 +210,13 @@ class Run:
         """Starts saving a state whose loss was seen finite; the averages are items of their own."""
         averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
         store.save(step, {"state": state.replace(ema={}), **averages}, meta)
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """All of an array on the host, whichever processes hold its shards."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class StepLog:

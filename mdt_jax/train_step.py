@@ -141,6 +141,35 @@ class Trainer:
         init = jax.jit(lambda key: nn.unbox(self.init(key)), out_shardings=shardings)
         return init(jax.random.key(self.seed))
 
+    def create_parameters(self) -> Params:
+        """The parameters that `create_state` makes."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().params)
+        init = jax.jit(lambda key: nn.unbox(self.init(key).params), out_shardings=shardings)
+        return init(jax.random.key(self.seed))
+
+    def start_from(self, params: Params, ema: Params | None = None, step: int = 0) -> TrainState:
+        """The state of a run that starts with given parameters, in their shards.
+
+        Args:
+          params: as in `abstract_state`.
+          ema: what every average starts with; the parameters by default.
+          step: steps behind them. The optimiser starts afresh.
+        """
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+
+        def start(params: Params, ema: Params) -> TrainState:
+            return TrainState(
+                step=jnp.int32(step),
+                params=params,
+                opt_state=self.optimizer.init(params),
+                ema={str(rate): jax.tree.map(jnp.copy, ema) for rate in self.ema_rates},
+                loss_history=timesteps.init_history(
+                    self.timestep_sampler, self.diffusion.num_steps
+                ),
+            )
+
+        return jax.jit(start, out_shardings=shardings)(params, params if ema is None else ema)
+
     def jit_step(self, num_kept: int | None) -> Callable[[TrainState, dict], tuple]:
         """The jitted step for a number of kept tokens, its state donated; None: no masked pass."""
         state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())

@@ -6,11 +6,17 @@ the two directions cannot disagree, and since patterns only move entries, both a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from einops import rearrange
+
+from mdt_jax.convert.architecture import BUFFER
+from mdt_jax.lazy import LazyArray
+from mdt_jax.positions import relative_position_index
 
 Tree = dict[str, Any]
 
@@ -33,6 +39,7 @@ _BLOCK_RULES = (
     ("skip_linear.weight", "skip/kernel", "o (two i) -> two i o"),
     ("skip_linear.bias", "skip/bias", _SAME),
 )
+_OPTIONAL = ("attn.rel_pos_bias", "skip_linear")  # not in every kind of block
 _MODEL_RULES = (
     ("pos_embed", "pos_embed", "1 n d -> n d"),
     ("decoder_pos_embed", "decoder_pos_embed", "1 n d -> n d"),
@@ -78,7 +85,7 @@ def _to_flax(array: np.ndarray, pattern: str, num_heads: int) -> np.ndarray:
 
 def _to_torch(array: np.ndarray, pattern: str) -> np.ndarray:
     left, right = pattern.split(" -> ")
-    return rearrange(array, f"{right} -> {left}")
+    return np.ascontiguousarray(rearrange(array, f"{right} -> {left}"))
 
 
 def _get(tree: Tree, path: str) -> Any:
@@ -96,6 +103,15 @@ def _set(tree: Tree, path: str, value: Any) -> None:
     tree[leaf] = value
 
 
+def _prefixes(family: str, depth: int, decoder_depth: int) -> list[tuple[str, list[str], bool]]:
+    """(our path, the PyTorch blocks it holds, whether they are stacked) of everything of blocks."""
+    groups = [
+        (f"{stack}/layers", [f"{torch_list}.{i}" for i in indices], True)
+        for torch_list, stack, indices in _stacks(family, depth, decoder_depth)
+    ]
+    return groups if family == "DiT" else [*groups, ("side_block", ["sideblocks.0"], False)]
+
+
 def from_torch(
     weights: Mapping[str, np.ndarray],
     *,
@@ -103,66 +119,109 @@ def from_torch(
     depth: int,
     num_heads: int,
     decoder_depth: int = 0,
+    lazy: bool = False,
 ) -> Tree:
-    """The parameter tree of a state dict under the authors' names.
+    """The parameter tree of a state dict under the authors' names, in its dtypes.
+
+    Weights are asked for one at a time, so that a lazy mapping never holds more than one.
 
     Args:
-      weights: arrays by PyTorch name. The buffers `relative_position_index` are left out.
-        Gradients or optimiser moments convert the same way.
+      weights: arrays by PyTorch name. Gradients or optimiser moments convert the same way.
       family, depth, num_heads, decoder_depth: of the model (`mdt_jax.models`).
+      lazy: whether leaves are `LazyArray`s, made when they are asked for.
 
     Raises:
       KeyError: a weight is missing, by its PyTorch name.
+      ValueError: a `relative_position_index` that is not the authors', whose order of tokens would
+        be another.
     """
     tree: Tree = {}
+    make = LazyArray if lazy else lambda load: load()
     for name, path, pattern in _MODEL_RULES:
         if family == "DiT" and path in ("decoder_pos_embed", "mask_token"):
             continue
         if family == "DiT" and path == "pos_embed" and name not in weights:
             continue  # its table is fixed, so it has no gradients or moments
-        _set(tree, path, _to_flax(weights[name], pattern, num_heads))
+        if name not in weights:
+            raise KeyError(name)
+        _set(tree, path, make(partial(_convert, weights, name, pattern, num_heads)))
 
-    def block(prefix: str) -> Tree:
-        rules = [rule for rule in _BLOCK_RULES if f"{prefix}.{rule[0]}" in weights]
-        optional = ("attn.rel_pos_bias", "skip_linear")
-        for name, _, _ in _BLOCK_RULES:
-            if f"{prefix}.{name}" not in weights and not name.startswith(optional):
-                raise KeyError(f"{prefix}.{name}")
-        return {
-            path: _to_flax(weights[f"{prefix}.{name}"], pattern, num_heads)
-            for name, path, pattern in rules
-        }
-
-    for torch_list, stack, indices in _stacks(family, depth, decoder_depth):
-        layers = [block(f"{torch_list}.{i}") for i in indices]
-        for path in layers[0]:
-            _set(tree, f"{stack}/layers/{path}", np.stack([layer[path] for layer in layers]))
-    if family != "DiT":
-        for path, array in block("sideblocks.0").items():
-            _set(tree, f"side_block/{path}", array)
+    for group, blocks, stacked in _prefixes(family, depth, decoder_depth):
+        for name, path, pattern in _BLOCK_RULES:
+            names = [f"{block}.{name}" for block in blocks]
+            if names[0] not in weights and name.startswith(_OPTIONAL):
+                continue
+            for missing in (n for n in names if n not in weights):
+                raise KeyError(missing)
+            convert = _stack if stacked else _convert
+            names = names if stacked else names[0]
+            _set(
+                tree, f"{group}/{path}", make(partial(convert, weights, names, pattern, num_heads))
+            )
+        for block in blocks:
+            _check_index(weights, f"{block}.attn.rel_pos_bias.")
     return tree
 
 
+def _convert(
+    weights: Mapping[str, np.ndarray], name: str, pattern: str, num_heads: int
+) -> np.ndarray:
+    return np.array(_to_flax(weights[name], pattern, num_heads), order="C")
+
+
+def _stack(
+    weights: Mapping[str, np.ndarray], names: Sequence[str], pattern: str, num_heads: int
+) -> np.ndarray:
+    """Weights of one kind, one after another on a first axis."""
+    for i, name in enumerate(names):
+        array = _to_flax(weights[name], pattern, num_heads)
+        if i == 0:
+            stacked = np.empty((len(names), *array.shape), array.dtype)
+        elif array.dtype != stacked.dtype:
+            stacked = stacked.astype(np.float32)  # which holds every 16-bit float
+        stacked[i] = array
+    return stacked
+
+
+def _check_index(weights: Mapping[str, np.ndarray], prefix: str) -> None:
+    name, table = f"{prefix}{BUFFER}", f"{prefix}relative_position_bias_table"
+    if name in weights and not np.array_equal(weights[name], _index_of(weights[table])):
+        raise ValueError(f"{name} is not the authors' order of tokens, row by row")
+
+
+def _index_of(bias_table: np.ndarray) -> np.ndarray:
+    """The buffer that goes with a bias table of (2G − 1)² + 3 rows."""
+    grid_size = (math.isqrt(bias_table.shape[0] - 3) + 1) // 2
+    return relative_position_index(grid_size).astype(np.int64)
+
+
 def to_torch(
-    params: Tree, *, family: str, depth: int, decoder_depth: int = 0
+    params: Tree,
+    *,
+    family: str,
+    depth: int,
+    decoder_depth: int = 0,
+    buffers: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: weights by the authors' names."""
+    """The inverse of `from_torch`: weights by the authors' names.
+
+    Args:
+      params: a parameter tree; `LazyArray`s are made one at a time.
+      family, depth, decoder_depth: of the model.
+      buffers: whether to add every block's `relative_position_index`, which the authors' strict
+        loading wants.
+    """
     weights = {}
     for name, path, pattern in _MODEL_RULES:
-        array = _get(params, path)
-        if array is not None:
+        if (array := _get(params, path)) is not None:
             weights[name] = _to_torch(np.asarray(array), pattern)
-
-    def block(prefix: str, subtree: Tree, layer: int | None) -> None:
+    for group, blocks, stacked in _prefixes(family, depth, decoder_depth):
         for name, path, pattern in _BLOCK_RULES:
-            array = _get(subtree, path)
-            if array is not None:
-                array = np.asarray(array) if layer is None else np.asarray(array)[layer]
-                weights[f"{prefix}.{name}"] = _to_torch(array, pattern)
-
-    for torch_list, stack, indices in _stacks(family, depth, decoder_depth):
-        for layer, index in enumerate(indices):
-            block(f"{torch_list}.{index}", params[stack]["layers"], layer)
-    if family != "DiT":
-        block("sideblocks.0", params["side_block"], None)
+            if (array := _get(params, f"{group}/{path}")) is None:
+                continue
+            layers = np.asarray(array) if stacked else np.asarray(array)[None]
+            for block, layer in zip(blocks, layers, strict=True):
+                weights[f"{block}.{name}"] = _to_torch(layer, pattern)
+                if buffers and path == "attn/relative_bias":
+                    weights[f"{block}.attn.rel_pos_bias.{BUFFER}"] = _index_of(layer)
     return weights

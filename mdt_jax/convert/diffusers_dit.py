@@ -1,0 +1,60 @@
+"""diffusers' layout of DiT (`facebook/DiT-XL-2-256`, a Transformer2DModel), under DiT's own names.
+
+Every block there has its own copy of the two embedders, and q, k and v apart; the position table is
+not stored. Everything else is DiT's under another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MARK = "transformer_blocks.0.norm1.linear.weight"  # no other layout has it
+_EMBEDDERS = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+}
+_LABELS = "class_embedder.embedding_table.weight"
+_MODEL = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out_2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+}
+_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+
+
+def depth(names: Iterable[str]) -> int:
+    """Number of blocks among diffusers' names."""
+    return 1 + max(int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks."))
+
+
+def sources(num_blocks: int) -> dict[str, tuple[str, ...]]:
+    """The authors' names and, for each, diffusers' whose arrays are joined along axis 0."""
+    found: dict[str, tuple[str, ...]] = {}
+    embeddings = "transformer_blocks.0.norm1.emb"
+    for kind in ("weight", "bias"):
+        found |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for ours, theirs in _MODEL.items()}
+        for ours, theirs in _EMBEDDERS.items():
+            found[f"{ours}.{kind}"] = (f"{embeddings}.{theirs}.{kind}",)
+        for i in range(num_blocks):
+            ours_block, theirs_block = f"blocks.{i}", f"transformer_blocks.{i}"
+            found[f"{ours_block}.attn.qkv.{kind}"] = tuple(
+                f"{theirs_block}.attn1.to_{part}.{kind}" for part in "qkv"
+            )
+            for ours, theirs in _BLOCK.items():
+                found[f"{ours_block}.{ours}.{kind}"] = (f"{theirs_block}.{theirs}.{kind}",)
+    return found | {"y_embedder.embedding_table.weight": (f"{embeddings}.{_LABELS}",)}
+
+
+def copies(num_blocks: int) -> dict[str, list[str]]:
+    """Block 0's embedders, and their copies in the other blocks, which must hold the same."""
+    names = [f"{theirs}.{kind}" for theirs in _EMBEDDERS.values() for kind in ("weight", "bias")]
+    block = "transformer_blocks.{}.norm1.emb.{}"
+    return {
+        block.format(0, name): [block.format(i, name) for i in range(1, num_blocks)]
+        for name in [*names, _LABELS]
+    }

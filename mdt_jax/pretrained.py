@@ -1,0 +1,250 @@
+"""A model from weights of any kind: a PyTorch file, hf://OWNER/REPO/FILE, or a run's workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdt_jax import checkpoints, weight_files
+from mdt_jax import config as config_lib
+from mdt_jax.convert import diffusers_dit
+from mdt_jax.convert.architecture import (
+    Architecture,
+    UnknownWeights,
+    identify,
+    parameter_shapes,
+)
+from mdt_jax.convert.transformers import from_torch
+from mdt_jax.models import LatentTransformer
+from mdt_jax.positions import sincos_position_table
+from mdt_jax.weight_files import WeightFile
+
+METADATA = "mdt_jax.architecture"  # what our own .safetensors files say about themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Weights, what network they are of, and how it is trained and sampled.
+
+    Attributes:
+      source: where they come from, for messages.
+      architecture: of the network.
+      config: a run's config with the family's recipe, or the run's own.
+      params: parameter tree of `LazyArray`s in the source's dtypes.
+      step: training steps behind them, 0 if not known.
+      class_names: empty if not known.
+      dtypes: of every weight by the authors' name, if they are not all of one type.
+    """
+
+    source: str
+    architecture: Architecture
+    config: ConfigDict
+    params: Any
+    step: int = 0
+    class_names: tuple[str, ...] = ()
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read(
+    source: str | Path,
+    *,
+    decode_layers: int = 2,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    nest: str | None = None,
+) -> Pretrained:
+    """The weights of a source; arrays are read when they are asked for.
+
+    Args:
+      source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
+      decode_layers, num_heads, num_classes: what a PyTorch file does not show
+        (`convert.architecture.identify`); not for a workdir.
+      nest: which part of a training file to take ("ema", "model"); the EMA, if it has one.
+
+    Raises:
+      WeightsError, UnknownWeights: a file that is not there, damaged or of no model known here.
+      CheckpointError: a workdir without a sound checkpoint.
+    """
+    if not weight_files.is_weight_file(source) and not Path(source).is_file():
+        return _read_workdir(source)
+    options = {"decode_layers": decode_layers, "num_heads": num_heads, "num_classes": num_classes}
+    weights, architecture = open_weights(source, nest=nest, **options)
+    return Pretrained(
+        source=str(source),
+        architecture=architecture,
+        config=create_config(architecture),
+        params=parameter_tree(weights, architecture),
+        step=step_of(str(source)) or 0,
+        dtypes=_mixed_dtypes(weights, architecture),
+    )
+
+
+def _read_workdir(workdir: str | Path) -> Pretrained:
+    step, meta = checkpoints.read_meta(workdir)
+    config = config_lib.from_json(meta["config"])
+    return Pretrained(
+        source=str(workdir),
+        architecture=architecture_of(config_lib.create_network(config)),
+        config=config,
+        params=checkpoints.lazy_item(workdir, f"ema_{config.ema_rates[0]}", step=step),
+        step=step,
+        class_names=tuple(meta["class_names"]),
+    )
+
+
+def open_weights(
+    source: str | Path,
+    *,
+    decode_layers: int = 2,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    nest: str | None = None,
+) -> tuple[WeightFile, Architecture]:
+    """A file's weights under the authors' names, and the architecture they show."""
+    weights = weight_files.read(source, nest)
+    if diffusers_dit.MARK in weights:
+        beside = weight_files.json_beside(source, weights.path)
+        weights = _from_diffusers(weights, int(beside.get("sample_size", 32)))
+        num_heads = num_heads or beside.get("num_attention_heads")
+    try:
+        if METADATA in weights.metadata:  # of our own making: says what shapes do not
+            known = Architecture(**json.loads(weights.metadata[METADATA]))
+            decode_layers = known.decoder_depth or decode_layers
+            num_heads, num_classes = known.num_heads, known.num_classes
+        architecture = identify(
+            weights.shapes,
+            decode_layers=decode_layers,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
+    except UnknownWeights as error:
+        raise UnknownWeights(f"{weights.path}: {error}") from error
+    return weights, architecture
+
+
+def parameter_tree(weights: Mapping[str, np.ndarray], architecture: Architecture) -> Any:
+    """The authors' weights as this project's tree of `LazyArray`s."""
+    a = architecture
+    return from_torch(
+        weights,
+        family=a.family,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        decoder_depth=a.decoder_depth,
+        lazy=True,
+    )
+
+
+def _mixed_dtypes(weights: WeightFile, architecture: Architecture) -> dict[str, str]:
+    """Types by name, empty if all are the same: a stack of layers can have but one."""
+    names = [name for name in parameter_shapes(architecture) if name in weights]
+    dtypes = {name: weights.dtypes[name].name for name in names}
+    return dtypes if len(set(dtypes.values())) > 1 else {}
+
+
+def step_of(name: str) -> int | None:
+    """The training steps in a file name of the authors' or DiT's, None if there are none.
+
+    modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt, NNNNNNN.pt
+    """
+    found = re.search(r"(?:model|opt|ema_[\d.]+_|^)(\d+)\.\w+$", Path(name).name)
+    return int(found[1]) if found else None
+
+
+def ema_rate_of(name: str) -> float | None:
+    """The rate in a file name ema_RATE_NNNNNN.pt, None if there is none."""
+    found = re.search(r"ema_(0\.\d+)_\d+\.\w+$", Path(name).name)
+    return float(found[1]) if found else None
+
+
+def architecture_of(model: LatentTransformer) -> Architecture:
+    """The architecture of a module."""
+    names = [field.name for field in dataclasses.fields(Architecture) if field.name != "family"]
+    sizes = {name: getattr(model, name, 0) for name in names}
+    return Architecture(family=type(model).__name__, **sizes)
+
+
+def create_config(architecture: Architecture) -> ConfigDict:
+    """A run's config for an architecture: its authors' recipe, and how its samples are drawn."""
+    a = architecture
+    config = config_lib.default_config()
+    if a.name == a.family:
+        sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
+        config.model.update({size: getattr(a, size) for size in sizes})
+    config.model.update(
+        name=a.name,
+        input_size=a.input_size,
+        in_channels=a.in_channels,
+        num_classes=a.num_classes,
+    )
+    if a.family != "DiT":
+        config.model.decoder_depth = a.decoder_depth
+    config_lib.apply_recipe(config)
+    config.label_dropout = 0.1 if a.null_class else 0.0
+    config.diffusion.variance = "learned_range" if a.learn_variance else "fixed_large"
+    config.data.name = "npy"
+    config.sample.every = 0
+    if a.family == "DiT":
+        config.sample.update(cfg_scale=1.5, cfg_power=None)
+    if a.in_channels in (1, 3):  # pixels
+        config.sample.update(clip=True, guided_channels=None)
+    if not a.num_classes or not a.null_class:
+        config.sample.cfg_scale = 1.0
+    return config
+
+
+def place(params: Any, abstract: Any) -> Any:
+    """Arrays on their devices, one leaf at a time, in the dtypes and shardings of `abstract`.
+
+    Raises:
+      ValueError: another structure or shape.
+    """
+
+    def put(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        array = np.asarray(array).astype(like.dtype, copy=False)
+        if array.shape != like.shape:
+            raise ValueError(f"an array of shape {array.shape} where the model has {like.shape}")
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+    return jax.tree.map(put, params, abstract)
+
+
+def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
+    """diffusers' DiT under DiT's own names, with the position table that it does not store."""
+    depth = diffusers_dit.depth(weights)
+    sources = diffusers_dit.sources(depth)
+    missing = [name for names in sources.values() for name in names if name not in weights]
+    if missing:
+        raise UnknownWeights(f"{weights.path}: {missing[0]} of diffusers' DiT is missing")
+    for first, others in diffusers_dit.copies(depth).items():
+        for other in others:
+            if not np.array_equal(weights[first], weights[other]):
+                raise UnknownWeights(
+                    f"{weights.path}: {other} differs from {first}; a DiT has one embedder"
+                )
+    width, _, patch, _ = weights.shapes["pos_embed.proj.weight"]
+    table = sincos_position_table(width, input_size // patch)[None].astype(
+        weights.dtypes["pos_embed.proj.weight"]
+    )
+
+    def load(name: str) -> np.ndarray:
+        if name == "pos_embed":
+            return table
+        parts = [weights[part] for part in sources[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    shapes = {"pos_embed": table.shape}
+    for name, parts in sources.items():
+        first, *rest = weights.shapes[parts[0]]
+        shapes[name] = (first * len(parts), *rest)
+    dtypes = {name: weights.dtypes[parts[0]] for name, parts in sources.items()}
+    dtypes["pos_embed"] = table.dtype
+    return WeightFile(weights.path, shapes, dtypes, load, nest=weights.nest)

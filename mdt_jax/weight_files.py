@@ -1,0 +1,377 @@
+"""Files of PyTorch weights: .pt, .safetensors and `hf://OWNER/REPO/FILE`, read and written.
+
+A pickle is read by PyTorch's restricted unpickler alone, which builds tensors and plain containers
+and runs no code. Arrays are read one by one, when they are asked for, from a memory map: a file of
+any size costs no memory by itself. NumPy has no bfloat16 of its own; ml_dtypes' stands for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SAFETENSORS = ".safetensors"
+# Where training scripts put a model inside their files, best first: DiT saves model and EMA side by
+# side and samples from the EMA; CompVis and Lightning say state_dict.
+NESTS = ("ema", "model", "state_dict")
+
+
+class WeightsError(ValueError):
+    """A file of weights cannot be fetched, read, understood or written; one line says why."""
+
+
+class WeightFile(Mapping[str, np.ndarray]):
+    """Arrays by name, each read when it is asked for.
+
+    Attributes:
+      path: the file.
+      metadata: text that a .safetensors file carries about itself.
+      nest: under which of `NESTS` the arrays were found, "" if the file holds nothing else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype],
+        read: Callable[[str], np.ndarray],
+        metadata: Mapping[str, str] | None = None,
+        nest: str = "",
+    ):
+        self.path, self.metadata, self.nest = path, dict(metadata or {}), nest
+        self.shapes, self.dtypes, self._read = dict(shapes), dict(dtypes), read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The mapping itself."""
+        return self
+
+
+def is_weight_file(source: str | Path) -> bool:
+    """Whether a source is named like a file of weights rather than a run's folder."""
+    return str(source).startswith("hf://") or str(source).endswith((*PICKLES, SAFETENSORS))
+
+
+def fetch(source: str | Path) -> Path:
+    """The local path of a file; `hf://OWNER/REPO/FILE` goes through the Hugging Face cache.
+
+    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured.
+
+    Raises:
+      WeightsError: no such file, or a hub that cannot be reached: which file to fetch by hand.
+    """
+    text = str(source)
+    if text.startswith("hf://"):
+        return _fetch_from_hub(text)
+    path = Path(text)
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "not there"
+        raise WeightsError(
+            f"{path} is {what}; give a .pt or .safetensors file, or hf://OWNER/REPO/FILE"
+        )
+    return path
+
+
+def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
+    """The config.json of diffusers' beside a file of weights, {} if there is none.
+
+    Args:
+      source: as `fetch` was given it.
+      path: what `fetch` returned.
+
+    Raises:
+      WeightsError: it is not JSON.
+    """
+    beside = path.parent / "config.json"
+    if str(source).startswith("hf://"):
+        try:
+            beside = fetch(str(source).rpartition("/")[0] + "/config.json")
+        except WeightsError:
+            return {}
+    if not beside.is_file():
+        return {}
+    try:
+        return json.loads(beside.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{beside} is not JSON: {error}") from error
+
+
+def _fetch_from_hub(source: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    owner, repo, file = [*source.removeprefix("hf://").split("/", 2), "", ""][:3]
+    if not (owner and repo and file):
+        raise WeightsError(f"{source} is not of the form hf://OWNER/REPO/FILE")
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would tell of every retry
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
+    except errors.EntryNotFoundError as error:
+        # A missing local copy of a file is one of these too, when the hub is out of reach.
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            raise WeightsError(f"{source}: {owner}/{repo} holds no file {file}") from error
+        cause = "is not in the local cache and the hub cannot be reached"
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"{source}: the hub has no {owner}/{repo}, or HF_TOKEN gives no access to it"
+        ) from error
+    except Exception as error:  # no network has many faces, of the HTTP library's own
+        cause = f"cannot be fetched ({type(error).__name__})"
+    finally:
+        logger.setLevel(level)
+    raise WeightsError(
+        f"{source} {cause}: where there is a network, download the file {file} of the Hugging Face "
+        f"repository {owner}/{repo}, copy it here, and give its path in place of {source}"
+    )
+
+
+def read(source: str | Path, nest: str | None = None) -> WeightFile:
+    """The arrays of a file by name, without reading them yet.
+
+    `module.` and `_orig_mod.` prefixes (of DistributedDataParallel and torch.compile) are taken off
+    the names.
+
+    Args:
+      source: a path or hf://OWNER/REPO/FILE.
+      nest: which of a training file's parts to take; the first there is of `NESTS` by default.
+
+    Raises:
+      WeightsError: not there, truncated, or it holds no arrays.
+    """
+    path = fetch(source)
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
+    tree = _unpickle(path)
+    found = ""
+    for name in NESTS if nest is None else (nest,):
+        if isinstance(tree, dict) and isinstance(tree.get(name), dict):
+            tree, found = tree[name], name
+            break
+    else:
+        if nest is not None:
+            raise WeightsError(f"{path} holds no {nest!r}")
+    tensors = (
+        {k: v for k, v in tree.items() if hasattr(v, "shape")} if isinstance(tree, dict) else {}
+    )
+    if not tensors:
+        raise WeightsError(f"{path} holds {_describe(tree)}, no weights by name")
+    names = {plain_name(k): k for k in tensors}
+    return WeightFile(
+        path,
+        {name: tuple(tensors[k].shape) for name, k in names.items()},
+        {name: _numpy_dtype(path, k, tensors[k]) for name, k in names.items()},
+        lambda name: _to_numpy(tensors[names[name]]),
+        nest=found,
+    )
+
+
+def has_part(source: str | Path, part: str) -> bool:
+    """Whether a pickle is a dict with weights under a name of their own, as DiT's files are."""
+    tree = _unpickle(fetch(source))
+    return isinstance(tree, dict) and isinstance(tree.get(part), dict)
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without the prefixes of the wrappers it was saved in."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def read_object(source: str | Path) -> Any:
+    """What a pickle holds, its tensors as memory-mapped arrays: an optimiser's state, say.
+
+    Raises:
+      WeightsError: it is not a pickle, is truncated, or could run code.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(convert, value))
+        return _to_numpy(value) if hasattr(value, "detach") else value
+
+    return convert(_unpickle(fetch(source)))
+
+
+def _unpickle(path: Path) -> Any:
+    torch = _import_torch(path)
+    import pickle
+
+    # DiT keeps the command's arguments beside its weights. A Namespace runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError) as error:
+                if "mmap" not in str(error):
+                    raise
+                # The format from before PyTorch 1.6 cannot be mapped.
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"{path} was not loaded: it holds more than tensors, and unpickling it could run "
+                f"code of its own{_named_global(error)}. Save its state_dict() alone, or as "
+                ".safetensors"
+            ) from error
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            raise WeightsError(
+                f"{path} ({path.stat().st_size:,} bytes) is truncated or not a PyTorch file: "
+                f"{_first_line(error)}; fetch it again"
+            ) from error
+
+
+def write(
+    path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays as .safetensors or as a PyTorch state dict, whole or not at all.
+
+    Args:
+      path: what it ends in says which.
+      arrays: by name, in the order they are written.
+      metadata: text kept in a .safetensors file; a state dict has no place for it.
+
+    Raises:
+      WeightsError: an unknown ending, or a file that could not be written (a full disk).
+    """
+    path = Path(path)
+    if path.suffix not in (*PICKLES, SAFETENSORS):
+        raise WeightsError(f"--output {path}: must end in .pt or .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.suffix == SAFETENSORS:
+            from safetensors.numpy import save_file
+
+            save_file(dict(arrays), aside, dict(metadata or {}))
+        else:
+            torch = _import_torch(path)
+            torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, aside)
+        os.replace(aside, path)
+    except Exception as error:
+        reason = _first_line(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; is the disk full?" if full or not isinstance(error, OSError) else ""
+        raise WeightsError(f"{path} could not be written: {reason}{hint}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def _read_safetensors(path: Path) -> WeightFile:
+    import safetensors
+
+    try:
+        file = safetensors.safe_open(path, "numpy")
+        names = {plain_name(k): k for k in list(file.keys())}
+        views = {name: file.get_slice(k) for name, k in names.items()}
+        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+        dtypes = {name: _DTYPES[view.get_dtype()] for name, view in views.items()}
+    except KeyError as error:
+        raise WeightsError(
+            f"{path} holds arrays of type {error}, which no model here has"
+        ) from error
+    except Exception as error:  # SafetensorError, and the OS's own
+        raise WeightsError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors file: "
+            f"{_first_line(error)}; fetch it again"
+        ) from error
+    if not names:
+        raise WeightsError(f"{path} holds no arrays")
+    return WeightFile(
+        path, shapes, dtypes, lambda name: file.get_tensor(names[name]), file.metadata()
+    )
+
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(bool),
+}
+
+
+def _import_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(
+            f"{path} is a PyTorch file, and PyTorch is not installed: pip install -e '.[convert]', "
+            "or use a .safetensors file, which needs none"
+        ) from error
+    return torch
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    """A view of a CPU tensor's memory."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # it has no .numpy()
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    for dtype in _DTYPES.values():
+        if dtype.name == kind:
+            return dtype
+    raise WeightsError(f"{path}: {name} is of type {kind}, which no model here has")
+
+
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
+    array = np.ascontiguousarray(array)
+    if not array.flags.writeable:  # PyTorch warns of those, though nothing here writes to them
+        array = array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return f"a dict of {', '.join(map(repr, list(tree)[:5]))}" if tree else "an empty dict"
+    return f"an object of type {type(tree).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].strip().rstrip(".")
+
+
+def _named_global(error: BaseException) -> str:
+    """The function that PyTorch's unpickler refused, as its message names it."""
+    words = str(error).split("GLOBAL ", 1)
+    return f" ({words[1].split()[0]})" if len(words) == 2 else ""

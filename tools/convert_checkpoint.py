@@ -1,0 +1,133 @@
+"""Converts checkpoints between PyTorch and this project, both ways and bit for bit.
+
+    python tools/convert_checkpoint.py to-jax --input mdt_xl2_v2_ckpt.pt --output runs/mdt_xl2_v2
+    python tools/convert_checkpoint.py to-jax --output runs/mine \\
+        --model model400000.pt --ema ema_0.9999_400000.pt --opt opt400000.pt
+    python tools/convert_checkpoint.py to-torch --input runs/mine --output mine.safetensors
+    python tools/convert_checkpoint.py inspect --input mdt_xl2_v2_ckpt.pt
+
+to-jax writes a workdir that `mdt_jax.sample` and `mdt_jax.train` take as it is; the architecture is
+read off the shapes. to-torch writes a state dict that the authors' `load_state_dict(strict=True)`
+accepts. An input is a .pt or .safetensors file or hf://OWNER/REPO/FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+
+import jax
+from absl import logging
+
+from mdt_jax import pretrained, transfer, weight_files
+from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.convert.architecture import parameter_shapes
+
+
+def to_jax(args: argparse.Namespace) -> None:
+    """Writes a workdir from PyTorch files."""
+    main = args.input or args.model
+    if bool(args.input) == bool(args.model) or (args.input and (args.ema or args.opt)):
+        raise ValueError("give --input X, or --model M with --ema E and --opt O of the same run")
+    shown = {key: getattr(args, key) for key in ("decode_layers", "num_heads", "num_classes")}
+    # Beside others, a training file's own part is meant: DiT's keep all of them in one.
+    model = pretrained.read(main, nest=_part(args.model, "model"), **shown)
+    ema = pretrained.read(args.ema, nest=_part(args.ema, "ema"), **shown) if args.ema else None
+    if args.step is not None:
+        model = dataclasses.replace(model, step=args.step)
+    moments = transfer.read_moments(args.opt, model) if args.opt else None
+    rate = args.ema_rate or pretrained.ema_rate_of(args.ema or main) or 0.9999
+    folder = transfer.to_workdir(
+        args.output, model, ema=ema, ema_rate=rate, moments=moments, step=args.step
+    )
+    updates = f", {moments.optimizer} after {moments.count} updates" if moments else ""
+    print(f"{folder}: {model.architecture.name} at step {model.step}{updates}")
+    print(f"to sample: python -m mdt_jax.sample --workdir {folder} --output samples")
+
+
+def _part(path: str | None, part: str) -> str | None:
+    """The part of a file that holds several under those names, None if it holds one."""
+    if path is None or str(path).endswith(weight_files.SAFETENSORS):
+        return None
+    return part if weight_files.has_part(path, part) else None
+
+
+def to_torch(args: argparse.Namespace) -> None:
+    """Writes a PyTorch file from a workdir."""
+    arrays, metadata = transfer.to_state_dict(
+        args.input,
+        params=args.params,
+        ema_rate=args.ema_rate,
+        step=args.step,
+        dtype=args.dtype,
+    )
+    weight_files.write(args.output, arrays, metadata)
+    size = sum(array.nbytes for array in arrays.values()) / 2**20
+    print(f"{args.output}: {len(arrays)} arrays, {size:,.1f} MiB, {args.params} parameters")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Prints what a file of weights is."""
+    weights, architecture = pretrained.open_weights(
+        args.input,
+        decode_layers=args.decode_layers,
+        num_heads=args.num_heads,
+        num_classes=args.num_classes,
+    )
+    names = parameter_shapes(architecture)
+    dtypes = sorted({weights.dtypes[name].name for name in names if name in weights})
+    count = sum(math.prod(shape) for shape in names.values())
+    print(f"file          {weights.path}" + (f", its {weights.nest!r}" if weights.nest else ""))
+    print(f"model         {architecture.name}")
+    for field, value in dataclasses.asdict(architecture).items():
+        print(f"  {field:<15} {value}")
+    print(f"parameters    {count:,} in {len(names)} arrays, {', '.join(dtypes)}")
+    width = max(map(len, weights.shapes))
+    for name, shape in weights.shapes.items():
+        print(f"{name:<{width}}  {weights.dtypes[name].name:<8}  {' × '.join(map(str, shape))}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    into = commands.add_parser("to-jax", help="PyTorch files to a workdir")
+    into.set_defaults(run=to_jax)
+    into.add_argument("--input", help="weights: .pt, .safetensors or hf://OWNER/REPO/FILE")
+    into.add_argument("--model", help="modelNNNNNN.pt of a run of the authors'")
+    into.add_argument("--ema", help="its ema_RATE_NNNNNN.pt")
+    into.add_argument("--opt", help="its optNNNNNN.pt: AdamW's or Adan's moments")
+    into.add_argument("--output", required=True, help="the workdir, a new folder")
+    into.add_argument("--step", type=int, help="training steps; from the file's name if not given")
+    into.add_argument("--ema_rate", type=float, help="from the file's name, else 0.9999")
+    out = commands.add_parser("to-torch", help="a workdir to a PyTorch file")
+    out.set_defaults(run=to_torch)
+    out.add_argument("--input", required=True, help="the workdir")
+    out.add_argument("--output", required=True, help=".pt or .safetensors")
+    out.add_argument("--params", choices=("ema", "raw"), default="ema")
+    out.add_argument("--ema_rate", type=float, help="which average; the run's first if not given")
+    out.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    out.add_argument("--dtype", choices=tuple(transfer.DTYPES), help="as saved if not given")
+    show = commands.add_parser("inspect", help="what a file of weights is")
+    show.set_defaults(run=inspect)
+    show.add_argument("--input", required=True, help=".pt, .safetensors or hf://OWNER/REPO/FILE")
+    for command in (into, show):
+        command.add_argument("--decode_layers", type=int, default=2, help="of an MDT v1")
+        command.add_argument("--num_heads", type=int, help="of a DiT of no known width")
+        command.add_argument("--num_classes", type=int, help="settles what the last label row is")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, CheckpointError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing here computes
+    main()
