@@ -169,6 +169,92 @@ def test_an_empty_source_is_refused():
         data.arrays(np.zeros((0, 2, 2, 1), np.uint8))
 
 
+def write_images(folder: Path, *names: str, mode: str = "RGB") -> Path:
+    """Image files of 5 x 6 pixels whose values are their place in the list."""
+    for value, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (6, 5), value if mode == "L" else (value,) * len(mode)).save(folder / name)
+    return folder
+
+
+def test_a_folder_of_sub_folders_is_labelled_by_their_sorted_names(tmp_path):
+    names = ["dog/b.png", "cat/2.PNG", "cat/1.bmp", "dog/more/a.webp", "ant/z.jpeg"]
+    write_images(tmp_path, *names)
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    write_images(tmp_path, ".hidden/0.png", "cat/.hidden/0.png", "cat/.0.png")
+    source = data.folder_source(tmp_path)
+    assert source.class_names == ("ant", "cat", "dog") and source.image_shape == (None, None, 3)
+    examples = [source[i] for i in range(len(source))]
+    assert [example["label"] for example in examples] == [0, 1, 1, 2, 2]
+    # Sorted within a class: 1.bmp before 2.PNG, b.png before more/a.webp.
+    assert [int(example["image"][0, 0, 0]) for example in examples] == [4, 2, 1, 0, 3]
+
+
+def test_a_folder_of_images_is_unconditional(tmp_path):
+    source = data.folder_source(write_images(tmp_path, "b.png", "a.jpg"))
+    assert source.class_names == () and [source[i]["label"] for i in range(2)] == [0, 0]
+    assert source[0]["image"].shape == (5, 6, 3) and source[0]["image"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_image_files_become_rgb(tmp_path, mode):
+    source = data.folder_source(write_images(tmp_path, "0.png", "1.png", mode=mode))
+    np.testing.assert_array_equal(source[1]["image"], np.ones((5, 6, 3), np.uint8))
+
+
+def test_a_cameras_orientation_is_not_heeded(tmp_path):
+    picture = Image.new("RGB", (6, 5))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # Orientation: turn by a quarter to show
+    picture.save(tmp_path / "0.jpg", exif=exif)
+    assert data.folder_source(tmp_path)[0]["image"].shape == (5, 6, 3)
+
+
+def test_image_files_pickle_and_are_cropped(tmp_path):
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(6)]
+    source = data.folder_source(write_images(tmp_path, *names))
+    again = pickle.loads(pickle.dumps(source))
+    for i in range(6):
+        np.testing.assert_array_equal(again[i]["image"], source[i]["image"])
+    (batch,) = take(open_batches(source, image_size=4), 1)
+    assert batch["image"].shape == (6, 4, 4, 3)
+    pixels = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5)
+    np.testing.assert_array_equal(pixels % 2, batch["label"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no images .*jpeg.*, nor do its sub-folders"),
+        (["0.png", "a/1.png"], "images such as 0.png beside sub-folders of images such as a; put"),
+    ],
+)
+def test_a_folder_of_images_that_is_none_is_refused(tmp_path, names, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        data.folder_source(write_images(tmp_path, *names))
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_class_without_images_is_refused_by_name(tmp_path):
+    write_images(tmp_path, "cat/0.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/dog: holds no images, so it cannot"):
+        data.folder_source(tmp_path)
+
+
+def test_a_missing_folder_of_images_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone: no such folder; data.path must name one of"):
+        data.folder_source(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("length", [0, 3, 45])
+def test_an_image_file_that_cannot_be_decoded_is_named(tmp_path, length):
+    file = write_images(tmp_path, "0.png") / "0.png"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=f"^{file}: cannot be decoded .*; replace the image or"):
+        data.folder_source(tmp_path)[0]
+
+
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory) -> Path:
     """A data folder of TFDS with `shapes`: five images of growing height, of two classes."""
@@ -265,10 +351,12 @@ def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "cifar"}, "data.name is 'cifar'; known are 'digits', 'npy' and 'tfds:NAME'"),
+        ({"name": "cifar"}, "data.name is 'cifar'; known are 'digits', 'folder', 'npy'"),
         ({"name": "digits", "split": "val"}, "digits: no split 'val'; there are train, heldout"),
         ({"name": "npy"}, "data.name 'npy' needs data.path"),
         ({"name": "npy", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),
+        ({"name": "folder"}, "data.name 'folder' needs data.path, the folder of images"),
+        ({"name": "folder", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),
     ],
 )
 def test_a_configuration_that_names_no_data_is_refused(config, message):
@@ -283,6 +371,7 @@ def test_a_configuration_chooses_dataset_split_and_folder(tmp_path, tfds_folder)
     assert len(create(name="digits")) == 1498
     assert len(create(name="digits", split="heldout")) == 299
     assert len(create(name="npy", path=str(write_folder(tmp_path, images=IMAGES)))) == 4
+    assert len(create(name="folder", path=str(write_images(tmp_path / "files", "a/0.png")))) == 1
     assert len(create(name="tfds:shapes", path=str(tfds_folder), split="train[:2]")) == 2
 
 

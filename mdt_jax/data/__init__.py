@@ -12,6 +12,7 @@ from mdt_jax.data.sources import (
     arrays,
     create_source,
     digits,
+    folder_source,
     npy_directory,
     tfds_source,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "create_batches",
     "create_source",
     "digits",
+    "folder_source",
     "npy_directory",
     "prefetch_to_device",
     "random_flip",

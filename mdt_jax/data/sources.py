@@ -7,6 +7,7 @@ batches or processes: those are the pipeline's. A new dataset is one function th
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @runtime_checkable
@@ -155,6 +159,53 @@ def npy_directory(path: str | Path) -> Source:
     return _from_arrays(str(folder), images.array, labels, names, read_from=images)
 
 
+def folder_source(path: str | Path) -> Source:
+    """Image files in a folder, decoded when they are asked for.
+
+    Args:
+        path: a folder of .jpg, .jpeg, .png, .webp or .bmp files (in any case); or of sub-folders
+            of them, one a class, however deep in it. Classes are the sub-folders' names, sorted,
+            and images are in the order of their sorted paths. Files of other kinds, and whatever
+            starts with a dot, are passed over.
+
+    Images become RGB, gray ones three equal channels, transparency dropped; their size is their
+    own. What a camera says about its orientation is not heeded, as in ADM.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it or in one of its classes.
+        ValueError: images beside sub-folders of images.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; data.path must name one of images, or of a sub-folder of "
+            "images for each class"
+        )
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    loose = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    files = {name: _images_below(folder, name) for name in classes}
+    filled = [name for name in classes if files[name]]
+    if loose and filled:
+        raise ValueError(
+            f"{folder}: images such as {loose[0]} beside sub-folders of images such as "
+            f"{filled[0]}; put every image into the sub-folder of its class, or all into one folder"
+        )
+    if not loose and not filled:
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        raise FileNotFoundError(f"{folder}: holds no images ({kinds}), nor do its sub-folders")
+    if loose:
+        return Source(str(folder), _FileRecords(folder, tuple(loose), None), (None, None, 3))
+    if len(filled) < len(classes):
+        empty = next(name for name in classes if not files[name])
+        raise FileNotFoundError(
+            f"{folder / empty}: holds no images, so it cannot be a class; remove it, or fill it"
+        )
+    labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
+    names = tuple(file for name in classes for file in files[name])
+    return Source(str(folder), _FileRecords(folder, names, labels), (None, None, 3), tuple(classes))
+
+
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
     """A TensorFlow Datasets dataset, prepared on disk as ArrayRecord; needs no TensorFlow.
 
@@ -219,8 +270,10 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
     Args:
         data_config: `name`, one of
             "digits": `split` is "train" (the default), "heldout" or "all";
-            "npy": `path` is the folder; it holds one split, called "train";
+            "folder": `path` is a folder of image files, or of a sub-folder for each class;
+            "npy": `path` is a folder of .npy files;
             "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder.
+            A "folder" or "npy" is one split, called "train".
 
     Raises:
         ValueError: an unknown name or split, or no path where one is needed.
@@ -230,20 +283,19 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
     split, path = data_config.get("split") or "train", data_config.get("path")
     if name == "digits":
         return digits(split)
-    if name == "npy":
+    if name in ("folder", "npy"):
+        what = "images" if name == "folder" else "images.npy or latents.npy"
         if not path:
-            raise ValueError(
-                "data.name 'npy' needs data.path, the folder of images.npy or latents.npy"
-            )
+            raise ValueError(f"data.name {name!r} needs data.path, the folder of {what}")
         if split != "train":
             raise ValueError(
-                f"data.split is {split!r}, but a folder of .npy files is one split, 'train': "
-                "name another folder in data.path instead"
+                f"data.split is {split!r}, but a folder is one split, 'train': name another folder "
+                "in data.path instead"
             )
-        return npy_directory(path)
+        return folder_source(path) if name == "folder" else npy_directory(path)
     if name.startswith("tfds:"):
         return tfds_source(name.removeprefix("tfds:"), split, path)
-    raise ValueError(f"data.name is {name!r}; known are 'digits', 'npy' and 'tfds:NAME'")
+    raise ValueError(f"data.name is {name!r}; known are 'digits', 'folder', 'npy' and 'tfds:NAME'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +335,44 @@ class _MemoryMap:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.array[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileRecords:
+    """Image files and their labels, decoded one at a time."""
+
+    folder: Path
+    files: tuple[str, ...]  # paths in the folder: a million Paths would be large to keep and pickle
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        path = self.folder / self.files[index]
+        try:
+            with Image.open(path) as picture:
+                image = np.asarray(picture.convert("RGB"))
+        # Pillow's decoders have a variety of their own for damaged files.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{path}: cannot be decoded ({error}); replace the image or remove it"
+            ) from error
+        return image, 0 if self.labels is None else int(self.labels[index])
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _images_below(folder: Path, name: str) -> list[str]:
+    """The image files in a sub-folder and its own, as sorted paths in the folder."""
+    found = []
+    for place, folders, files in os.walk(folder / name, followlinks=True):
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        inside = os.path.relpath(place, folder)
+        found += [os.path.join(inside, file) for file in files if _is_image(file)]
+    return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True)
