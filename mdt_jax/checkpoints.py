@@ -36,6 +36,7 @@ from mdt_jax.lazy import LazyArray
 _MANIFEST = "manifest.json"
 _PART = "checksums.{}.json"  # One process's share of the manifest, until there is a manifest.
 _META = "meta"
+_HELD_BYTES = 32 * 2**20  # Of `LazyArray`s being written, beside the last.
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
 
 
@@ -112,7 +113,7 @@ class Checkpoints:
         Args:
             step: later than every sealed step.
             items: name → pytree of arrays and numbers; any name but "meta". Leaves that are
-                `LazyArray`s are made and written one at a time, before this returns.
+                `LazyArray`s are made and written few at a time, before this returns.
             meta: JSON. Floats come back exactly, tuples as lists.
 
         Raises:
@@ -421,21 +422,44 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
             (float, scalar),
             (np.number, scalar),
             (np.ndarray, types.NumpyHandler()),
-            (LazyArray, _OneByOne(deepcopy_host_arrays=False)),
+            (LazyArray, _FewAtATime(deepcopy_host_arrays=False)),
             (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
         ),
     )
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Makes and writes `LazyArray`s one at a time: Orbax would hold all of them, and a copy."""
+class _FewAtATime(ocp.type_handlers.NumpyHandler):
+    """Makes and writes `LazyArray`s in small groups: Orbax would hold all of them, and a copy."""
 
     async def serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            written = await super().serialize([np.asarray(value)], [info], [arg or ocp.SaveArgs()])
-            for future in written:
-                future.result()
+        pending, held = [], 0
+        try:
+            for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+                array = np.asarray(value)
+                pending += await super().serialize([array], [info], [arg or ocp.SaveArgs()])
+                held += array.nbytes
+                if held > _HELD_BYTES:  # waiting for each alone costs some 20 ms an array
+                    _wait_for(pending)
+                    held = 0
+        finally:
+            _wait_for(pending)
         return []
+
+
+def _wait_for(pending: list) -> None:
+    """Empties a list of futures: none still writes when the first error is raised."""
+    errors = [error for future in pending if (error := _error_of(future))]
+    pending.clear()
+    if errors:
+        raise errors[0]
+
+
+def _error_of(future) -> Exception | None:
+    try:
+        future.result()
+    except Exception as error:
+        return error
+    return None
 
 
 def _read_item(directory: Path, name: str, abstract: PyTree | None) -> PyTree:
@@ -477,10 +501,14 @@ def _check_fits(what: str, saved: dict[str, tuple], wanted: dict[str, tuple]) ->
 
 
 def _silence_orbax() -> None:
-    """Drops Orbax's INFO lines, dozens for each save, unless absl's verbosity is DEBUG."""
+    """Drops two kinds of Orbax's lines, unless absl's verbosity is DEBUG.
+
+    Its INFO, dozens of lines for each save, and the tracebacks of errors that it raises as well.
+    """
     logging.get_absl_logger().addFilter(_is_worth_reading)
 
 
 def _is_worth_reading(record) -> bool:
-    chatter = record.levelname == "INFO" and "orbax/checkpoint" in record.pathname
+    kind = record.levelname == "INFO" or record.exc_info
+    chatter = kind and "orbax/checkpoint" in record.pathname
     return not chatter or logging.get_absl_logger().isEnabledFor(logging.converter.STANDARD_DEBUG)

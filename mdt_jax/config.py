@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def default_config() -> ConfigDict:
     config.model.name = "MDTv2-XL/2"  # or a family ("MDT", "MDTv2", "DiT") with the sizes below
     config.model.input_size = 32  # side of the latents or images
     config.model.in_channels = 4
-    config.model.num_classes = 1000  # 0: unconditional
+    config.model.num_classes = 1000  # 0: unconditional; -1: as many as the data have
     config.model.patch_size = integer()  # None: the name's
     config.model.hidden_size = integer()
     config.model.depth = integer()
@@ -127,6 +128,19 @@ def apply_recipe(config: ConfigDict) -> ConfigDict:
         config.optimizer.update(name="adamw", learning_rate=1e-4, clip_norm=None)
         config.diffusion.min_snr = None
         config.masking.ratio_span = 0.0
+    return config
+
+
+def resolve_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
+    """The config with as many classes as there are names.
+
+    Without any the model is unconditional, and has no label dropout.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = len(class_names)
+    if not class_names:
+        config.label_dropout = 0.0
+        config.sample.cfg_scale = 1.0
     return config
 
 

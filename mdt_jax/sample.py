@@ -1,7 +1,9 @@
 """Samples from a run: `python -m mdt_jax.sample --workdir runs/digits --num_samples 64 --output s`.
 
-Writes a PNG grid and an .npz in ADM's layout (`arr_0` uint8 NHWC images, `arr_1` labels), both
-saying what made them. `import mdt_jax; mdt_jax.sample(...)` does the same in Python.
+Or from PyTorch weights, `--checkpoint mdt_xl2_v2_ckpt.pt --vae ema`; `--inpaint IMAGE --mask MASK`
+paints the white part of a mask into a picture. Writes a PNG grid and an .npz in ADM's layout
+(`arr_0` uint8 NHWC images, `arr_1` labels, the number of classes where there is none), both saying
+what made them. `import mdt_jax; mdt_jax.sample(...)` does the same in Python.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
+from einops import reduce
 
-from mdt_jax import images, sampling, sharding
+from mdt_jax import images, inpainting, sampling, sharding
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.distributed import initialize_distributed
+from mdt_jax.latents import Autoencoder
 
 
 def write(
@@ -45,41 +49,100 @@ def write(
     return written
 
 
+def paint(
+    model: sampling.DiffusionModel,
+    params: Any,
+    image_path: str,
+    mask_path: str,
+    autoencoder: Autoencoder | None = None,
+    **settings: Any,
+) -> np.ndarray:
+    """Paints the white part of a mask into a picture; the rest stays as it is, exactly.
+
+    Args:
+      model, params: from `sampling.load`.
+      image_path, mask_path: two pictures of one size, the mask black and white.
+      autoencoder: of a model of latents. A latent is unknown if one of its pixels is.
+      **settings: of `inpainting.inpaint`.
+
+    Returns:
+      (n, h, w, c) in [−1, 1].
+    """
+    image = inpainting.read_image(image_path, 3 if autoencoder else model.network.in_channels)
+    mask = inpainting.read_mask(mask_path)
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"--mask {mask_path} is {mask.shape[1]} × {mask.shape[0]} pixels, --inpaint "
+            f"{image_path} {image.shape[1]} × {image.shape[0]}: both must be of one size"
+        )
+    if autoencoder is None:
+        return inpainting.inpaint(model, params, image, mask, **settings)
+    known = np.where(mask[..., None], np.float32(0), image)  # what is unknown must not leak
+    mean, _ = autoencoder.encode(known[None])
+    factor = autoencoder.module.downsampling
+    latent_mask = reduce(mask, "(h a) (w b) -> h w", "max", a=factor, b=factor)
+    latents = (mean - autoencoder.shift) * autoencoder.scale
+    painted = autoencoder.decode(
+        inpainting.inpaint(model, params, latents, latent_mask, **settings)
+    )
+    return np.where(mask[..., None], painted, image)
+
+
+def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
+    """Samples, decodes and writes what the flags ask for."""
+    if bool(f.workdir) == bool(f.checkpoint):
+        raise ValueError("give --workdir, a run, or --checkpoint, a file of PyTorch weights")
+    if bool(f.inpaint) != bool(f.mask):
+        raise ValueError("--inpaint IMAGE and --mask MASK go together")
+    source = f.workdir or f.checkpoint
+    model, params = sampling.load(
+        source,
+        ema_rate=f.ema_rate,
+        step=f.step,
+        mesh=mesh,
+        decode_layers=f.decode_layers,
+        num_heads=f.num_heads,
+        num_classes=f.num_classes,
+    )
+    autoencoder = Autoencoder.load(f.vae, mesh) if f.vae else None
+    if autoencoder and autoencoder.module.latent_channels != model.network.in_channels:
+        raise ValueError(
+            f"--vae {f.vae} decodes {autoencoder.module.latent_channels} channels, {model.name} "
+            f"makes {model.network.in_channels}"
+        )
+    given = {
+        name: value
+        for name in ("cfg_scale", "cfg_power", "guided_channels", "sampler", "steps", "clip")
+        if (value := getattr(f, name)) is not None
+    } | {"eta": f.eta}
+    options = sampling.resolve_options(model, **given)
+    # Before the work: an output that cannot be written would lose it.
+    Path(f.output).parent.mkdir(parents=True, exist_ok=True)
+    settings = given | {
+        "labels": f.labels or None, "num_samples": f.num_samples, "key": f.seed,
+        "batch_size": f.batch_size, "mesh": mesh, "progress": True,
+    }  # fmt: skip
+    about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
+    if f.inpaint:
+        samples = paint(model, params, f.inpaint, f.mask, autoencoder, **settings)
+        labels = np.full(len(samples), model.network.num_classes)
+        about |= {"inpainted": f.inpaint, "mask": f.mask}
+    else:
+        samples = sampling.sample(model, params, **settings)
+        if autoencoder:
+            samples = autoencoder.decode(samples, f.vae_batch_size, f.vae_tile_size)
+    if f.labels or not f.inpaint:
+        labels = sampling.resolve_labels(model, f.labels or None, len(samples))
+    return write(model, samples, labels, f.output, **about) if jax.process_index() == 0 else []
+
+
 def main(_: list[str]) -> None:
     """The command: one clear line and exit status 1 for what a user can mend."""
     f = flags.FLAGS
     try:
         initialize_distributed()
-        mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
-        model, params = sampling.load(f.workdir, ema_rate=f.ema_rate, step=f.step, mesh=mesh)
-        labels = sampling.resolve_labels(model, f.labels or None, f.num_samples)
-        given = {"cfg_power": f.cfg_power, "guided_channels": f.guided_channels}
-        options = sampling.resolve_options(
-            model,
-            cfg_scale=f.cfg_scale,
-            sampler=f.sampler,
-            steps=f.steps,
-            eta=f.eta,
-            clip=f.clip,
-            **{k: v for k, v in given.items() if v is not None},
-        )
-        # Before the work: an output that cannot be written would lose it.
-        Path(f.output).parent.mkdir(parents=True, exist_ok=True)
-        samples = sampling.sample(
-            model,
-            params,
-            labels=labels if model.network.num_classes else None,
-            num_samples=len(labels),
-            key=f.seed,
-            batch_size=f.batch_size,
-            mesh=mesh,
-            progress=True,
-            **vars(options),
-        )
-        if jax.process_index() == 0:
-            settings = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate}
-            for path in write(model, samples, labels, f.output, **settings):
-                print(path)
+        for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):
+            print(path)
     except (ValueError, OSError, CheckpointError) as error:
         if logging.level_debug():
             raise
@@ -96,7 +159,16 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
+    flags.DEFINE_string("workdir", None, "The run to sample from.")
+    flags.DEFINE_string("checkpoint", None, "Or PyTorch weights: .pt, .safetensors or hf://O/R/F.")
+    flags.DEFINE_integer("decode_layers", 2, "Decoder depth of an MDT v1 among such weights.")
+    flags.DEFINE_integer("num_heads", None, "Heads of a DiT of no known width among such weights.")
+    flags.DEFINE_integer("num_classes", None, "Settles whether their last label row is a class.")
+    flags.DEFINE_string("vae", None, "Decoder of latents: ema, mse, or a file or folder of one.")
+    flags.DEFINE_integer("vae_batch_size", 16, "Images decoded at a time.")
+    flags.DEFINE_integer("vae_tile_size", None, "Side in latents of tiles, for very large images.")
+    flags.DEFINE_string("inpaint", None, "A picture to paint into, with --mask.")
+    flags.DEFINE_string("mask", None, "A picture of its size, white where it is to be painted.")
     flags.DEFINE_string("output", "samples", "Where to: OUTPUT.npz and OUTPUT.png.")
     flags.DEFINE_integer("num_samples", None, "How many; labels are repeated to that many.")
     flags.DEFINE_list("labels", [], "Classes by number or name; all in turn by default.")

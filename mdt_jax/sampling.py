@@ -180,7 +180,7 @@ def sample(
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
     run = compile_sampler(model, mesh, batch_size, options)
-    params = _on_mesh(params, mesh)
+    params = on_mesh(params, mesh)
 
     total = run.num_steps * -(-len(labels) // batch_size)
     with tqdm(total=total, unit="step", disable=not progress or jax.process_index() > 0) as bar:
@@ -191,7 +191,7 @@ def sample(
     return np.concatenate(batches)
 
 
-def _on_mesh(params: Any, mesh: Mesh) -> Any:
+def on_mesh(params: Any, mesh: Mesh) -> Any:
     """Parameters on a mesh's devices: as they are if they are there, else a copy on each."""
     devices = set(mesh.devices.flat)
     there = all(

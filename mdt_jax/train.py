@@ -39,6 +39,7 @@ from mdt_jax import (
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.convert.adapt import adapt
+from mdt_jax.convert.architecture import KNOWN_HEADS
 from mdt_jax.data import create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import initialize_distributed
 from mdt_jax.train_step import Trainer, TrainState
@@ -167,12 +168,17 @@ class Run:
         source = self.config.init_from
         if not source:
             return self.trainer.create_state()
-        found = pretrained.read(source)
+        ours = pretrained.architecture_of(self.model)
+        # What a PyTorch file does not show is taken to be as it is here.
+        shown = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
+        if ours.family == "MDT":
+            shown["decode_layers"] = ours.decoder_depth
+        found = pretrained.read(source, **shown)
         fresh = functools.cache(self.trainer.create_parameters)
         params, report = adapt(
             jax.tree.map(np.asarray, found.params),
             found.architecture,
-            pretrained.architecture_of(self.model),
+            ours,
             lambda path: _whole(
                 functools.reduce(lambda tree, key: tree[key], path.split("/"), fresh())
             ),
@@ -336,6 +342,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       CheckpointError: no checkpoint of the workdir can be used.
       NonFiniteLoss: the loss or the gradient norm stopped being finite.
     """
+    config = _count_classes(config)
     run = Run(config, workdir)
     source = create_source(config.data)
     _check_source(config, source)
@@ -417,6 +424,13 @@ def _batches(run: Run, source: Any, position: int) -> Iterator[Iterator[dict[str
         yield on_device
 
 
+def _count_classes(config: ConfigDict) -> ConfigDict:
+    """The config with its data's number of classes, if it asks for that."""
+    if config.model.num_classes != -1:
+        return config
+    return config_lib.resolve_classes(config, create_source(config.data).class_names)
+
+
 def _check_source(config: ConfigDict, source: Any) -> None:
     """Refuses data that the model does not take, with ValueError."""
     size, channels = config.model.input_size, config.model.in_channels
@@ -438,6 +452,7 @@ def _check_source(config: ConfigDict, source: Any) -> None:
 
 def dry_run(config: ConfigDict) -> str:
     """What `--dry_run` prints: the run, and its data if they are there."""
+    config = _count_classes(config)
     run = Run(config, "")
     try:
         source = create_source(config.data)

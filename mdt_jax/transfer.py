@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -73,6 +74,10 @@ def to_workdir(
     if ema is not None and ema.architecture != model.architecture:
         raise WeightsError(f"{ema.source} is {_differences(ema, model)}; both must be of one run")
     step = model.step if step is None else step
+    if step < 0:
+        raise WeightsError(f"--step {step} is negative")
+    if not 0 <= ema_rate < 1:
+        raise WeightsError(f"--ema_rate {ema_rate} is not in [0, 1)")
     config = model.config.copy_and_resolve_references()
     config.ema_rates = (ema_rate,)
     items = {f"ema_{ema_rate}": (ema or model).params}
@@ -120,7 +125,9 @@ def export_ema(
     params = checkpoints.lazy_item(workdir, item, step=step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: LazyArray(lambda: _cast(leaf, DTYPES[dtype])), params)
-    weights = {"source": str(workdir), "items": [item], "dtypes": {"ema": {}, "raw": {}}}
+    # Where layers of several types were stacked, their own are known by name.
+    kept = {} if dtype else meta.get("weights", {}).get("dtypes", {}).get("ema", {})
+    weights = {"source": str(workdir), "items": [item], "dtypes": {"ema": kept}}
     meta = meta | {"config": config_lib.to_json(config), "weights": weights}
     return _write_workdir(output, step, {item: params}, meta)
 
@@ -147,7 +154,7 @@ def to_state_dict(
 
     Raises:
       CheckpointError: no sound checkpoint there.
-      ValueError: an average the run does not keep.
+      ValueError: an average or raw parameters that the run does not keep.
     """
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
@@ -158,6 +165,10 @@ def to_state_dict(
         item, part = "state", "params"
     elif params == "raw" and "params" in converted["items"]:
         item = "params"
+    elif params == "raw" and "raw" not in converted["dtypes"]:
+        raise WeightsError(
+            f"{workdir} holds an average alone, no raw parameters; give --params ema"
+        )
     weights = to_torch(
         checkpoints.lazy_item(workdir, item, part, step=step),
         family=architecture.family,
@@ -171,7 +182,9 @@ def to_state_dict(
         array = weights.pop(name)
         wanted = dtype or own.get(name)
         ordered[name] = (
-            _cast(array, DTYPES[wanted]) if wanted and array.dtype != np.int64 else array
+            _cast(array, DTYPES.get(wanted, wanted))
+            if wanted and array.dtype != np.int64
+            else array
         )
     described = json.dumps(dataclasses.asdict(architecture))
     return ordered, {"format": "pt", "step": str(step), METADATA: described}
@@ -243,15 +256,22 @@ def _aside(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when all is written, and goes if it is not."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise WeightsError(f"--output {output} is there already; give a new folder, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         yield folder
         if output.exists():
             output.rmdir()
         folder.rename(output)
-    except (OSError, checkpoints.CheckpointError) as error:
-        reason = " ".join(str(error).split())
-        raise WeightsError(f"{output} could not be written: {reason}; is the disk full?") from error
+    except WeightsError:
+        raise
+    except (OSError, ValueError, checkpoints.CheckpointError) as error:
+        # TensorStore, whose errors are ValueErrors, names three files of its own before the reason.
+        reason = " ".join(str(error).split()).rpartition('": ')[2].partition(" [os_error_code")[0]
+        full = any(
+            os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        )
+        hint = "; is the disk full?" if full else ""
+        raise WeightsError(f"{output} could not be written: {reason}{hint}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class WeightFile(Mapping[str, np.ndarray]):
         if name not in self.shapes:
             raise KeyError(name)
         return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -174,12 +177,11 @@ def read(source: str | Path, nest: str | None = None) -> WeightFile:
     else:
         if nest is not None:
             raise WeightsError(f"{path} holds no {nest!r}")
-    tensors = (
-        {k: v for k, v in tree.items() if hasattr(v, "shape")} if isinstance(tree, dict) else {}
-    )
+    entries = tree.items() if isinstance(tree, dict) else ()
+    tensors = {k: v for k, v in entries if isinstance(k, str) and hasattr(v, "shape")}
     if not tensors:
         raise WeightsError(f"{path} holds {_describe(tree)}, no weights by name")
-    names = {plain_name(k): k for k in tensors}
+    names = _plain_names(path, tensors)
     return WeightFile(
         path,
         {name: tuple(tensors[k].shape) for name, k in names.items()},
@@ -200,6 +202,15 @@ def plain_name(name: str) -> str:
     while name.startswith(("module.", "_orig_mod.")):
         name = name.split(".", 1)[1]
     return name
+
+
+def _plain_names(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The file's names by the plain ones."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(plain_name(name), name)) != name:
+            raise WeightsError(f"{path} holds both {other} and {name}, two weights of one name")
+    return found
 
 
 def read_object(source: str | Path) -> Any:
@@ -223,6 +234,11 @@ def _unpickle(path: Path) -> Any:
     torch = _import_torch(path)
     import pickle
 
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip; a pickle alone before PyTorch 1.6
+        holds = f"starts with {start!r}" if start else "is empty"
+        raise WeightsError(f"{path} is not a PyTorch file: it {holds}; fetch it again")
     # DiT keeps the command's arguments beside its weights. A Namespace runs nothing.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -239,11 +255,19 @@ def _unpickle(path: Path) -> Any:
                 f"code of its own{_named_global(error)}. Save its state_dict() alone, or as "
                 ".safetensors"
             ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # what garbled bytes make of an unpickler
             raise WeightsError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or not a PyTorch file: "
                 f"{_first_line(error)}; fetch it again"
             ) from error
+
+
+def check_ending(path: str | Path) -> Path:
+    """The path of a file to be written; raises WeightsError for an ending of no known format."""
+    path = Path(path)
+    if path.suffix not in (*PICKLES, SAFETENSORS):
+        raise WeightsError(f"--output {path}: must end in .pt or .safetensors")
+    return path
 
 
 def write(
@@ -259,19 +283,20 @@ def write(
     Raises:
       WeightsError: an unknown ending, or a file that could not be written (a full disk).
     """
-    path = Path(path)
-    if path.suffix not in (*PICKLES, SAFETENSORS):
-        raise WeightsError(f"--output {path}: must end in .pt or .safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_ending(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == SAFETENSORS:
             from safetensors.numpy import save_file
 
-            save_file(dict(arrays), aside, dict(metadata or {}))
+            # It writes memory as it lies, a transposed array's too.
+            ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+            save_file(ordered, aside, dict(metadata or {}))
         else:
             torch = _import_torch(path)
             torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, aside)
+        aside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
         os.replace(aside, path)
     except Exception as error:
         reason = _first_line(error)
@@ -283,15 +308,23 @@ def write(
             aside.unlink()
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _read_safetensors(path: Path) -> WeightFile:
     import safetensors
 
     try:
         file = safetensors.safe_open(path, "numpy")
-        names = {plain_name(k): k for k in list(file.keys())}
+        names = _plain_names(path, list(file.keys()))
         views = {name: file.get_slice(k) for name, k in names.items()}
         shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
         dtypes = {name: _DTYPES[view.get_dtype()] for name, view in views.items()}
+    except WeightsError:
+        raise
     except KeyError as error:
         raise WeightsError(
             f"{path} holds arrays of type {error}, which no model here has"
@@ -352,7 +385,7 @@ def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     if not array.flags.writeable:  # PyTorch warns of those, though nothing here writes to them
         array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:

@@ -165,6 +165,9 @@ def identify(
         raise UnknownWeights(
             f"--decode_layers {decode_layers}: an MDT of {a.depth} blocks has 1 to {a.depth - 1}"
         )
+    if a.num_heads < 1 or a.hidden_size % a.num_heads:
+        given = "--num_heads " if a.family == "DiT" else "number of heads "
+        raise UnknownWeights(f"{given}{a.num_heads} does not divide the width {a.hidden_size}")
     _check(shapes, state_dict_shapes(a), a)
     return a
 

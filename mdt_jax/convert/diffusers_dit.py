@@ -2,6 +2,9 @@
 
 Every block there has its own copy of the two embedders, and q, k and v apart; the position table is
 not stored. Everything else is DiT's under another name.
+
+The outputs are DiT's, not quite those of diffusers: its timestep embedding spaces the frequencies
+by 1/127 where the weights were trained with 1/128.
 """
 
 from __future__ import annotations

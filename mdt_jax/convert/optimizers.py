@@ -73,7 +73,13 @@ def moments_from_torch(
     steps = {int(s["step"]) for s in states.values() if "step" in s}
     count = max(steps) if steps else int(group.get("step", fallback_count))
     kept = ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
-    return Moments(optimizer, count, arrays, {k: group[k] for k in kept if k in group})
+    settings = {k: _number(group[k]) for k in kept if k in group}
+    return Moments(optimizer, count, arrays, settings)
+
+
+def _number(value: Any) -> Any:
+    """A setting; PyTorch's compiled optimisers keep their learning rate in a tensor."""
+    return value.item() if isinstance(value, np.ndarray) else value
 
 
 def _which(state: Mapping[str, Any]) -> str:

@@ -178,7 +178,8 @@ def _stack(
         if i == 0:
             stacked = np.empty((len(names), *array.shape), array.dtype)
         elif array.dtype != stacked.dtype:
-            stacked = stacked.astype(np.float32)  # which holds every 16-bit float
+            wider = np.promote_types(np.float32, stacked.dtype)  # it holds every 16-bit float
+            stacked = stacked.astype(np.promote_types(wider, array.dtype), copy=False)
         stacked[i] = array
     return stacked
 

@@ -1,0 +1,42 @@
+"""Fine-tunes a pretrained model on a folder of your own pictures, one sub-folder for each class.
+
+    python tools/encode_latents.py --data_name folder --data_path PICTURES --vae mse \\
+        --image_size 256 --output LATENTS
+    python -m mdt_jax.train --config configs/finetune_folder.py:MDTv2-XL/2 --workdir runs/mine \\
+        --config.init_from=mdt_xl2_v2_ckpt.pt --config.data.path=LATENTS
+    python -m mdt_jax.sample --workdir runs/mine --vae ema --num_samples 16 --output runs/mine/grid
+
+init_from is a .pt or .safetensors file, hf://OWNER/REPO/FILE or a workdir. The number of classes is
+the folder's: the label table is drawn anew but for its null row, everything else starts as it was,
+and the log lists it. Pictures without sub-folders have no classes, and the null row is theirs. For
+512 pixels encode at 512 and add --config.model.input_size=64: positions and attention biases are
+resized.
+
+The recipe is the family's own with a third of its learning rate and a faster average; 10,000 steps
+of 64 pictures are a start for some thousand pictures, no tuned figure. XL/2 with Adan holds 17.8 GB
+of state: --config.mesh.fsdp=N spreads it over N devices.
+"""
+
+from mdt_jax.config import apply_recipe, default_config
+
+
+def get_config(model: str = "MDTv2-XL/2"):
+    config = default_config()
+    config.model.name = model
+    config.model.num_classes = -1  # the data's
+    apply_recipe(config)
+    config.optimizer.learning_rate /= 3
+    config.schedule.warmup_steps = 200
+    config.num_steps = 10_000
+    config.batch_size = 64
+    config.ema_rates = (0.999,)
+    # The mirrored pictures are encoded too.
+    config.data.update(name="npy", flip=False)
+    config.checkpoint_every = 1_000
+    # Latents have no pixels to show before a decoder: no grids while training.
+    config.sample.every = 0
+    config.sample.cfg_scale = 2.0
+    config.sample.cfg_power = None
+    if model.startswith("DiT"):
+        config.sample.cfg_scale = 1.5
+    return config
