@@ -136,6 +136,72 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     return write(model, samples, labels, f.output, **about) if jax.process_index() == 0 else []
 
 
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string("workdir", None, "The run to sample from.", flag_values=f)
+    flags.DEFINE_string(
+        "checkpoint", None, "Or PyTorch weights: .pt, .safetensors or hf://O/R/F.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "decode_layers", 2, "Decoder depth of an MDT v1 among such weights.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "num_heads", None, "Heads of a DiT of no known width among such weights.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "num_classes", None, "Settles whether their last label row is a class.", flag_values=f
+    )
+    flags.DEFINE_string(
+        "vae", None, "Decoder of latents: ema, mse, or a file or folder of one.", flag_values=f
+    )
+    flags.DEFINE_integer("vae_batch_size", 16, "Images decoded at a time.", flag_values=f)
+    flags.DEFINE_integer(
+        "vae_tile_size", None, "Side in latents of tiles, for very large images.", flag_values=f
+    )
+    flags.DEFINE_string("inpaint", None, "A picture to paint into, with --mask.", flag_values=f)
+    flags.DEFINE_string(
+        "mask", None, "A picture of its size, white where it is to be painted.", flag_values=f
+    )
+    flags.DEFINE_string("output", "samples", "Where to: OUTPUT.npz and OUTPUT.png.", flag_values=f)
+    flags.DEFINE_integer(
+        "num_samples", None, "How many; labels are repeated to that many.", flag_values=f
+    )
+    flags.DEFINE_list(
+        "labels", [], "Classes by number or name; all in turn by default.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Of the noise; sample i depends on it and i alone.", flag_values=f
+    )
+    flags.DEFINE_float(
+        "cfg_scale", None, "Guidance scale, 1 for none; the run's by default.", flag_values=f
+    )
+    flags.DEFINE_float(
+        "cfg_power", None, "Exponent of the power-cosine scale; 0: constant.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "guided_channels", None, "Channels that are guided; the run's.", flag_values=f
+    )
+    flags.DEFINE_string(
+        "steps", None, "Steps, or a respacing (ddim50, 10,15,20); the run's.", flag_values=f
+    )
+    flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "The run's by default.", flag_values=f)
+    flags.DEFINE_bool(
+        "clip", None, "Whether x0 is clipped to [-1, 1]; the run's by default.", flag_values=f
+    )
+    flags.DEFINE_float("eta", 0.0, "DDIM's: 0 deterministic, 1 ancestral.", flag_values=f)
+    flags.DEFINE_float(
+        "ema_rate", None, "Which average; the run's first by default.", flag_values=f
+    )
+    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=f)
+    flags.DEFINE_integer(
+        "mesh_fsdp", 1, "Devices that share one copy of the parameters.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "mesh_tensor", 1, "Devices that share each head and hidden layer.", flag_values=f
+    )
+    flags.DEFINE_integer("batch_size", 256, "Samples at a time, over all devices.", flag_values=f)
+
+
 def main(_: list[str]) -> None:
     """The command: one clear line and exit status 1 for what a user can mend."""
     f = flags.FLAGS
@@ -159,30 +225,5 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run to sample from.")
-    flags.DEFINE_string("checkpoint", None, "Or PyTorch weights: .pt, .safetensors or hf://O/R/F.")
-    flags.DEFINE_integer("decode_layers", 2, "Decoder depth of an MDT v1 among such weights.")
-    flags.DEFINE_integer("num_heads", None, "Heads of a DiT of no known width among such weights.")
-    flags.DEFINE_integer("num_classes", None, "Settles whether their last label row is a class.")
-    flags.DEFINE_string("vae", None, "Decoder of latents: ema, mse, or a file or folder of one.")
-    flags.DEFINE_integer("vae_batch_size", 16, "Images decoded at a time.")
-    flags.DEFINE_integer("vae_tile_size", None, "Side in latents of tiles, for very large images.")
-    flags.DEFINE_string("inpaint", None, "A picture to paint into, with --mask.")
-    flags.DEFINE_string("mask", None, "A picture of its size, white where it is to be painted.")
-    flags.DEFINE_string("output", "samples", "Where to: OUTPUT.npz and OUTPUT.png.")
-    flags.DEFINE_integer("num_samples", None, "How many; labels are repeated to that many.")
-    flags.DEFINE_list("labels", [], "Classes by number or name; all in turn by default.")
-    flags.DEFINE_integer("seed", 0, "Of the noise; sample i depends on it and i alone.")
-    flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 for none; the run's by default.")
-    flags.DEFINE_float("cfg_power", None, "Exponent of the power-cosine scale; 0: constant.")
-    flags.DEFINE_integer("guided_channels", None, "Channels that are guided; the run's.")
-    flags.DEFINE_string("steps", None, "Steps, or a respacing (ddim50, 10,15,20); the run's.")
-    flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "The run's by default.")
-    flags.DEFINE_bool("clip", None, "Whether x0 is clipped to [-1, 1]; the run's by default.")
-    flags.DEFINE_float("eta", 0.0, "DDIM's: 0 deterministic, 1 ancestral.")
-    flags.DEFINE_float("ema_rate", None, "Which average; the run's first by default.")
-    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-    flags.DEFINE_integer("mesh_fsdp", 1, "Devices that share one copy of the parameters.")
-    flags.DEFINE_integer("mesh_tensor", 1, "Devices that share each head and hidden layer.")
-    flags.DEFINE_integer("batch_size", 256, "Samples at a time, over all devices.")
+    define_flags(flags.FLAGS)
     app.run(main)

@@ -11,12 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from flax import linen as nn
+from PIL import Image
 
 import mdt_jax
-from mdt_jax import checkpoints, images, sampling, sharding
+from mdt_jax import checkpoints, images, sampling, sharding, transfer, weight_files
 from mdt_jax import config as config_lib
+from mdt_jax.convert.autoencoder import settings_from_config
+from mdt_jax.convert.autoencoder import to_torch as autoencoder_to_torch
+from mdt_jax.convert.transformers import to_torch
+from mdt_jax.models.autoencoder import AutoencoderKL
 
+sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
 NAMES = ("cat", "catfish", "dog", "goldfish")
 
@@ -219,3 +226,107 @@ def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "no checkpoint in" in line and str(tmp_path / "nothing") in line
     assert not list(tmp_path.iterdir())
+
+
+# ---- Weights from PyTorch, latents, holes -------------------------------------------------------
+
+
+def command(*arguments):
+    """What the command does with these flags, in this process; the files it wrote."""
+    values = flags.FlagValues()
+    sample_command.define_flags(values)
+    values(["sample", *map(str, arguments)])
+    return sample_command.generate(values, sharding.create_mesh())
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    """The run's average under PyTorch's names."""
+    path = tmp_path_factory.mktemp("exported") / "weights.safetensors"
+    weight_files.write(path, *transfer.to_state_dict(workdir))
+    return path
+
+
+def test_a_checkpoint_of_pytorch_gives_the_run_s_samples(workdir, exported, tmp_path):
+    settings = ("--labels=2,0", "--steps=5", "--cfg_scale=2", "--cfg_power=4")
+    settings += ("--guided_channels=1", "--clip")
+    found = []
+    for source in (f"--workdir={workdir}", f"--checkpoint={exported}"):
+        npz, _ = command(source, *settings, f"--output={tmp_path / 'out'}")
+        found.append(np.load(npz)["arr_0"])
+    assert np.array_equal(*found)
+
+
+@pytest.fixture(scope="module")
+def latent_model(tmp_path_factory):
+    """Weights of a model of latents and an autoencoder with four times their side, files both."""
+    folder = tmp_path_factory.mktemp("latents")
+    network = mdt_jax.create_model(
+        "MDTv2", input_size=8, in_channels=4, num_classes=4, patch_size=2, hidden_size=8, depth=3,
+        num_heads=2, decoder_depth=1,
+    )  # fmt: skip
+    weights = to_torch(random_params(network, 0), family="MDTv2", depth=3, decoder_depth=1)
+    weight_files.write(folder / "model.safetensors", weights)
+    widths = [8, 8, 8]
+    down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
+    settings = {"block_out_channels": widths, "down_block_types": down, "up_block_types": up}
+    settings |= {"layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps(settings))
+    settings = settings_from_config(settings)
+    module = AutoencoderKL(**settings.module_settings())
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weight_files.write(file, autoencoder_to_torch(params, settings))
+    return folder
+
+
+def test_an_autoencoder_turns_latents_into_images(latent_model, tmp_path):
+    checkpoint = f"--checkpoint={latent_model / 'model.safetensors'}"
+    settings = (checkpoint, "--labels=1,2", "--steps=2", f"--output={tmp_path / 'out'}")
+    (latents_file,) = command(*settings)
+    latents = np.load(latents_file)["arr_0"]
+    assert latents.shape == (2, 8, 8, 4)
+    vae = latent_model / "vae"
+    npz, png = command(*settings, f"--vae={vae}")
+    decoded = mdt_jax.Autoencoder.load(vae).decode(latents)
+    assert np.array_equal(np.load(npz)["arr_0"], images.to_uint8(decoded))
+    assert images.read_metadata(png)["vae"] == str(vae)
+
+
+def test_a_hole_is_painted_and_the_rest_left(latent_model, tmp_path):
+    rng = np.random.default_rng(1)
+    photo = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    hole = np.zeros((32, 32), np.uint8)
+    hole[10:20, 5:25] = 255
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(hole).save(tmp_path / "mask.png")
+    paint = (
+        f"--checkpoint={latent_model / 'model.safetensors'}", f"--vae={latent_model / 'vae'}",
+        f"--inpaint={tmp_path / 'photo.png'}", "--steps=2", f"--output={tmp_path / 'out'}",
+    )  # fmt: skip
+    npz, _ = command(*paint, f"--mask={tmp_path / 'mask.png'}", "--num_samples=2")
+    painted, labels = (np.load(npz)[key] for key in ("arr_0", "arr_1"))
+    assert painted.shape == (2, 32, 32, 3) and labels.tolist() == [4, 4]
+    assert all(np.array_equal(image[hole == 0], photo[hole == 0]) for image in painted)
+    assert not np.array_equal(painted[0], painted[1])
+
+    Image.fromarray(hole[:16]).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match=r"small\.png is 32 × 16 pixels.*photo\.png 32 × 32"):
+        command(*paint, f"--mask={tmp_path / 'small.png'}")
+
+
+def test_flags_that_do_not_go_together_are_refused(workdir, exported, latent_model, tmp_path):
+    with pytest.raises(ValueError, match=r"give --workdir, a run, or --checkpoint"):
+        command(f"--workdir={workdir}", f"--checkpoint={exported}")
+    with pytest.raises(ValueError, match=r"--inpaint IMAGE and --mask MASK go together"):
+        command(f"--workdir={workdir}", "--inpaint=a.png")
+    with pytest.raises(ValueError, match=r"decodes 4 channels, DiT makes 1"):
+        command(f"--workdir={workdir}", f"--vae={latent_model / 'vae'}")
+    with pytest.raises(ValueError, match=r"autoencoder's \(a VAE\); give it as --vae"):
+        vae = latent_model / "vae" / "diffusion_pytorch_model.safetensors"
+        command(f"--checkpoint={vae}")
+    with pytest.raises(ValueError, match=r"ema_rate and step are a run's"):
+        command(f"--checkpoint={exported}", "--step=3")

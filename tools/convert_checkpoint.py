@@ -56,6 +56,7 @@ def _part(path: str | None, part: str) -> str | None:
 
 def to_torch(args: argparse.Namespace) -> None:
     """Writes a PyTorch file from a workdir."""
+    weight_files.check_ending(args.output)
     arrays, metadata = transfer.to_state_dict(
         args.input,
         params=args.params,
