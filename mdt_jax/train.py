@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import (
@@ -38,10 +36,9 @@ from mdt_jax import (
 )
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
-from mdt_jax.convert.adapt import adapt
-from mdt_jax.convert.architecture import KNOWN_HEADS
 from mdt_jax.data import create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import initialize_distributed
+from mdt_jax.finetune import initial_parameters
 from mdt_jax.train_step import Trainer, TrainState
 
 
@@ -165,29 +162,9 @@ class Run:
 
     def _fresh_state(self) -> TrainState:
         """The state at step 0: as initialised, or from the weights that `init_from` names."""
-        source = self.config.init_from
-        if not source:
+        if not self.config.init_from:
             return self.trainer.create_state()
-        ours = pretrained.architecture_of(self.model)
-        # What a PyTorch file does not show is taken to be as it is here.
-        shown = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
-        if ours.family == "MDT":
-            shown["decode_layers"] = ours.decoder_depth
-        found = pretrained.read(source, **shown)
-        fresh = functools.cache(self.trainer.create_parameters)
-        params, report = adapt(
-            jax.tree.map(np.asarray, found.params),
-            found.architecture,
-            ours,
-            lambda path: _whole(
-                functools.reduce(lambda tree, key: tree[key], path.split("/"), fresh())
-            ),
-        )
-        logging.info("starting from %s (%s):\n%s", source, found.architecture.name, report)
-        for key in ("schedule", "prediction"):
-            theirs, ours = found.config.diffusion[key], self.config.diffusion[key]
-            if theirs != ours:
-                logging.warning("diffusion.%s is %s; the weights know %s", key, ours, theirs)
+        params = initial_parameters(self.config, self.model, self.trainer.create_parameters)
         return self.trainer.start_from(pretrained.place(params, self.abstract.params))
 
     def _check_settings(self, meta: dict[str, Any]) -> None:
@@ -195,10 +172,7 @@ class Run:
         # Through a config of today's, so that a setting newer than the run is not a difference.
         saved = config_lib.from_json(meta["config"])
         if "weights" in meta:  # converted: of its settings only the network and process are known
-            ours = dataclasses.asdict(pretrained.architecture_of(self.model))
-            theirs = pretrained.architecture_of(config_lib.create_network(saved))
-            theirs = dataclasses.asdict(theirs)
-            changed = [f"{k}: {theirs[k]}, now {ours[k]}" for k in ours if ours[k] != theirs[k]]
+            changed = self._other_model(saved)
             rates = [str(rate) for rate in saved.ema_rates]
             if "state" in meta["weights"]["items"] and rates != self.rates:
                 changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
@@ -212,17 +186,22 @@ class Run:
                 "give this one another --workdir"
             )
 
+    def _other_model(self, saved: ConfigDict) -> list[str]:
+        """How the network and the process differ from those of a config, in words."""
+        ours = dataclasses.asdict(pretrained.architecture_of(self.model))
+        theirs = pretrained.architecture_of(config_lib.create_network(saved))
+        theirs = dataclasses.asdict(theirs)
+        pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours]
+        pairs += [
+            (f"diffusion.{key}", saved.diffusion[key], self.config.diffusion[key])
+            for key in ("schedule", "num_timesteps", "prediction", "variance")
+        ]
+        return [f"{key}: {before}, now {now}" for key, before, now in pairs if before != now]
+
     def save(self, store: Checkpoints, state: TrainState, step: int, meta: dict) -> None:
         """Starts saving a state whose loss was seen finite; the averages are items of their own."""
         averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
         store.save(step, {"state": state.replace(ema={}), **averages}, meta)
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    """All of an array on the host, whichever processes hold its shards."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class StepLog:
