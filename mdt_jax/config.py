@@ -21,7 +21,7 @@ IDENTITY = (
 )  # fmt: skip
 # Parts of those that only say how something is computed or read.
 FREE = ("model.dtype", "model.remat", "model.scan_unroll", "data.num_workers", "data.read_ahead",
-        "data.path")  # fmt: skip
+        "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -88,10 +88,17 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # or "folder", "npy", "tfds:NAME"
+    config.data.name = "digits"  # or "folder", "latents", "npy", "tfds:NAME"
     config.data.split = "train"
-    config.data.path = ""  # the npy folder, or TFDS's data folder
+    config.data.path = (
+        ""  # the folder: of images, latents, npy files, TFDS data sets or one of them
+    )
+    config.data.class_order = "string"  # or "numeric": how a folder's class names are sorted
+    config.data.labels = "auto"  # of a folder; "file_names": CLASS_IMAGE.jpg; "none": no classes
+    config.data.crop = "center"  # or "random": ADM's random crop
     config.data.flip = True
+    config.data.on_bad_image = "error"  # "skip": the next readable image takes its place
+    config.data.max_bad_fraction = 0.01  # of the images read, where the run stops
     config.data.num_workers = 0
     config.data.read_ahead = 4
 
@@ -213,6 +220,14 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
     if not 0 <= config.label_dropout <= 1:
         raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
+    choices = {"crop": ("center", "random"), "on_bad_image": ("error", "skip")}
+    for key, known in choices.items():
+        if config.data[key] not in known:
+            raise ValueError(
+                f"data.{key} {config.data[key]!r} is unknown; known: {', '.join(known)}"
+            )
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        raise ValueError(f"data.max_bad_fraction {config.data.max_bad_fraction} is outside [0, 1]")
     if config.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")

@@ -326,6 +326,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     source = create_source(config.data)
     _check_source(config, source)
     logging.info("%s", "\n" + run.describe())
+    logging.info("data           %s", source.describe())
     logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
     with contextlib.closing(
         Checkpoints(workdir, keep_last=config.keep_last, keep_every=config.keep_every)
@@ -426,7 +427,10 @@ def _check_source(config: ConfigDict, source: Any) -> None:
             f"the data have {len(source.class_names)} classes, model.num_classes is {classes}"
         )
     if classes and not source.class_names:
-        raise ValueError(f"the data have no labels; model.num_classes is {classes}, 0 would do")
+        raise ValueError(
+            f"the data have no labels ({source.note or source.name}); model.num_classes is "
+            f"{classes}, 0 would do, or data.labels 'file_names'"
+        )
 
 
 def dry_run(config: ConfigDict) -> str:
@@ -440,7 +444,7 @@ def dry_run(config: ConfigDict) -> str:
     else:
         _check_source(config, source)
         steps = len(source) / config.batch_size
-        data = f"{len(source):,} examples, {steps:,.1f} steps an epoch"
+        data = f"{source.describe()}, {steps:,.1f} steps an epoch"
     return f"{run.describe()}\ndata           {data}"
 
 

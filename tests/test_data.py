@@ -4,6 +4,7 @@ its index decides it."""
 import io
 import itertools
 import json
+import math
 import pickle
 import shutil
 import threading
@@ -18,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from mdt_jax import data
+from mdt_jax.data import sources
 from mdt_jax.data.pipeline import epoch_order
 
 DATA = Path(__file__).parent / "data"
@@ -86,6 +88,57 @@ def test_digits_are_uint8_8x8_gray_of_ten_named_classes():
 def test_a_source_refuses_an_index_it_does_not_hold():
     with pytest.raises(IndexError, match=r"arrays: no example 5; it holds 0 \.\.\. 4"):
         numbered(5)[5]
+
+
+def test_a_block_of_examples_is_those_examples():
+    source = numbered(5)
+    block = source.__getitems__([3, 0, 3])
+    assert [example["label"] for example in block] == [3, 0, 3]
+    np.testing.assert_array_equal(block[0]["image"], source[3]["image"])
+    assert block[0]["label"].dtype == np.int32
+    with pytest.raises(IndexError, match="arrays: no example 5"):
+        source.__getitems__([1, 5])
+
+
+class Blocks:
+    """Records that are read in blocks, and count how many."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        raise AssertionError("read one by one")
+
+    def __getitems__(self, indices):
+        self.blocks.append(list(indices))
+        return [(np.full((2, 2, 1), index, np.uint8), index) for index in indices]
+
+
+def test_records_that_read_blocks_are_asked_for_them():
+    records = Blocks()
+    source = data.Source("blocks", records, (2, 2, 1), tuple("abcdefghi"))
+    assert [example["label"] for example in source.__getitems__([7, 1])] == [7, 1]
+    assert records.blocks == [[7, 1]]
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b", "c")])
+def test_a_label_that_is_no_class_is_refused_naming_its_record(names):
+    source = data.Source("nine", Blocks(), (2, 2, 1), names)
+    with pytest.raises(ValueError, match=f"nine: record 4 has label 4; with {len(names)} classes"):
+        source.__getitems__([4])
+
+
+def test_a_source_describes_itself_in_one_line():
+    assert data.digits("heldout").describe() == "digits/heldout: 299 examples, 10 classes: " + (
+        ", ".join(f"{digit} = {digit}" for digit in range(10))
+    )
+    many = numbered(200).describe()
+    assert many.startswith("arrays: 200 examples, 200 classes: 0 = c0, 1 = c1, ")
+    assert many.endswith(" 9 = c9, ..., 199 = c199")
+    assert data.arrays(np.zeros((3, 2, 2, 1), np.uint8)).describe() == "arrays: 3 examples"
 
 
 def test_arrays_without_labels_are_unconditional():
@@ -169,45 +222,12 @@ def test_an_empty_source_is_refused():
         data.arrays(np.zeros((0, 2, 2, 1), np.uint8))
 
 
-def write_images(folder: Path, *names: str, mode: str = "RGB") -> Path:
+def write_images(folder: Path, *names: str) -> Path:
     """Image files of 5 x 6 pixels whose values are their place in the list."""
     for value, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (6, 5), value if mode == "L" else (value,) * len(mode)).save(folder / name)
+        Image.new("RGB", (6, 5), (value,) * 3).save(folder / name)
     return folder
-
-
-def test_a_folder_of_sub_folders_is_labelled_by_their_sorted_names(tmp_path):
-    names = ["dog/b.png", "cat/2.PNG", "cat/1.bmp", "dog/more/a.webp", "ant/z.jpeg"]
-    write_images(tmp_path, *names)
-    (tmp_path / "dog" / "notes.txt").write_text("no image")
-    write_images(tmp_path, ".hidden/0.png", "cat/.hidden/0.png", "cat/.0.png")
-    source = data.folder_source(tmp_path)
-    assert source.class_names == ("ant", "cat", "dog") and source.image_shape == (None, None, 3)
-    examples = [source[i] for i in range(len(source))]
-    assert [example["label"] for example in examples] == [0, 1, 1, 2, 2]
-    # Sorted within a class: 1.bmp before 2.PNG, b.png before more/a.webp.
-    assert [int(example["image"][0, 0, 0]) for example in examples] == [4, 2, 1, 0, 3]
-
-
-def test_a_folder_of_images_is_unconditional(tmp_path):
-    source = data.folder_source(write_images(tmp_path, "b.png", "a.jpg"))
-    assert source.class_names == () and [source[i]["label"] for i in range(2)] == [0, 0]
-    assert source[0]["image"].shape == (5, 6, 3) and source[0]["image"].dtype == np.uint8
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_image_files_become_rgb(tmp_path, mode):
-    source = data.folder_source(write_images(tmp_path, "0.png", "1.png", mode=mode))
-    np.testing.assert_array_equal(source[1]["image"], np.ones((5, 6, 3), np.uint8))
-
-
-def test_a_cameras_orientation_is_not_heeded(tmp_path):
-    picture = Image.new("RGB", (6, 5))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # Orientation: turn by a quarter to show
-    picture.save(tmp_path / "0.jpg", exif=exif)
-    assert data.folder_source(tmp_path)[0]["image"].shape == (5, 6, 3)
 
 
 def test_image_files_pickle_and_are_cropped(tmp_path):
@@ -222,47 +242,19 @@ def test_image_files_pickle_and_are_cropped(tmp_path):
     np.testing.assert_array_equal(pixels % 2, batch["label"])
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "holds no images .*jpeg.*, nor do its sub-folders"),
-        (["0.png", "a/1.png"], "images such as 0.png beside sub-folders of images such as a; put"),
-    ],
-)
-def test_a_folder_of_images_that_is_none_is_refused(tmp_path, names, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        data.folder_source(write_images(tmp_path, *names))
-    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
-
-
-def test_a_class_without_images_is_refused_by_name(tmp_path):
-    write_images(tmp_path, "cat/0.png")
-    (tmp_path / "dog").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/dog: holds no images, so it cannot"):
-        data.folder_source(tmp_path)
-
-
-def test_a_missing_folder_of_images_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone: no such folder; data.path must name one of"):
-        data.folder_source(tmp_path / "gone")
-
-
-@pytest.mark.parametrize("length", [0, 3, 45])
-def test_an_image_file_that_cannot_be_decoded_is_named(tmp_path, length):
-    file = write_images(tmp_path, "0.png") / "0.png"
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"^{file}: cannot be decoded .*; replace the image or"):
-        data.folder_source(tmp_path)[0]
-
-
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory) -> Path:
-    """A data folder of TFDS with `shapes`: five images of growing height, of two classes."""
+    """A data folder of TFDS with `shapes`: five images of growing height, of two classes. The
+    first is gray, the second CMYK."""
     import tensorflow_datasets as tfds  # only here: the other tests should not wait for it
 
-    def png(array):
+    def encoded(value):
         file = io.BytesIO()
-        Image.fromarray(array).save(file, "PNG")
+        rgb = Image.new("RGB", (8, 8 + value), (value,) * 3)
+        if value == 1:
+            rgb.convert("CMYK").save(file, "JPEG", quality=100)
+        else:
+            (rgb.convert("L") if value == 0 else rgb).save(file, "PNG")
         file.seek(0)
         return file
 
@@ -275,6 +267,7 @@ def tfds_folder(tmp_path_factory) -> Path:
                 features = {
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "label": tfds.features.ClassLabel(names=["round", "square"]),
+                    "depth": tfds.features.Image(shape=(None, None, 1)),
                 }
                 return tfds.core.DatasetInfo(
                     builder=self, features=tfds.features.FeaturesDict(features)
@@ -285,7 +278,7 @@ def tfds_folder(tmp_path_factory) -> Path:
 
             def _generate_examples(self):
                 for i in range(5):
-                    yield i, {"image": png(np.full((8 + i, 8, 3), i, np.uint8)), "label": i % 2}
+                    yield i, {"image": encoded(i), "label": i % 2, "depth": encoded(0)}
 
     folder = tmp_path_factory.mktemp("tfds")
     Shapes(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -300,6 +293,41 @@ def test_tfds_gives_the_images_and_labels_that_were_prepared(tfds_folder):
     assert sorted(values) == [0, 1, 2, 3, 4]
     assert [example["image"].shape[0] for example in examples] == [8 + value for value in values]
     assert [example["label"] for example in examples] == [value % 2 for value in values]
+    assert {example["image"].shape[1:] for example in examples} == {(8, 3)}
+
+
+def test_tfds_blocks_are_their_examples(tfds_folder):
+    source = data.tfds_source("shapes", "train", tfds_folder)
+    for i, example in zip((4, 0), source.__getitems__([4, 0]), strict=True):
+        np.testing.assert_array_equal(example["image"], source[i]["image"])
+        assert example["label"] == source[i]["label"]
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes:1.0.0", ""])
+def test_tfds_data_are_also_read_from_their_own_folder(tfds_folder, name):
+    source = data.tfds_source(name, "train[:3]", tfds_folder / "shapes" / "1.0.0")
+    assert len(source) == 3 and source.class_names == ("round", "square")
+
+
+def test_a_folder_of_other_tfds_data_is_refused(tfds_folder):
+    with pytest.raises(ValueError, match="1.0.0: holds shapes, not cifar10; set data.name to 'tfd"):
+        data.tfds_source("cifar10", "train", tfds_folder / "shapes" / "1.0.0")
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "lsun/bedroom"])
+def test_tfds_names_with_code_of_their_own_are_read_from_what_is_on_disk(
+    tfds_folder, tmp_path, name
+):
+    base, _, config = name.partition("/")
+    folder = tmp_path / name / "1.0.0"
+    shutil.copytree(tfds_folder / "shapes" / "1.0.0", folder)
+    for file in folder.glob("shapes-*"):
+        file.rename(file.with_name(file.name.replace("shapes", base)))
+    info = folder / "dataset_info.json"
+    changed = {"name": base, "configName": config, "version": "1.0.0"}
+    info.write_text(json.dumps(json.loads(info.read_text()) | changed))
+    source = data.tfds_source(name, "train", tmp_path)
+    assert source.name == f"tfds:{name}/train" and source[4]["image"].shape[1:] == (8, 3)
 
 
 def test_images_that_vary_in_size_need_an_image_size(tfds_folder):
@@ -312,8 +340,63 @@ def test_images_that_vary_in_size_need_an_image_size(tfds_folder):
 
 @pytest.mark.parametrize("name", ["mnist", "no_such_dataset"])
 def test_tfds_data_not_on_disk_are_refused_naming_the_folder(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"tfds:{name}: not in {tmp_path}; prepare it with"):
+    with pytest.raises(
+        FileNotFoundError, match=f"tfds:{name}: not in {tmp_path}; prepare"
+    ) as caught:
         data.tfds_source(name, "train", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("imagenet2012", "--imagenet ILSVRC2012_img_train.tar"),
+        ("lsun/bedroom", "--lmdb DIR"),
+        ("mine:1.0.0", r"--folder DIR \(or --parquet GLOB\) --name mine"),
+    ],
+)
+def test_tfds_data_not_on_disk_are_refused_with_the_command_that_prepares_them(
+    tmp_path, name, options
+):
+    command = f"`python tools/prepare_dataset.py {options} --data_dir {tmp_path}`"
+    with pytest.raises(FileNotFoundError, match=f"prepare it with {command}, or name the folder"):
+        data.tfds_source(name, "train", tmp_path)
+
+
+def test_what_is_no_tfds_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tfds:my data: no name of a TFDS dataset, which is NAME"):
+        data.tfds_source("my data", "train", tmp_path)
+
+
+def test_a_tfds_description_that_cannot_be_read_is_refused(tfds_folder, tmp_path):
+    shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")
+    info = tmp_path / "shapes" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text()[:50])
+    for folder in (tmp_path, info.parent):
+        with pytest.raises(ValueError, match=f"tfds:shapes: the description in {folder} .* cannot"):
+            data.tfds_source("shapes", "train", folder)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_tfds_file_that_cannot_be_read_is_refused(tfds_folder, tmp_path, damage):
+    shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")
+    (file,) = (tmp_path / "shapes" / "1.0.0").glob("shapes-train*")
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="tfds:shapes/train: a file of it is damaged or missing"):
+        data.tfds_source("shapes", "train", tmp_path)[0]
+
+
+def test_a_damaged_image_of_a_tfds_dataset_is_named_by_its_record():
+    class Examples(list):
+        def __getitems__(self, indices):
+            return [self[i] for i in indices]
+
+    records = sources._TfdsRecords("tfds:x/train", Examples([{"image": b"no image"}]), False, 3)
+    with pytest.raises(data.BadImage, match="tfds:x/train: record 0: cannot be decoded .no image"):
+        data.Source("tfds:x/train", records, (None, None, 3))[0]
 
 
 def test_tfds_unknown_split_is_refused_naming_those_there_are(tfds_folder):
@@ -333,7 +416,7 @@ def test_tfds_data_without_random_access_are_refused(tfds_folder, tmp_path):
     ("image", "message"),
     [
         ("picture", "tfds:shapes: no feature 'image'; it has .*picture"),
-        ("image", "tfds:shapes: images of type uint16; they must be uint8"),
+        ("image", "tfds:shapes: images of type uint16 and shape .*; they must be uint8"),
     ],
 )
 def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image, message):
@@ -357,6 +440,11 @@ def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image
         ({"name": "npy", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),
         ({"name": "folder"}, "data.name 'folder' needs data.path, the folder of images"),
         ({"name": "folder", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),
+        ({"name": "folder", "path": "x", "class_order": "age"}, "data.class_order is 'age'; known"),
+        (
+            {"name": "folder", "path": "x", "labels": "all"},
+            "data.labels is 'all'; known are 'auto'",
+        ),
     ],
 )
 def test_a_configuration_that_names_no_data_is_refused(config, message):
@@ -372,6 +460,10 @@ def test_a_configuration_chooses_dataset_split_and_folder(tmp_path, tfds_folder)
     assert len(create(name="digits", split="heldout")) == 299
     assert len(create(name="npy", path=str(write_folder(tmp_path, images=IMAGES)))) == 4
     assert len(create(name="folder", path=str(write_images(tmp_path / "files", "a/0.png")))) == 1
+    numbers = str(write_images(tmp_path / "numbers", "2_0.png", "10_0.png", "2_1.png"))
+    assert create(name="folder", path=numbers).class_names == ("10", "2")
+    assert create(name="folder", path=numbers, class_order="numeric").class_names == ("2", "10")
+    assert create(name="folder", path=numbers, labels="none").class_names == ()
     assert len(create(name="tfds:shapes", path=str(tfds_folder), split="train[:2]")) == 2
 
 
@@ -401,9 +493,91 @@ def test_center_crop_of_gray_is_that_of_equal_rgb_channels():
     np.testing.assert_array_equal(data.center_crop(gray, 32), rgb[..., :1])
 
 
-def test_center_crop_refuses_channels_it_cannot_resize():
-    with pytest.raises(ValueError, match=r"shape \(9, 9, 2\): it must have 1 channel or 3"):
-        data.center_crop(np.zeros((9, 9, 2), np.uint8), 4)
+@pytest.mark.parametrize("shape", [(9, 9, 2), (0, 9, 3)])
+def test_crops_refuse_what_they_cannot_resize(shape):
+    image = np.zeros(shape, np.uint8)
+    for crop in (data.center_crop, lambda *args: data.random_crop(*args, np.random.default_rng(0))):
+        with pytest.raises(
+            ValueError, match=f"shape .{str(shape)[1:-1]}.: it must have pixels, and"
+        ):
+            crop(image, 4)
+
+
+def adm_resize(image: np.ndarray, size: int) -> np.ndarray:
+    """ADM's halving and resizing, without our limit on an image's length."""
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize(tuple(x // 2 for x in picture.size), Image.BOX)
+    scale = size / min(picture.size)
+    return np.asarray(picture.resize(tuple(round(x * scale) for x in picture.size), Image.BICUBIC))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200, 301])
+def test_an_image_one_pixel_wide_is_cropped_as_adm_would(length):
+    image = np.random.default_rng(0).integers(0, 256, (length, 1, 3), np.uint8)
+    whole = adm_resize(image, 16)
+    top = (len(whole) - 16) // 2
+    np.testing.assert_array_equal(data.center_crop(image, 16), whole[top : top + 16])
+    turned = data.center_crop(image.transpose(1, 0, 2), 16)
+    np.testing.assert_array_equal(turned, data.center_crop(image, 16).transpose(1, 0, 2))
+
+
+def test_an_image_one_pixel_wide_takes_no_gigabytes():
+    image = np.zeros((60_000, 1, 3), np.uint8)  # enlarged whole, 12 GB
+    assert data.center_crop(image, 256).shape == (256, 256, 3)
+    assert data.random_crop(image, 256, np.random.default_rng(0)).shape == (256, 256, 3)
+
+
+def random_crops(image: np.ndarray, size: int, count: int) -> list[tuple[int, int, int]]:
+    """The shorter side, top and left of random crops, found by trying every place."""
+    rng, found = np.random.default_rng(0), []
+    short = range(size, math.ceil(size / 0.8) + 1)
+    resized = {side: adm_resize(image, side) for side in short}
+    for _ in range(count):
+        crop = data.random_crop(image, size, rng)
+        found += [
+            (side, top, left)
+            for side, whole in resized.items()
+            for top in range(whole.shape[0] - size + 1)
+            for left in range(whole.shape[1] - size + 1)
+            if np.array_equal(whole[top : top + size, left : left + size], crop)
+        ]
+    return found
+
+
+def test_random_crops_are_adms_at_every_size_and_place():
+    photo = load_sample_images().images[0][:40, :50]
+    found = random_crops(photo, 16, 1500)
+    assert len(found) == 1500  # each is a window of ADM's resized image, and of one only
+    # 16 ... 20, all equally often; and for each, every top and left.
+    sizes = [side for side, _, _ in found]
+    assert all(240 < sizes.count(side) < 360 for side in range(16, 21))  # 300 +- 3.9 sigma
+    for side in range(16, 21):
+        width = round(50 * side / 40)
+        assert {top for s, top, _ in found if s == side} == set(range(side - 16 + 1))
+        assert {left for s, _, left in found if s == side} == set(range(width - 16 + 1))
+
+
+def test_random_crop_is_a_function_of_its_generator():
+    photo = load_sample_images().images[1]
+    first, again, other = (
+        data.random_crop(photo, 64, np.random.default_rng(seed)) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_random_crop_of_a_large_photograph_halves_first():
+    photo = load_sample_images().images[0]  # 427 x 640: halved twice for 64 ... 80
+    crop = data.random_crop(photo, 64, np.random.default_rng(0), min_fraction=1.0)
+    whole = adm_resize(photo, 64)
+    assert any(np.array_equal(whole[:, left : left + 64], crop) for left in range(96 - 64 + 1))
+
+
+@pytest.mark.parametrize("fractions", [(0.0, 1.0), (0.9, 0.8), (0.8, 1.1)])
+def test_random_crop_refuses_fractions_out_of_order(fractions):
+    with pytest.raises(ValueError, match=f"min_fraction {fractions[0]} and max_fraction"):
+        data.random_crop(np.zeros((9, 9, 3), np.uint8), 4, np.random.default_rng(0), *fractions)
 
 
 def test_to_unit_range_maps_0_and_255_to_the_ends():

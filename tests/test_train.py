@@ -439,7 +439,7 @@ def test_a_dry_run_shows_the_run_and_touches_nothing(tiny_config, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     command(monkeypatch, load_config(tiny_config), tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
-    for part in ("trainable parameters", "MiB a device", "20 examples, 2.5 steps an epoch"):
+    for part in ("trainable parameters", "MiB a device", "20 examples", "2.5 steps an epoch"):
         assert part in shown
     assert not list(tmp_path.iterdir())
 

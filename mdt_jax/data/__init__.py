@@ -1,5 +1,6 @@
 """Data: random-access sources, what happens to an example, and the pipeline to the devices."""
 
+from mdt_jax.data.decoding import decode_image
 from mdt_jax.data.pipeline import (
     BatchIterator,
     DevicePrefetcher,
@@ -8,6 +9,7 @@ from mdt_jax.data.pipeline import (
     prefetch_to_device,
 )
 from mdt_jax.data.sources import (
+    BadImage,
     Source,
     arrays,
     create_source,
@@ -19,6 +21,7 @@ from mdt_jax.data.sources import (
 from mdt_jax.data.transforms import (
     LATENT_SCALE,
     center_crop,
+    random_crop,
     random_flip,
     sample_latent,
     to_unit_range,
@@ -26,6 +29,7 @@ from mdt_jax.data.transforms import (
 
 __all__ = [
     "LATENT_SCALE",
+    "BadImage",
     "BatchIterator",
     "DevicePrefetcher",
     "ExampleStream",
@@ -34,10 +38,12 @@ __all__ = [
     "center_crop",
     "create_batches",
     "create_source",
+    "decode_image",
     "digits",
     "folder_source",
     "npy_directory",
     "prefetch_to_device",
+    "random_crop",
     "random_flip",
     "sample_latent",
     "tfds_source",

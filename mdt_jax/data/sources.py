@@ -7,7 +7,6 @@ batches or processes: those are the pipeline's. A new dataset is one function th
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,14 +14,30 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
-from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.data.folders import read_folder
+
+__all__ = [
+    "BadImage",
+    "Records",
+    "Source",
+    "arrays",
+    "create_source",
+    "digits",
+    "folder_source",
+    "npy_directory",
+    "tfds_source",
+]
 
 
 @runtime_checkable
 class Records(Protocol):
-    """What a `Source` reads from. It must pickle, to travel to the pipeline's worker processes."""
+    """What a `Source` reads from. It must pickle, to travel to the pipeline's worker processes.
+
+    Records that are faster to read many at a time also have `__getitems__`, of a sequence of
+    indices, which returns a list of what `__getitem__` would.
+    """
 
     def __len__(self) -> int: ...
 
@@ -44,6 +59,7 @@ class Source:
         latents: False for pixels, uint8. True for an autoencoder's latents: an example's "image"
             is then the posterior, float32 of shape (height, width, 2 * channels), the mean's
             channels before the standard deviation's, and the pipeline draws a latent from it.
+        note: how the classes were found, where that was a guess; for `describe`.
     """
 
     name: str
@@ -51,6 +67,7 @@ class Source:
     image_shape: tuple[int | None, int | None, int]
     class_names: tuple[str, ...] = ()
     latents: bool = False
+    note: str = ""
 
     def __post_init__(self):
         if len(self.records) == 0:
@@ -64,10 +81,45 @@ class Source:
 
         Raises:
             IndexError: `index` is not in 0 ... len(self) - 1.
+            BadImage: its image cannot be used.
+            ValueError: its label is not that of a class.
         """
+        self._check_index(index)
+        return self._example(index, *self.records[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """`[self[i] for i in indices]`, read as one block where the records can be.
+
+        Raises:
+            IndexError, BadImage, ValueError: as `self[i]` of the first that does.
+        """
+        for index in indices:
+            self._check_index(index)
+        read_block = getattr(self.records, "__getitems__", None)
+        if read_block is None:
+            return [self._example(i, *self.records[i]) for i in indices]
+        return [self._example(i, *r) for i, r in zip(indices, read_block(indices), strict=True)]
+
+    def describe(self) -> str:
+        """One line for a log: how many examples, and the number of every class, or of the first
+        ten and the last."""
+        names = [f"{label} = {name}" for label, name in enumerate(self.class_names)]
+        if len(names) > 20:
+            names[10:-1] = ["..."]
+        classes = f", {len(self.class_names):,} classes: {', '.join(names)}" if names else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {len(self):,} examples{classes}{note}"
+
+    def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: no example {index}; it holds 0 ... {len(self) - 1}")
-        image, label = self.records[index]
+
+    def _example(self, index: int, image: np.ndarray, label: int) -> dict[str, Any]:
+        if not 0 <= label < max(1, len(self.class_names)):
+            raise ValueError(
+                f"{self.name}: record {index} has label {label}; with {len(self.class_names)} "
+                f"classes labels are 0 ... {max(0, len(self.class_names) - 1)}"
+            )
         return {
             "image": np.asarray(image, np.float32 if self.latents else np.uint8),
             "label": np.int32(label),
@@ -159,63 +211,29 @@ def npy_directory(path: str | Path) -> Source:
     return _from_arrays(str(folder), images.array, labels, names, read_from=images)
 
 
-def folder_source(path: str | Path) -> Source:
+def folder_source(path: str | Path, class_order: str = "string", labels: str = "auto") -> Source:
     """Image files in a folder, decoded when they are asked for.
 
-    Args:
-        path: a folder of .jpg, .jpeg, .png, .webp or .bmp files (in any case); or of sub-folders
-            of them, one a class, however deep in it. Classes are the sub-folders' names, sorted,
-            and images are in the order of their sorted paths. Files of other kinds, and whatever
-            starts with a dot, are passed over.
-
-    Images become RGB, gray ones three equal channels, transparency dropped; their size is their
-    own. What a camera says about its orientation is not heeded, as in ADM.
-
-    Raises:
-        FileNotFoundError: no such folder, or no images in it or in one of its classes.
-        ValueError: images beside sub-folders of images.
+    Images become RGB of their own size (see `decoding.decode_image`). The layout, and so the
+    classes, are recognised (see `folders.read_folder`, whose arguments these are, and errors).
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; data.path must name one of images, or of a sub-folder of "
-            "images for each class"
-        )
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    loose = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    files = {name: _images_below(folder, name) for name in classes}
-    filled = [name for name in classes if files[name]]
-    if loose and filled:
-        raise ValueError(
-            f"{folder}: images such as {loose[0]} beside sub-folders of images such as "
-            f"{filled[0]}; put every image into the sub-folder of its class, or all into one folder"
-        )
-    if not loose and not filled:
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        raise FileNotFoundError(f"{folder}: holds no images ({kinds}), nor do its sub-folders")
-    if loose:
-        return Source(str(folder), _FileRecords(folder, tuple(loose), None), (None, None, 3))
-    if len(filled) < len(classes):
-        empty = next(name for name in classes if not files[name])
-        raise FileNotFoundError(
-            f"{folder / empty}: holds no images, so it cannot be a class; remove it, or fill it"
-        )
-    labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
-    names = tuple(file for name in classes for file in files[name])
-    return Source(str(folder), _FileRecords(folder, names, labels), (None, None, 3), tuple(classes))
+    folder = read_folder(path, class_order, labels)
+    return Source(str(folder.path), folder, (None, None, 3), folder.class_names, note=folder.layout)
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
     """A TensorFlow Datasets dataset, prepared on disk as ArrayRecord; needs no TensorFlow.
 
     Its feature "image" is the image; its feature "label", where it is a `ClassLabel`, the label,
-    and otherwise the dataset is unconditional.
+    and otherwise the dataset is unconditional. What is on disk suffices: neither TFDS's code for
+    the dataset nor a network is needed.
 
     Args:
         name: as TFDS writes it: "cifar10", "imagenet_resized/64x64", "name/config:version".
         split: as TFDS writes it: "train", "test", "train[:90%]".
-        data_dir: the folder that holds TFDS's datasets; TFDS's own default where None.
+        data_dir: the folder that holds TFDS's datasets, its own default where None; or the very
+            folder of a prepared dataset, the one with dataset_info.json in it, which `name` must
+            then agree with or, empty, leaves open.
 
     Raises:
         FileNotFoundError: the dataset is not prepared in that folder.
@@ -223,45 +241,86 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
     """
     import tensorflow_datasets as tfds  # only those who read such a dataset should wait for it
 
-    folder = str(data_dir or tfds.core.constants.DATA_DIR)
-    way_out = (
-        f"prepare it with `tfds build {name} --data_dir={folder} --file_format=array_record`, "
-        "or name the folder that has it in data.path"
-    )
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-        prepared = builder.is_prepared()
-    except tfds.core.DatasetNotFoundError:  # its message lists every dataset that TFDS knows
-        prepared = False
-    if not prepared:
-        raise FileNotFoundError(f"tfds:{name}: not in {folder}; {way_out}")
-
+    builder = _find_prepared(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+    place = f"tfds:{name or builder.name}"
     features, splits = builder.info.features, builder.info.splits
     if "image" not in features:
-        raise ValueError(f"tfds:{name}: no feature 'image'; it has {', '.join(features)}")
-    if features["image"].np_dtype != np.uint8:
+        raise ValueError(f"{place}: no feature 'image'; it has {', '.join(features)}")
+    shape, dtype = tuple(features["image"].shape), np.dtype(features["image"].np_dtype)
+    if len(shape) != 3 or dtype != np.uint8:
         raise ValueError(
-            f"tfds:{name}: images of type {np.dtype(features['image'].np_dtype)}; they must be "
-            "uint8: write them to an images.npy of that type, for data.name 'npy'"
+            f"{place}: images of type {dtype} and shape {shape}; they must be uint8 of three axes: "
+            "write others to an images.npy of that type, for data.name 'npy'"
         )
+    encoded = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    # TFDS's own decoding leaves CMYK with four channels, and a damaged image without a name.
+    ours = "image" in encoded and shape[2] in (1, 3)
+    skipped = {key: tfds.decode.SkipDecoding() for key in encoded if ours or key != "image"}
     try:
-        records = builder.as_data_source(split)
+        examples = builder.as_data_source(split, decoders=skipped)
     except NotImplementedError as error:
         raise ValueError(
-            f"tfds:{name}: {builder.data_dir} holds {builder.info.file_format.value} files, "
-            f"which have no random access; {way_out}"
+            f"{place}: {builder.data_dir} holds {builder.info.file_format.value} files, which have "
+            f"no random access; {_prepare_command(name, 'DIR')}, and name that in data.path"
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"tfds:{name}: cannot read split {split!r} (data.split); there are {', '.join(splits)}"
+            f"{place}: cannot read split {split!r} (data.split); there are {', '.join(splits)}"
         ) from error
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+    class_names = tuple(features["label"].names or ()) if labelled else ()
+    place = f"{place}/{split}"
     return Source(
-        name=f"tfds:{name}/{split}",
-        records=_TfdsRecords(records, labelled),
-        image_shape=tuple(features["image"].shape),
-        class_names=tuple(features["label"].names) if labelled else (),
+        name=place,
+        records=_TfdsRecords(place, examples, bool(class_names), shape[2] if ours else None),
+        image_shape=shape,
+        class_names=class_names,
     )
+
+
+def _find_prepared(name: str, folder: Path) -> Any:
+    """TFDS's builder of a dataset on disk: in `folder`, or which `folder` is."""
+    from google.protobuf.json_format import ParseError
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    itself = (folder / "dataset_info.json").exists()
+    try:
+        if itself:
+            builder = read_only_builder.builder_from_directory(folder)
+        else:
+            builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
+    except registered.DatasetNotFoundError as error:  # its message has many lines
+        raise FileNotFoundError(
+            f"tfds:{name}: not in {folder}; {_prepare_command(name, str(folder))}, or name the "
+            "folder that has it in data.path"
+        ) from error
+    except (ParseError, ValueError) as error:
+        if itself or isinstance(error, ParseError):
+            raise ValueError(
+                f"tfds:{name}: the description in {folder} (dataset_info.json, features.json) "
+                "cannot be read; prepare the dataset again"
+            ) from error
+        raise ValueError(
+            f"tfds:{name}: no name of a TFDS dataset, which is NAME, NAME/CONFIG or NAME:VERSION; "
+            "without one data.path must be the folder with its dataset_info.json"
+        ) from error
+    if itself and name.partition(":")[0].partition("/")[0] not in ("", builder.name):
+        raise ValueError(
+            f"{folder}: holds {builder.name}, not {name}; set data.name to 'tfds:{builder.name}', "
+            "or name another folder in data.path"
+        )
+    return builder
+
+
+def _prepare_command(name: str, folder: str) -> str:
+    name = name.partition(":")[0]
+    if name == "imagenet2012":
+        source = "--imagenet ILSVRC2012_img_train.tar"
+    elif name.startswith("lsun"):
+        source = "--lmdb DIR"
+    else:
+        source = f"--folder DIR (or --parquet GLOB) --name {name}"
+    return f"prepare it with `python tools/prepare_dataset.py {source} --data_dir {folder}`"
 
 
 def create_source(data_config: ml_collections.ConfigDict) -> Source:
@@ -270,9 +329,11 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
     Args:
         data_config: `name`, one of
             "digits": `split` is "train" (the default), "heldout" or "all";
-            "folder": `path` is a folder of image files, or of a sub-folder for each class;
+            "folder": `path` is a folder of images, with `class_order` and `labels` as
+                `folders.read_folder` has them;
             "npy": `path` is a folder of .npy files;
-            "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder.
+            "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder
+                or the dataset's own.
             A "folder" or "npy" is one split, called "train".
 
     Raises:
@@ -292,7 +353,10 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
                 f"data.split is {split!r}, but a folder is one split, 'train': name another folder "
                 "in data.path instead"
             )
-        return folder_source(path) if name == "folder" else npy_directory(path)
+        if name == "npy":
+            return npy_directory(path)
+        order, labels = data_config.get("class_order"), data_config.get("labels")
+        return folder_source(path, order or "string", labels or "auto")
     if name.startswith("tfds:"):
         return tfds_source(name.removeprefix("tfds:"), split, path)
     raise ValueError(f"data.name is {name!r}; known are 'digits', 'folder', 'npy' and 'tfds:NAME'")
@@ -338,56 +402,34 @@ class _MemoryMap:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FileRecords:
-    """Image files and their labels, decoded one at a time."""
-
-    folder: Path
-    files: tuple[str, ...]  # paths in the folder: a million Paths would be large to keep and pickle
-    labels: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        path = self.folder / self.files[index]
-        try:
-            with Image.open(path) as picture:
-                image = np.asarray(picture.convert("RGB"))
-        # Pillow's decoders have a variety of their own for damaged files.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: cannot be decoded ({error}); replace the image or remove it"
-            ) from error
-        return image, 0 if self.labels is None else int(self.labels[index])
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _images_below(folder: Path, name: str) -> list[str]:
-    """The image files in a sub-folder and its own, as sorted paths in the folder."""
-    found = []
-    for place, folders, files in os.walk(folder / name, followlinks=True):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
-        inside = os.path.relpath(place, folder)
-        found += [os.path.join(inside, file) for file in files if _is_image(file)]
-    return sorted(found)
-
-
-@dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
-    """A TFDS data source, which decodes one example at a time."""
+    """The examples of a TFDS data source, decoded here."""
 
-    examples: Sequence[Mapping[str, Any]]
+    name: str
+    examples: Any  # what `as_data_source` gives
     labelled: bool
+    channels: int | None  # of the images, which arrive encoded; None: TFDS has decoded them
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        example = self.examples[index]
-        return example["image"], int(example["label"]) if self.labelled else 0
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        try:
+            examples = self.examples.__getitems__(indices)
+        except RuntimeError as error:  # ArrayRecord's; it reads many records or none
+            raise ValueError(
+                f"{self.name}: a file of it is damaged or missing ({error}); prepare it again"
+            ) from error
+        return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
+
+    def _record(self, index: int, example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
+        image = example["image"]
+        if self.channels is not None:
+            image = decode_image(image, f"{self.name}: record {index}", self.channels)
+        return image, int(example["label"]) if self.labelled else 0
 
 
 def _from_arrays(

@@ -1,0 +1,407 @@
+"""Writes images as a data set that TensorFlow Datasets reads like its own, without TensorFlow.
+
+The records are ArrayRecord files of TFDS's examples, one record a group so that each is read alone,
+beside TFDS's own description of them. Whoever has images somewhere describes them as `Images`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+from tqdm import tqdm
+
+from mdt_jax.data.decoding import BadImage, decode_image
+
+# What the decoders that TFDS uses without TensorFlow, OpenCV's and Pillow's, read alike.
+KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO is a JPEG with further pictures behind it
+NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?")
+SPLIT = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An image that is to be written.
+
+    Attributes:
+        place: where it is, for messages.
+        name: what the data set calls it, its `file_name`.
+        data: the encoded image, or the file with it, which is then read in a thread.
+        label: its class; 0 where there are none.
+    """
+
+    place: str
+    name: str
+    data: bytes | Path
+    label: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images that are to be written, in the order that they are to have.
+
+    Attributes:
+        place: where they are, for messages.
+        records: begins to yield them, once.
+        num_bytes: what they take, roughly: for the progress bar, and to see that they fit.
+        class_names: the name of each label, in order; empty for images without classes.
+    """
+
+    place: str
+    records: Callable[[], Iterable[Record]]
+    num_bytes: int
+    class_names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A data set that was written: its folder, and counts of what is in it."""
+
+    folder: Path
+    examples: int
+    num_bytes: int
+    shards: int
+    reencoded: int
+    skipped: int
+
+
+def prepare(
+    images: Images,
+    name: str,
+    data_dir: str | Path,
+    *,
+    split: str = "train",
+    shard_bytes: int = 256 * 2**20,
+    skip_bad: bool = False,
+    progress: bool = False,
+) -> Prepared:
+    """Writes a data set whole or not at all.
+
+    Every image is decoded once, to see that it can be. Its bytes are kept as they are if all of
+    TFDS's decoders give the same RGB or gray pixels for them; others (CMYK, palettes, transparency,
+    16 bits, animations, rare formats) become PNGs of the pixels of `decode_image`. What a camera
+    says of its orientation stays in the bytes, for the reader to heed.
+
+    Args:
+        images: what to write.
+        name: what TFDS is to call it, "name" or "name/config". With a name that TFDS knows, such as
+            "imagenet2012" or "lsun/bedroom", the classes and features must be those it knows.
+        data_dir: TFDS's data folder; DATA_DIR/NAME/VERSION is made in it.
+        split: the one split that it has.
+        shard_bytes: a file is ended when it holds as many.
+        skip_bad: whether an image that cannot be decoded is left out, with a warning.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The folder and the counts.
+
+    Raises:
+        FileExistsError: the data set is there already, or is just being written.
+        OSError: the disk is full.
+        ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; none
+            that can; or what `images.records` raises.
+    """
+    target = _target(name, Path(data_dir).expanduser(), images.class_names)
+    if not SPLIT.fullmatch(split):
+        raise ValueError(
+            f"split {split!r}: must be of small letters, digits and _, such as 'train'"
+        )
+    if target.folder.exists():
+        raise FileExistsError(
+            f"{target.folder}: is there already, and nothing is written over; remove it, or give "
+            "another name or data folder"
+        )
+    counts: collections.Counter = collections.Counter()
+    with _aside(target.folder) as folder:
+        _check_space(folder, images)
+        shards = _Shards(folder, shard_bytes)
+        with (
+            contextlib.closing(_checked(images.records())) as checked,
+            _bar(images, progress) as bar,
+        ):
+            for record, result in checked:
+                try:
+                    data, reencoded = result()
+                except BadImage as error:
+                    if not skip_bad:
+                        raise
+                    logging.warning("%s; left out", error)
+                    counts["skipped"] += 1
+                    continue
+                shards.write(target.serialize(record, data))
+                counts.update(examples=1, num_bytes=len(data), reencoded=reencoded)
+                bar.set_postfix(images=counts["examples"], refresh=False)
+                bar.update(len(data))
+        if not counts["examples"]:
+            raise ValueError(f"{images.place}: holds no image that can be decoded")
+        lengths = shards.close()
+        target.describe(folder, split, lengths, counts["num_bytes"], shards.paths)
+    fields = ("examples", "num_bytes", "reencoded", "skipped")
+    return Prepared(target.folder, shards=len(lengths), **{key: counts[key] for key in fields})
+
+
+def storable(data: bytes, place: str) -> tuple[bytes, bool]:
+    """The bytes to store for an encoded image, and whether they are other than those given.
+
+    Raises:
+        BadImage: it cannot be decoded; the message begins with its `place`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if _is_kept(picture, data):
+                # Of a JPEG, this still reads every bit, but makes 1 pixel of 64: twice as fast.
+                picture.draft("L", (1, 1))
+                picture.load()
+                return data, False
+    except Exception:  # what is wrong, if anything, is said below
+        pass
+    png = io.BytesIO()
+    Image.fromarray(decode_image(data, place)).save(png, "PNG")
+    return png.getvalue(), True
+
+
+def _is_kept(picture: Image.Image, data: bytes) -> bool:
+    if picture.format not in KEPT_FORMATS or picture.mode not in ("RGB", "L"):
+        return False
+    if picture.format in ("JPEG", "MPO"):
+        return True
+    sixteen_bits = picture.format == "PNG" and data[24] == 16  # of RGB, Pillow says nothing
+    animated = getattr(picture, "n_frames", 1) > 1
+    return not (sixteen_bits or animated or picture.has_transparency_data)
+
+
+def _checked(
+    records: Iterable[Record],
+) -> Iterator[tuple[Record, Callable[[], tuple[bytes, bool]]]]:
+    """Records in their order, with what gives their bytes or raises `BadImage`."""
+
+    def check(record: Record) -> tuple[bytes, bool]:
+        data = record.data
+        try:
+            data = data if isinstance(data, bytes) else data.read_bytes()
+        except OSError as error:
+            raise BadImage(f"{record.place}: cannot be read ({error.strerror})") from error
+        return storable(data, record.place)
+
+    workers = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(workers)
+    pending: collections.deque[tuple[Record, Future]] = collections.deque()
+    try:
+        for record in records:
+            pending.append((record, pool.submit(check, record)))
+            if len(pending) > 4 * workers:
+                record, future = pending.popleft()
+                yield record, future.result
+        while pending:
+            record, future = pending.popleft()
+            yield record, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bar(images: Images, progress: bool) -> tqdm:
+    return tqdm(
+        total=images.num_bytes, unit="B", unit_scale=True, smoothing=0.05, disable=not progress
+    )
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder` at the end; on an error, nothing is left."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    made = [parent for parent in (partial, *partial.parents) if not parent.exists()]
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{partial}: is just being written by another preparation; wait until it is done"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        for left in partial.iterdir():  # by one that was killed
+            if left.name != "lock":
+                left.unlink()
+        try:
+            yield partial
+            (partial / "lock").unlink()
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made[1:]:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+def _check_space(folder: Path, images: Images) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < images.num_bytes:
+        raise OSError(
+            f"{folder.parent}: {free / 1e9:,.1f} GB are free, but the images of {images.place} "
+            f"take {images.num_bytes / 1e9:,.1f} GB; make room, or give a data folder elsewhere"
+        )
+
+
+class _Shards:
+    """ArrayRecord files of about the same size, numbered in the order of their writing."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.paths: list[Path] = []
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._lengths: list[int] = []
+        self._writer, self._room = None, 0
+
+    def write(self, record: bytes) -> None:
+        from array_record.python import array_record_module
+
+        if self._writer is None or self._room <= 0:
+            self._end()
+            self.paths.append(self._folder / f"shard-{len(self.paths):05d}")
+            self._lengths.append(0)
+            # Images are compressed as they are; to compress them again takes half of the rate.
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(self.paths[-1]), "group_size:1,uncompressed"
+            )
+            self._room = self._shard_bytes
+        with self._disk_errors():
+            self._writer.write(record)
+        self._lengths[-1] += 1
+        self._room -= len(record)
+
+    def close(self) -> list[int]:
+        """The number of records in each file, all of which are then on the disk."""
+        self._end()
+        return self._lengths
+
+    def _end(self) -> None:
+        from array_record.python import array_record_module
+
+        if self._writer is None:
+            return
+        with self._disk_errors():
+            self._writer.close()
+        self._writer = None
+        reader = array_record_module.ArrayRecordReader(str(self.paths[-1]))
+        written = reader.num_records()
+        reader.close()
+        if written != self._lengths[-1]:
+            raise OSError(
+                f"{self.paths[-1]}: holds {written} records of the {self._lengths[-1]} that were "
+                "written; look after the disk"
+            )
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the writer's only one
+            raise OSError(
+                f"{self.paths[-1]}: cannot be written ({str(error).split(';')[0]}); make room, or "
+                "give a data folder elsewhere"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """What TFDS is to know of a data set."""
+
+    name: str
+    config: str | None
+    version: str
+    folder: Path
+    features: Any
+    texts: tuple[str, ...]  # the features that hold a record's name
+
+    def serialize(self, record: Record, data: bytes) -> bytes:
+        example = dict.fromkeys(self.texts, record.name) | {"image": data}
+        if "label" in self.features:
+            example["label"] = record.label
+        return self.features.serialize_example(self.features.encode_example(example))
+
+    def describe(
+        self, folder: Path, split: str, lengths: list[int], num_bytes: int, shards: list[Path]
+    ) -> None:
+        """Gives the shards their names and writes features.json and dataset_info.json."""
+        import tensorflow_datasets as tfds
+
+        template = tfds.core.ShardedFileTemplate(
+            dataset_name=self.name, data_dir=folder, split=split, filetype_suffix="array_record"
+        )
+        for index, shard in enumerate(shards):
+            shard.rename(template.sharded_filepath(shard_index=index, num_shards=len(shards)))
+        identity = tfds.core.DatasetIdentity(
+            name=self.name,
+            version=tfds.core.Version(self.version),
+            data_dir=str(folder),
+            module_name="",
+            config_name=self.config,
+        )
+        keys = ("image", "label") if "label" in self.features else None
+        info = tfds.core.DatasetInfo(
+            builder=identity, features=self.features, supervised_keys=keys, disable_shuffling=True
+        )
+        info.set_file_format("array_record")
+        splits = [tfds.core.SplitInfo(split, lengths, num_bytes, template)]
+        info.set_splits(tfds.core.SplitDict(splits))
+        info.write_to_directory(folder)
+
+
+def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
+    """TFDS's own description of a data set that it knows, and a new one of any other."""
+    import tensorflow_datasets as tfds  # takes seconds
+
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"name {name!r}: must be of small letters, digits and _, and begin with a letter; one "
+            "such name may follow a slash"
+        )
+    if len(set(class_names)) < len(class_names) or not all(map(str.strip, class_names)):
+        raise ValueError("classes: two of them have the same name, or one has none")
+    base, _, config = name.partition("/")
+    try:
+        definition = tfds.builder_cls(base)
+    except tfds.core.DatasetNotFoundError:
+        definition = None
+    # Of those that it knows, TFDS goes by its own description, not by the one on the disk.
+    if definition is not None and (not config or config in definition.builder_configs):
+        builder = definition(data_dir=str(data_dir), config=config or None)
+        features, folder = builder.info.features, Path(builder.data_dir)
+        texts = tuple(k for k, v in features.items() if isinstance(v, tfds.features.Text))
+        if not _fits(features, texts, class_names):
+            raise ValueError(
+                f"name {name!r}: TFDS has a data set of that name, with other features or classes; "
+                "give another name"
+            )
+        config = builder.builder_config.name if builder.builder_config else ""
+        return _Target(base, config or None, str(builder.version), folder, features, texts)
+    kinds = {"file_name": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3))}
+    if class_names:
+        kinds["label"] = tfds.features.ClassLabel(names=list(class_names))
+    features = tfds.features.FeaturesDict(kinds)
+    folder = data_dir / name / "1.0.0"
+    return _Target(base, config or None, "1.0.0", folder, features, ("file_name",))
+
+
+def _fits(features: Any, texts: tuple[str, ...], class_names: tuple[str, ...]) -> bool:
+    """Whether records of an image, its name and its class have those features of TFDS's."""
+    if set(features) - set(texts) != ({"image", "label"} if class_names else {"image"}):
+        return False
+    image, names = features["image"], features["label"].names if class_names else ()
+    return (
+        image.shape == (None, None, 3)
+        and image.np_dtype == np.uint8
+        and (tuple(names) == class_names)
+    )

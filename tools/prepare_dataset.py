@@ -1,0 +1,407 @@
+"""Prepares a data set for training: ArrayRecord files with TFDS's metadata, without TensorFlow.
+
+    python tools/prepare_dataset.py --imagenet ILSVRC2012_img_train.tar --data_dir DIR
+    python tools/prepare_dataset.py --folder PHOTOS --data_dir DIR
+    python tools/prepare_dataset.py --lmdb bedroom_train_lmdb --data_dir DIR
+    python tools/prepare_dataset.py --parquet 'data/train-*.parquet' --name NAME --data_dir DIR
+
+Its last line says how to train on it. What it makes is DIR/NAME/VERSION, read by TFDS itself too.
+
+--imagenet  a tar of a tar for each class, as ILSVRC2012 comes; it is not unpacked. Classes are in
+            the order of their names, which for ImageNet's thousand is TFDS's: NAME is imagenet2012.
+--folder    image files, or a sub-folder of them for each class, as `data.name=folder` reads them.
+--lmdb      an LSUN category as its zip unpacks: NAME is lsun/CATEGORY, without classes. It needs
+            the package lmdb: `pip install lmdb`.
+--parquet   files as the Hugging Face hub has them: a column of encoded images, and a column of
+            labels if there are classes, whose names are read from the metadata.
+
+FFHQ's images come in folders of a thousand, `images1024x1024/00000/00000.png` and on, and so do its
+thumbnails. Those folders are no classes, of which FFHQ has none: give --labels none.
+
+    python tools/prepare_dataset.py --folder thumbnails128x128 --labels none --name ffhq
+
+The bytes of an image are kept as they are, unless its pixels are of a kind that readers disagree
+on (CMYK, palettes, transparency, 16 bits, animations): those become PNGs, and the summary counts
+them. Images stay in their order; training draws them at random. A preparation that was killed
+leaves DIR/NAME/VERSION.partial, which the next one removes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import re
+import shlex
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from absl import logging
+
+from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
+from mdt_jax.data.prepare import Images, Prepared, Record, prepare
+
+IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
+TAR_BLOCK = 512
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
+
+
+def from_tar(path: Path) -> Images:
+    """The images of a tar of a tar for each class, in the tar's order.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no tar, one that ends early, or one without class tars.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--imagenet {path}: no such file; give the tar of class tars")
+    with _open_tar(str(path), name=path) as archive:
+        members = list(_members(str(path), archive))
+    members = [member for member in members if member.isfile() and not _is_hidden(member.name)]
+    others = [member.name for member in members if not member.name.endswith(".tar")]
+    if others or not members:
+        what = others[0] if others else "nothing"
+        raise ValueError(
+            f"{path}: must hold a tar for each class, such as n01440764.tar, and holds {what}; "
+            "images that are not in class tars can be unpacked, for --folder"
+        )
+    names = sorted(PurePosixPath(member.name).stem for member in members)
+
+    def records() -> Iterator[Record]:
+        with _open_tar(str(path), name=path) as archive:
+            for member in members:
+                label = names.index(PurePosixPath(member.name).stem)
+                yield from _class_records(f"{path}: {member.name}", archive, member, label)
+
+    return Images(str(path), records, path.stat().st_size, tuple(names))
+
+
+def _class_records(
+    place: str, archive: tarfile.TarFile, member: tarfile.TarInfo, label: int
+) -> Iterator[Record]:
+    empty = True
+    with _open_tar(place, fileobj=archive.extractfile(member)) as images:
+        for image in _members(place, images):
+            if not image.isfile() or _is_hidden(image.name):
+                continue
+            try:
+                data = images.extractfile(image).read()
+            except TAR_ERRORS as error:
+                raise ValueError(f"{place}: ends early in {image.name} ({error})") from error
+            yield Record(f"{place}/{image.name}", PurePosixPath(image.name).name, data, label)
+            empty = False
+    if empty:
+        raise ValueError(f"{place}: holds no images, so it cannot be a class")
+
+
+def _open_tar(place: str, **source) -> tarfile.TarFile:
+    try:
+        return tarfile.open(**source)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{place}: is not a tar file, or a damaged one") from error
+
+
+def _members(place: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar; `tarfile` by itself takes damage between them for the end."""
+    last = "its beginning"
+    try:
+        for member in archive:
+            yield member
+            last = member.name
+        archive.fileobj.seek(archive.offset)
+        whole = archive.fileobj.read(TAR_BLOCK) == bytes(TAR_BLOCK)
+    except TAR_ERRORS:
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{place}: is truncated or damaged at {last}; copy or download the file again"
+        )
+
+
+def _is_hidden(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".")
+
+
+def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -> Images:
+    """The images of a folder, as training reads it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_folder`.
+    """
+    folder = read_folder(path, class_order, labels)
+    print(f"{path}: {folder.layout}")
+
+    def records() -> Iterator[Record]:
+        for index, file in enumerate(folder.files):
+            label = 0 if folder.labels is None else int(folder.labels[index])
+            yield Record(str(path / file), file, path / file, label)
+
+    num_bytes = sum((path / file).stat().st_size for file in folder.files)
+    return Images(str(path), records, num_bytes, folder.class_names)
+
+
+def from_lmdb(path: Path) -> Images:
+    """The values of an LSUN database, encoded images, in the order of their keys.
+
+    Raises:
+        FileNotFoundError: no such folder, or no database in it.
+        ValueError: no database, a truncated or an empty one, or no package to read it with.
+    """
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("--lmdb needs the package lmdb: pip install lmdb") from error
+    file = path / "data.mdb"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --lmdb names the folder that holds it")
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False) as database:
+            count, pages = database.stat()["entries"], database.info()["last_pgno"] + 1
+            num_bytes = pages * database.stat()["psize"]
+    except lmdb.Error as error:
+        raise ValueError(f"{file}: is not an LMDB database, or a damaged one ({error})") from error
+    if file.stat().st_size < num_bytes:  # reading on would end the program without a word
+        raise ValueError(f"{file}: is truncated; copy or download it again")
+    if not count:
+        raise ValueError(f"{file}: holds no images")
+
+    def records() -> Iterator[Record]:
+        with (
+            lmdb.open(str(path), readonly=True, lock=False) as database,
+            database.begin() as transaction,
+        ):
+            for key, value in transaction.cursor():
+                name = key.decode(errors="backslashreplace")
+                yield Record(f"{file}: key {name}", name, value)
+
+    return Images(str(path), records, num_bytes)
+
+
+def from_parquet(
+    pattern: str, image_column: str = "image", label_column: str | None = None
+) -> Images:
+    """The images of Parquet files as Hugging Face lays them out, file by file in sorted order.
+
+    Args:
+        pattern: of the files' paths, as a shell has them.
+        image_column: of encoded images, as bytes or as structs with `bytes`.
+        label_column: of labels; "" for no classes; None for "label" where there is one.
+
+    Raises:
+        FileNotFoundError: no such files.
+        ValueError: one that is not Parquet, columns that are missing or of another kind, labels
+            without a class, or no package to read them with.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("--parquet needs the package pyarrow: pip install pyarrow") from error
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    if not paths:
+        raise FileNotFoundError(
+            f"--parquet {pattern}: no such files; give a pattern in quotes, 'data/train-*.parquet'"
+        )
+    wanted = "label" if label_column is None else label_column
+    labelled = [_has_labels(path, image_column, wanted) for path in paths]
+    if label_column and not labelled[0]:
+        raise ValueError(f"{paths[0]}: no column {wanted!r}; give another --label_column")
+    if len(set(labelled)) > 1:
+        unlike = paths[labelled.index(not labelled[0])]
+        raise ValueError(
+            f"{paths[0]} and {unlike}: one has a column {wanted!r} and one has none; give a "
+            "--parquet pattern for files that are alike"
+        )
+    names = _parquet_classes(paths, wanted) if labelled[0] else ()
+    columns = [image_column] + ([wanted] if names else [])
+
+    def records() -> Iterator[Record]:
+        for path in paths:
+            row = 0
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=64, columns=columns):
+                    for example in batch.to_pylist():
+                        yield _parquet_record(f"{path}: row {row}", example, *columns)
+                        row += 1
+
+    return Images(pattern, records, sum(path.stat().st_size for path in paths), names)
+
+
+def _has_labels(path: Path, image_column: str, label_column: str) -> bool:
+    """Whether a Parquet file has labels; refuses one that has no images."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: is not a Parquet file, or a damaged one") from error
+    if image_column not in schema.names:
+        raise ValueError(
+            f"{path}: no column {image_column!r}; it has {', '.join(schema.names)}: name that of "
+            "the images with --image_column"
+        )
+    kind = schema.field(image_column).type
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise ValueError(
+            f"{path}: column {image_column!r} is of type {kind}; images must be binary, or structs "
+            "with 'bytes': name another column with --image_column"
+        )
+    if label_column not in schema.names:
+        return False
+    kind = schema.field(label_column).type
+    if not pyarrow.types.is_integer(kind):
+        raise ValueError(
+            f"{path}: column {label_column!r} is of type {kind}; labels must be integers: name "
+            "another column with --label_column, or '' for none"
+        )
+    return True
+
+
+def _parquet_classes(paths: list[Path], label_column: str) -> tuple[str, ...]:
+    """The names in the first file's metadata, else the labels' numbers; checks every label."""
+    from pyarrow import compute, parquet
+
+    metadata = parquet.read_schema(paths[0]).metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = tuple(features.get(label_column, {}).get("names") or ())
+    largest = -1
+    for path in paths:
+        column = parquet.read_table(path, columns=[label_column])[label_column]
+        low, high = compute.min_max(column).as_py().values()
+        if column.null_count or (low is not None and low < 0):
+            raise ValueError(
+                f"{path}: rows without a label (column {label_column!r}); a test set's often "
+                "have none: give --label_column '' to prepare images without classes"
+            )
+        if names and high is not None and high >= len(names):
+            raise ValueError(f"{path}: label {high}, but its metadata name {len(names)} classes")
+        largest = max(largest, -1 if high is None else high)
+    return names or tuple(str(label) for label in range(largest + 1))
+
+
+def _parquet_record(
+    place: str, example: dict[str, Any], image_column: str, label_column: str = ""
+) -> Record:
+    image = example[image_column]
+    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, "")
+    # Without bytes, an image is bad: Pillow will not know it, and the place names the row.
+    return Record(place, name or place, data or b"", example.get(label_column, 0))
+
+
+def default_name(args: argparse.Namespace, images: Images) -> str:
+    """What the data set is called if --name does not say, after the place it comes from."""
+    if args.parquet is not None:
+        raise ValueError("--parquet needs --name, what to call the data set")
+    path = Path(args.imagenet or args.folder or args.lmdb).resolve()
+    if args.imagenet and _is_imagenet(images):
+        return IMAGENET
+    if args.lmdb and (lsun := re.fullmatch(r"(\w+)_train_lmdb", path.name)):
+        return f"lsun/{lsun[1]}"
+    stem = path.name.removesuffix(".tar") if args.imagenet else path.name
+    name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")
+    return name if name[:1].isalpha() else f"images_{name}".strip("_")
+
+
+def _is_imagenet(images: Images) -> bool:
+    names = images.class_names
+    return len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
+def read(args: argparse.Namespace) -> Images:
+    """What one of the inputs holds."""
+    if args.imagenet is not None:
+        return from_tar(Path(args.imagenet).expanduser())
+    if args.folder is not None:
+        return from_folder(Path(args.folder).expanduser(), args.class_order, args.labels)
+    if args.lmdb is not None:
+        return from_lmdb(Path(args.lmdb).expanduser())
+    return from_parquet(args.parquet, args.image_column, args.label_column)
+
+
+def summary(images: Images, name: str, data_dir: Path, split: str, made: Prepared) -> str:
+    """What was written, and how to train on it."""
+    flags = f"--config.data.name=tfds:{name} --config.data.path={shlex.quote(str(data_dir))}"
+    flags += "" if split == "train" else f" --config.data.split={split}"
+    return (
+        f"{made.folder}: examples {made.examples:,}, classes {len(images.class_names):,}, "
+        f"bytes {made.num_bytes:,}, files {made.shards:,}; re-encoded as PNG {made.reencoded:,}, "
+        f"left out {made.skipped:,}\ntrain on it with {flags}"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares the data set that the flags describe, and says what was made."""
+    import tensorflow_datasets as tfds  # takes seconds, which --help should not
+
+    if args.shard_mb < 1:
+        raise ValueError(f"--shard_mb {args.shard_mb} is below 1")
+    images = read(args)
+    name = args.name or default_name(args, images)
+    data_dir = Path(args.data_dir or tfds.core.constants.DATA_DIR).expanduser().resolve()
+    made = prepare(
+        images,
+        name,
+        data_dir,
+        split=args.split,
+        shard_bytes=args.shard_mb * 2**20,
+        skip_bad=args.on_bad_image == "skip",
+        progress=True,
+    )
+    if name == IMAGENET and made.examples + made.skipped != IMAGENET_COUNT:
+        print(
+            f"note: ImageNet's training set has {IMAGENET_COUNT:,} images, and {images.place} "
+            f"{made.examples + made.skipped:,}"
+        )
+    print(summary(images, name, data_dir, args.split, made))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--imagenet", metavar="TAR", help="a tar of a tar for each class")
+    inputs.add_argument("--folder", metavar="DIR", help="image files, or a sub-folder a class")
+    inputs.add_argument("--lmdb", metavar="DIR", help="LSUN's folder with data.mdb")
+    inputs.add_argument("--parquet", metavar="GLOB", help="Hugging Face's files, in quotes")
+    parser.add_argument("--name", help="what to call it: NAME or NAME/CONFIG")
+    parser.add_argument(
+        "--data_dir", help="TFDS's data folder, in which it is made; TFDS's own if not given"
+    )
+    parser.add_argument("--split", default="train", help="the one split it has (%(default)s)")
+    parser.add_argument("--shard_mb", type=int, default=256, help="MiB a file (%(default)s)")
+    parser.add_argument(
+        "--on_bad_image",
+        choices=("error", "skip"),
+        default="error",
+        help="of one that cannot be decoded (%(default)s); skip leaves it out and counts it",
+    )
+    parser.add_argument("--class_order", choices=CLASS_ORDERS, default="string", help="of --folder")
+    parser.add_argument(
+        "--labels", choices=LABELS, default="auto", help="of --folder: where its classes are from"
+    )
+    parser.add_argument("--image_column", default="image", help="of --parquet (%(default)s)")
+    parser.add_argument(
+        "--label_column", help="of --parquet; '' for no classes; 'label' if not given and there"
+    )
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing was left behind")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    main()
