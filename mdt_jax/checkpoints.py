@@ -220,8 +220,10 @@ class Checkpoints:
 
     def _remove_old_steps(self) -> None:
         for step in _sealed_steps(self._root)[: -self._keep_last]:
-            if self._keep_every is None or step % self._keep_every:
-                directory = self._root / str(step)
+            directory = self._root / str(step)
+            # Converted weights were not made here, and their source may be gone.
+            kept = "weights" in _read_meta(directory)
+            if not kept and (self._keep_every is None or step % self._keep_every):
                 # The seal goes first: from here on the step does not exist, whatever happens.
                 (directory / _MANIFEST).unlink()
                 shutil.rmtree(directory)

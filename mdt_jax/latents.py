@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,18 +63,18 @@ class Autoencoder:
 
         Args:
           source: "ema" or "mse", Stable Diffusion's; a folder with `config.json` and a file of
-            weights; or such a file, or hf://OWNER/REPO/FILE, with `config.json` beside it. A local
-            file without one must be of Stable Diffusion's 32 norm groups and scale 0.18215; all
-            else shows in the weights.
+            weights; or such a file, or hf://OWNER/REPO/FILE, with `config.json` beside it. Weights
+            without one must be of Stable Diffusion's 32 norm groups and scale 0.18215; all else
+            shows in them.
           mesh: devices to use; all by default.
           dtype: of the computation. float32 asks for float32 products, too.
 
         Raises:
           WeightsError: nothing there, or not an autoencoder's; one line says what and where.
         """
-        weights_file, config_file = _find(source)
+        weights_file, config = _find(source)
         weights = weight_files.read(weights_file)
-        settings = _read_settings(weights, config_file)
+        settings = _settings(weights, config)
         try:
             params = from_torch(weights, settings)
         except ValueError as error:
@@ -192,7 +191,7 @@ class Autoencoder:
     def _fetch(
         self, first: int, outputs: tuple[Array, ...], count: int
     ) -> tuple[int, tuple[np.ndarray, ...]]:
-        if jax.process_count() > 1:
+        if not outputs[0].is_fully_addressable:
             outputs = multihost_utils.process_allgather(outputs, tiled=True)
         return first, tuple(np.asarray(output)[: count - first] for output in outputs)
 
@@ -259,15 +258,12 @@ def _tiles(side: int, tile: int, factor: int) -> list[tuple[int, np.ndarray]]:
     ]
 
 
-def _find(source: str | Path) -> tuple[str | Path, Path | None]:
-    """The file of weights that a source names, and the config.json beside it, None without one."""
+def _find(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights that a source names, and what its config.json holds, {} without one."""
     if source in PUBLISHED:
         repository = PUBLISHED[source]
         try:
-            return (
-                weight_files.fetch(f"hf://{repository}/{DIFFUSERS_FILES[0]}"),
-                weight_files.fetch(f"hf://{repository}/config.json"),
-            )
+            return _with_config(f"hf://{repository}/{DIFFUSERS_FILES[0]}")
         except WeightsError as error:
             raise WeightsError(
                 f"the autoencoder {source!r} cannot be fetched: where there is a network, download "
@@ -275,8 +271,7 @@ def _find(source: str | Path) -> tuple[str | Path, Path | None]:
                 f"into one folder, copy it here, and give its path in place of {source!r}"
             ) from error
     if str(source).startswith("hf://"):
-        folder = str(source).rpartition("/")[0]
-        return weight_files.fetch(source), weight_files.fetch(f"{folder}/config.json")
+        return _with_config(source)
     path = Path(source)
     if not path.exists():
         raise WeightsError(
@@ -284,9 +279,12 @@ def _find(source: str | Path) -> tuple[str | Path, Path | None]:
             f"{', '.join(map(repr, PUBLISHED))}, a folder with config.json and weights, or a file "
             "of weights"
         )
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    file = _weights_in(path) if path.is_dir() else path
-    return file, config if config.exists() else None
+    return _with_config(_weights_in(path) if path.is_dir() else path)
+
+
+def _with_config(file: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = weight_files.fetch(file)
+    return path, weight_files.json_beside(file, path)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -304,13 +302,9 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _read_settings(
-    weights: weight_files.WeightFile, config_file: Path | None
-) -> AutoencoderSettings:
-    place = weights.path if config_file is None else config_file
+def _settings(weights: weight_files.WeightFile, config: dict[str, Any]) -> AutoencoderSettings:
+    place = weights.path.parent / "config.json" if config else weights.path
     try:
-        if config_file is None:
-            return settings_from_shapes(weights.shapes)
-        return settings_from_config(json.loads(config_file.read_text(encoding="utf-8")))
+        return settings_from_config(config) if config else settings_from_shapes(weights.shapes)
     except ValueError as error:
         raise WeightsError(f"{place}: {error}") from error

@@ -55,9 +55,13 @@ def create_schedule(
 
 
 class AdanState(NamedTuple):
-    """Adan's moments: of gradients m, of their differences v, of the squared look-ahead n."""
+    """Adan's moments: of gradients m, of their differences v, of the squared look-ahead n.
+
+    `count` is of the moments' updates, `step` the learning rate's place in its schedule.
+    """
 
     count: jax.Array
+    step: jax.Array
     m: Any
     v: Any
     n: Any
@@ -84,7 +88,7 @@ def adan(
 
     def init(params: optax.Params) -> AdanState:
         zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(4)]
-        return AdanState(jnp.zeros((), jnp.int32), *zeros)
+        return AdanState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *zeros)
 
     def update(
         grads: optax.Updates, state: AdanState, params: optax.Params | None = None
@@ -96,7 +100,7 @@ def adan(
         n = jax.tree.map(
             lambda n, g, d: b3 * n + (1 - b3) * (g + b2 * d) ** 2, state.n, grads, difference
         )
-        rate = learning_rate(state.count)
+        rate = learning_rate(state.step)
         count = state.count + 1
         c1, c2, c3 = (1 - jnp.float32(b) ** count for b in (b1, b2, b3))
 
@@ -106,7 +110,7 @@ def adan(
                 return -rate * direction
             return (theta - rate * direction) / (1 + rate * weight_decay) - theta
 
-        return jax.tree.map(step, m, v, n, params), AdanState(count, m, v, n, grads)
+        return jax.tree.map(step, m, v, n, params), AdanState(count, state.step + 1, m, v, n, grads)
 
     return optax.GradientTransformation(init, update)
 
@@ -146,6 +150,23 @@ def create_optimizer(
         optax.clip_by_global_norm(clip) if clip else optax.identity(), transform
     )
     return freeze(transform, frozen) if frozen else transform
+
+
+def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
+    """The state with its learning rate's schedule at a step; moments and their count stay.
+
+    For weights that come from somewhere in a run without its optimiser's state.
+    """
+
+    def move(state: Any) -> Any:
+        if isinstance(state, AdanState):
+            return state._replace(step=step)
+        return (
+            state._replace(count=step) if isinstance(state, optax.ScaleByScheduleState) else state
+        )
+
+    kinds = (AdanState, optax.ScaleByScheduleState)
+    return jax.tree.map(move, opt_state, is_leaf=lambda state: isinstance(state, kinds))
 
 
 def freeze(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.convert import diffusers_dit
 from mdt_jax.convert.architecture import (
+    BUFFER,
     Architecture,
     UnknownWeights,
     identify,
@@ -25,9 +27,9 @@ from mdt_jax.convert.architecture import (
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.models import LatentTransformer
 from mdt_jax.positions import sincos_position_table
-from mdt_jax.weight_files import WeightFile
+from mdt_jax.weight_files import WeightFile, WeightsError
 
-METADATA = "mdt_jax.architecture"  # what our own .safetensors files say about themselves
+METADATA = "mdt_jax"  # under which our own .safetensors files say what they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +55,13 @@ class Pretrained:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read(
-    source: str | Path,
-    *,
-    decode_layers: int = 2,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-    nest: str | None = None,
-) -> Pretrained:
+def read(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
     """The weights of a source; arrays are read when they are asked for.
 
     Args:
       source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
-      decode_layers, num_heads, num_classes: what a PyTorch file does not show
-        (`convert.architecture.identify`); not for a workdir.
       nest: which part of a training file to take ("ema", "model"); the EMA, if it has one.
+      **hints: what a PyTorch file does not show, `open_weights`'s.
 
     Raises:
       WeightsError, UnknownWeights: a file that is not there, damaged or of no model known here.
@@ -75,14 +69,19 @@ def read(
     """
     if not weight_files.is_weight_file(source) and not Path(source).is_file():
         return _read_workdir(source)
-    options = {"decode_layers": decode_layers, "num_heads": num_heads, "num_classes": num_classes}
-    weights, architecture = open_weights(source, nest=nest, **options)
+    weights, architecture = open_weights(source, nest, **hints)
+    own = _own_description(weights)
+    try:
+        params = parameter_tree(weights, architecture)
+    except ValueError as error:
+        raise UnknownWeights(f"{weights.path}: {error}") from error
     return Pretrained(
         source=str(source),
         architecture=architecture,
-        config=create_config(architecture),
-        params=parameter_tree(weights, architecture),
-        step=step_of(str(source)) or 0,
+        config=config_lib.from_json(own["config"]) if own else create_config(architecture),
+        params=params,
+        step=own["step"] if own else step_of(str(source)) or 0,
+        class_names=tuple(own["class_names"]) if own else (),
         dtypes=_mixed_dtypes(weights, architecture),
     )
 
@@ -94,7 +93,7 @@ def _read_workdir(workdir: str | Path) -> Pretrained:
         source=str(workdir),
         architecture=architecture_of(config_lib.create_network(config)),
         config=config,
-        params=checkpoints.lazy_item(workdir, f"ema_{config.ema_rates[0]}", step=step),
+        params=checkpoints.lazy_item(workdir, average_item(workdir, config), step=step),
         step=step,
         class_names=tuple(meta["class_names"]),
     )
@@ -102,32 +101,107 @@ def _read_workdir(workdir: str | Path) -> Pretrained:
 
 def open_weights(
     source: str | Path,
+    nest: str | None = None,
     *,
-    decode_layers: int = 2,
+    decode_layers: int | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    nest: str | None = None,
+    input_size: int | None = None,
 ) -> tuple[WeightFile, Architecture]:
-    """A file's weights under the authors' names, and the architecture they show."""
+    """A file's weights under the authors' names, and the architecture they show.
+
+    Args:
+      source, nest: as for `read`.
+      decode_layers: an MDT v1's decoder depth, 2 if None.
+      num_heads: of a DiT; by the known widths if None.
+      num_classes: settles what the last row of the label table is (`identify`).
+      input_size: side of the latents of diffusers' DiT, which does not store its positions; by
+        config.json if None, or else 32.
+
+    Raises:
+      WeightsError, UnknownWeights: as for `read`.
+    """
     weights = weight_files.read(source, nest)
-    if diffusers_dit.MARK in weights:
-        beside = weight_files.json_beside(source, weights.path)
-        weights = _from_diffusers(weights, int(beside.get("sample_size", 32)))
-        num_heads = num_heads or beside.get("num_attention_heads")
     try:
-        if METADATA in weights.metadata:  # of our own making: says what shapes do not
-            known = Architecture(**json.loads(weights.metadata[METADATA]))
-            decode_layers = known.decoder_depth or decode_layers
-            num_heads, num_classes = known.num_heads, known.num_classes
+        if diffusers_dit.MARK in weights:
+            beside = weight_files.json_beside(source, weights.path)
+            size = _number(beside, "sample_size", input_size)
+            if size is None:
+                logging.info("%s: no config.json beside it; taken to be of 32 × 32 latents", source)
+            weights = _from_diffusers(weights, size or 32)
+            num_heads = _number(beside, "num_attention_heads", num_heads)
+        own = _own_description(weights)
+        if own:  # of our own making: says what shapes do not
+            known = Architecture(**own["architecture"])
+            decode_layers, num_heads = known.decoder_depth or None, known.num_heads
+            num_classes = known.num_classes
         architecture = identify(
             weights.shapes,
-            decode_layers=decode_layers,
+            decode_layers=2 if decode_layers is None else decode_layers,
             num_heads=num_heads,
             num_classes=num_classes,
         )
     except UnknownWeights as error:
         raise UnknownWeights(f"{weights.path}: {error}") from error
+    for name, dtype in weights.dtypes.items():
+        if dtype.kind in "iub" and not name.endswith(BUFFER):
+            raise UnknownWeights(f"{weights.path}: {name} holds {dtype.name}, not floats")
     return weights, architecture
+
+
+def describe(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[str, str]:
+    """What a .safetensors file of ours says about itself, for `read` to find."""
+    architecture = architecture_of(config_lib.create_network(config))
+    described = {
+        "architecture": dataclasses.asdict(architecture),
+        "config": config_lib.to_json(config),
+        "class_names": list(class_names),
+        "step": step,
+    }
+    return {"format": "pt", METADATA: json.dumps(described)}
+
+
+def _own_description(weights: WeightFile) -> dict[str, Any] | None:
+    """What `describe` wrote, None in a file of others."""
+    if METADATA not in weights.metadata:
+        return None
+    try:
+        described = json.loads(weights.metadata[METADATA])
+        Architecture(**described["architecture"])
+        config_lib.from_json(described["config"])
+        described["step"], described["class_names"] = (
+            int(described["step"]),
+            [str(name) for name in described["class_names"]],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(
+            f"{weights.path}: its metadata {METADATA!r} cannot be read ({error!r}); save the "
+            "arrays again without it"
+        ) from error
+    return described
+
+
+def _number(settings: Mapping[str, Any], key: str, given: int | None) -> int | None:
+    """A number of a config.json, which goes before what the caller gave."""
+    value = settings.get(key)
+    if value is None:
+        return given
+    if not isinstance(value, int) or value < 1:
+        raise UnknownWeights(f"config.json beside it has {key} {value!r}, not a positive number")
+    return value
+
+
+def average_item(workdir: str | Path, config: ConfigDict, ema_rate: float | None = None) -> str:
+    """The checkpoint item of an average of a run's parameters, its first by default.
+
+    Raises:
+      ValueError: an average that the run does not keep.
+    """
+    rate = config.ema_rates[0] if ema_rate is None else ema_rate
+    if rate not in config.ema_rates:
+        kept = ", ".join(map(str, config.ema_rates))
+        raise ValueError(f"{workdir} keeps no average of rate {rate}; it keeps {kept}")
+    return f"ema_{rate}"
 
 
 def parameter_tree(weights: Mapping[str, np.ndarray], architecture: Architecture) -> Any:
@@ -169,6 +243,8 @@ def architecture_of(model: LatentTransformer) -> Architecture:
     """The architecture of a module."""
     names = [field.name for field in dataclasses.fields(Architecture) if field.name != "family"]
     sizes = {name: getattr(model, name, 0) for name in names}
+    # The one row of an unconditional model's label table is its null row, whatever it was told.
+    sizes["null_class"] = model.null_class or model.num_classes == 0
     return Architecture(family=type(model).__name__, **sizes)
 
 
@@ -221,15 +297,12 @@ def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
     """diffusers' DiT under DiT's own names, with the position table that it does not store."""
     depth = diffusers_dit.depth(weights)
     sources = diffusers_dit.sources(depth)
-    missing = [name for names in sources.values() for name in names if name not in weights]
-    if missing:
-        raise UnknownWeights(f"{weights.path}: {missing[0]} of diffusers' DiT is missing")
-    for first, others in diffusers_dit.copies(depth).items():
+    copies = diffusers_dit.copies(depth)
+    diffusers_dit.check(weights.shapes, depth)
+    for first, others in copies.items():
         for other in others:
             if not np.array_equal(weights[first], weights[other]):
-                raise UnknownWeights(
-                    f"{weights.path}: {other} differs from {first}; a DiT has one embedder"
-                )
+                raise UnknownWeights(f"{other} differs from {first}; a DiT has one embedder")
     width, _, patch, _ = weights.shapes["pos_embed.proj.weight"]
     table = sincos_position_table(width, input_size // patch)[None].astype(
         weights.dtypes["pos_embed.proj.weight"]

@@ -87,9 +87,10 @@ def load(
     ema_rate: float | None = None,
     step: int | None = None,
     mesh: Mesh | None = None,
-    decode_layers: int = 2,
+    decode_layers: int | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
+    input_size: int | None = None,
 ) -> tuple[DiffusionModel, dict[str, Any]]:
     """A model and its EMA parameters, in their shards if a mesh has an fsdp or tensor axis.
 
@@ -99,8 +100,9 @@ def load(
       ema_rate: which average of a run; the config's first by default.
       step: which checkpoint of a run; the newest by default.
       mesh: devices to load onto; all of them, each with a whole copy, by default.
-      decode_layers, num_heads, num_classes: what PyTorch weights do not show: an MDT v1's decoder
-        depth, a DiT's heads, and how many rows of the label table are classes.
+      decode_layers, num_heads, num_classes, input_size: what PyTorch weights do not show, None for
+        what is usual: an MDT v1's decoder depth, a DiT's heads, how many rows of the label table
+        are classes, and the side of the latents of diffusers' DiT.
 
     Raises:
       checkpoints.CheckpointError: no checkpoint there, or a damaged one.
@@ -112,20 +114,21 @@ def load(
         if ema_rate is not None or step is not None:
             raise ValueError(f"ema_rate and step are a run's; {path} is one set of weights")
         found = pretrained.read(
-            path, decode_layers=decode_layers, num_heads=num_heads, num_classes=num_classes
+            path,
+            decode_layers=decode_layers,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            input_size=input_size,
         )
         model = DiffusionModel.from_config(found.config, found.class_names, found.step)
         abstract = sharding.abstract_parameters(mesh, model.network)
         return model, pretrained.place(found.params, abstract)
     step, meta = checkpoints.read_meta(path, step)
     config = config_lib.from_json(meta["config"])
-    rates = [str(rate) for rate in config.ema_rates]
-    rate = rates[0] if ema_rate is None else str(ema_rate)
-    if rate not in rates:
-        raise ValueError(f"{path} keeps no average of rate {rate}; it keeps {', '.join(rates)}")
+    item = pretrained.average_item(path, config, ema_rate)
     model = DiffusionModel.from_config(config, meta["class_names"], step)
     abstract = sharding.abstract_parameters(mesh, model.network)
-    return model, checkpoints.restore_item(path, f"ema_{rate}", abstract, step=step)
+    return model, checkpoints.restore_item(path, item, abstract, step=step)
 
 
 def sample(
@@ -169,25 +172,60 @@ def sample(
     Raises:
       ValueError: labels, sampler, steps or channels that the model does not have, or no batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1")
-    labels = resolve_labels(model, labels, num_samples)
+    chosen = resolve_labels(model, labels, num_samples)
     options = resolve_options(
         model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip
     )
+    return run_in_batches(
+        lambda mesh, size: compile_sampler(model, mesh, size, options),
+        params,
+        len(chosen),
+        lambda rows: (chosen[rows],),
+        key=key,
+        batch_size=batch_size,
+        mesh=mesh,
+        progress=progress,
+    )
+
+
+def run_in_batches(
+    compile_batch: Callable[[Mesh, int], CompiledBatch],
+    params: Any,
+    count: int,
+    inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
+    *,
+    key: Array | int | np.integer,
+    batch_size: int,
+    mesh: Mesh | None,
+    progress: bool,
+) -> Float[np.ndarray, "n h w c"]:
+    """Runs a compiled sampler over as many batches as `count` samples take.
+
+    Args:
+      compile_batch: the sampler of a mesh and a batch size.
+      params: the network's, moved to the mesh if they are not there.
+      count: of samples.
+      inputs: indices of a batch's samples → the sampler's arguments between parameters and key.
+      key, batch_size, mesh, progress: as `sample` has them.
+
+    Raises:
+      ValueError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1")
     mesh = sharding.create_mesh() if mesh is None else mesh
     key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
     shards = sharding.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(labels)) // shards) * shards
-    run = compile_sampler(model, mesh, batch_size, options)
+    batch_size = -(-min(batch_size, count) // shards) * shards
+    run = compile_batch(mesh, batch_size)
     params = on_mesh(params, mesh)
 
-    total = run.num_steps * -(-len(labels) // batch_size)
+    total = run.num_steps * -(-count // batch_size)
     with tqdm(total=total, unit="step", disable=not progress or jax.process_index() > 0) as bar:
-        batches = [
-            run(params, labels[i : i + batch_size], key, i, bar.update)
-            for i in range(0, len(labels), batch_size)
-        ]
+        batches = []
+        for first in range(0, count, batch_size):
+            rows = np.arange(first, min(first + batch_size, count))
+            batches.append(run(params, *inputs(rows), key, first, bar.update))
     return np.concatenate(batches)
 
 
@@ -214,59 +252,112 @@ class SamplerOptions:
     clip: bool
 
 
-class CompiledSampler:
-    """A sampler for batches of one size, compiled once; `compile_sampler` makes and keeps them."""
+class CompiledBatch:
+    """What samplers of batches of one size share: their noise, and how rows come and go.
+
+    Attributes:
+      diffusion: the respaced process.
+      mesh: the devices.
+      shape: (batch size, h, w, c) of a batch.
+    """
 
     def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
         self.diffusion = model.diffusion.respaced(options.steps)
         self.mesh = mesh
         self.shape = (batch_size, *model.network.image_shape)
-        network = model.network
-
-        def noise(keys: Array, index: Int[Array, ""]) -> Array:
-            draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), self.shape[1:])  # noqa: E731
-            return jax.vmap(draw)(keys)
-
-        def start(key: Array, first: Array) -> tuple[Array, Array]:
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch_size))
-            return keys, noise(keys, jnp.int32(self.num_steps))
-
-        def chunk(
-            params: Any, x: Array, keys: Array, labels: Array, first: Array, last: Array
-        ) -> Array:
-            with sharding.activations(mesh):
-                model_fn = guided(
-                    lambda x, t, y: network.apply({"params": params}, x, t, y),
-                    labels,
-                    network.num_classes,
-                    scale=options.cfg_scale,
-                    power=options.cfg_power,
-                    channels=options.guided_channels,
-                    num_train_timesteps=model.diffusion.schedule.num_train_timesteps,
-                )
-                settings: dict[str, Any] = {"clip": options.clip}
-                if options.sampler == "ddim":
-                    settings["eta"] = options.eta
-                return sample_steps(
-                    options.sampler,
-                    self.diffusion,
-                    model_fn,
-                    x,
-                    lambda i: noise(keys, i),
-                    first,
-                    last,
-                    **settings,
-                )
-
-        batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._start = jax.jit(start, in_shardings=(whole, whole), out_shardings=(batch, batch))
-        self._chunk = jax.jit(chunk, out_shardings=batch, donate_argnums=1)
-        self._run: Callable = self._chunk
+        self._model, self._options = model, options
 
     @property
     def num_steps(self) -> int:
         """Steps of one run."""
         return self.diffusion.num_steps
+
+    def _noise(self, keys: Array, *purpose: Int[Array, ""] | int) -> Array:
+        """Standard normal rows, each from its own key and a path of integers."""
+
+        def draw(key: Array) -> Array:
+            for number in purpose:
+                key = jax.random.fold_in(key, number)
+            return jax.random.normal(key, self.shape[1:])
+
+        return jax.vmap(draw)(keys)
+
+    def _compile(self, chunk: Callable, *first_noise: int) -> tuple[Callable, Callable]:
+        """Jitted: a batch's keys and first state, of the noise that is named, and its steps.
+
+        Args:
+          chunk: (params, x, keys, …) → x some steps on, in place of the first.
+          first_noise: path of the first state's noise.
+        """
+
+        def start(key: Array, first: Array) -> tuple[Array, Array]:
+            indices = first + jnp.arange(self.shape[0])
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+            return keys, self._noise(keys, *first_noise)
+
+        batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+        return (
+            jax.jit(start, in_shardings=(whole, whole), out_shardings=(batch, batch)),
+            jax.jit(chunk, out_shardings=batch, donate_argnums=1),
+        )
+
+    def _guided(self, apply: Callable, labels: Array) -> Callable:
+        """(x, t) → the network's output under the options' guidance; apply takes (x, t, labels)."""
+        return guided(
+            apply,
+            labels,
+            self._model.network.num_classes,
+            scale=self._options.cfg_scale,
+            power=self._options.cfg_power,
+            channels=self._options.guided_channels,
+            num_train_timesteps=self._model.diffusion.schedule.num_train_timesteps,
+        )
+
+    def _step_settings(self) -> dict[str, Any]:
+        """Keywords of the options' step in `diffusion.samplers`."""
+        eta = {"eta": self._options.eta} if self._options.sampler == "ddim" else {}
+        return {"clip": self._options.clip} | eta
+
+    def _place(self, rows: np.ndarray) -> Array:
+        """Rows on their devices, zeros after them to a whole batch."""
+        padding = [(0, self.shape[0] - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+        rows = np.pad(rows, padding)
+        shard = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(rows.shape, shard, lambda index: rows[index])
+
+    def _gather(self, x: Array, count: int) -> np.ndarray:
+        """The first rows of a batch, on every process."""
+        if jax.process_count() > 1:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)[:count]
+
+
+class CompiledSampler(CompiledBatch):
+    """A sampler for batches of one size, compiled once; `compile_sampler` makes and keeps them."""
+
+    def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
+        super().__init__(model, mesh, batch_size, options)
+
+        def chunk(
+            params: Any, x: Array, keys: Array, labels: Array, first: Array, last: Array
+        ) -> Array:
+            def apply(x: Array, t: Array, y: Array) -> Array:
+                return model.network.apply({"params": params}, x, t, y)
+
+            with sharding.activations(mesh):
+                return sample_steps(
+                    options.sampler,
+                    self.diffusion,
+                    self._guided(apply, labels),
+                    x,
+                    lambda i: self._noise(keys, i),
+                    first,
+                    last,
+                    **self._step_settings(),
+                )
+
+        self._start, self._chunk = self._compile(chunk, self.num_steps)
+        self._run: Callable = self._chunk
 
     def warm_up(self, params: Any) -> None:
         """Compiles all that a run needs, for parameters of just these dtypes and shardings."""
@@ -287,22 +378,14 @@ class CompiledSampler:
         advance: Callable[[int], Any] = lambda steps: None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
-        filled = np.zeros(self.shape[0], np.int32)
-        filled[: len(labels)] = labels
         keys, x = self._start(key, np.int32(first_index))
-        placed = self._place(filled)
+        placed = self._place(labels.astype(np.int32))
         for first in range(0, self.num_steps, CHUNK_STEPS):
             last = min(first + CHUNK_STEPS, self.num_steps)
             x = self._run(params, x, keys, placed, np.int32(first), np.int32(last))
             x.block_until_ready()
             advance(last - first)
-        if jax.process_count() > 1:
-            x = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)[: len(labels)]
-
-    def _place(self, labels: np.ndarray) -> Array:
-        shard = sharding.batch_sharding(self.mesh)
-        return jax.make_array_from_callback(labels.shape, shard, lambda index: labels[index])
+        return self._gather(x, len(labels))
 
 
 @lru_cache(maxsize=8)

@@ -136,25 +136,41 @@ class Run:
         """
         if store.latest_step() is None:
             return self._fresh_state(), {}
+        items = self._saved_items()
+        try:
+            return self._restore_items(store, items)
+        except CheckpointError:
+            # The newest may have been damaged and set aside, and the one before it converted.
+            if (before := self._saved_items()) == items:
+                raise
+            return self._restore_items(store, before)
+
+    def _saved_items(self) -> list[str]:
+        """What the newest checkpoint holds of a state, once its settings are found to be ours."""
         # Before any array: those of another model would not fit. Damage is `store.restore`'s.
-        items = {"state"}
         with contextlib.suppress(CheckpointError):
             meta = checkpoints.read_meta(self.workdir)[1]
             self._check_settings(meta)
-            items = set(meta.get("weights", {}).get("items", items))
+            if "weights" in meta:
+                return meta["weights"]["items"]
+        return ["state"]
+
+    def _restore_items(
+        self, store: Checkpoints, items: list[str]
+    ) -> tuple[TrainState, dict[str, Any]]:
         if "state" not in items:
             return self._restore_weights(store, items)
         averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
-        step, items, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
+        _, restored, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
         self._check_settings(meta)
-        ema = {rate: items[f"ema_{rate}"] for rate in self.rates}
-        return items["state"].replace(ema=ema), meta
+        ema = {rate: restored[f"ema_{rate}"] for rate in self.rates}
+        return restored["state"].replace(ema=ema), meta
 
     def _restore_weights(
-        self, store: Checkpoints, items: set[str]
+        self, store: Checkpoints, items: list[str]
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state that converted weights start with: they came without an optimiser's."""
-        step, restored, meta = store.restore(dict.fromkeys(items, self.abstract.params))
+        step, restored, meta = store.restore(dict.fromkeys(sorted(items), self.abstract.params))
         (average,) = (item for item in items if item.startswith("ema_"))
         params = restored.get("params", restored[average])
         logging.info("starting from converted weights (%s)", meta["weights"]["source"])
@@ -174,8 +190,15 @@ class Run:
         if "weights" in meta:  # converted: of its settings only the network and process are known
             changed = self._other_model(saved)
             rates = [str(rate) for rate in saved.ema_rates]
-            if "state" in meta["weights"]["items"] and rates != self.rates:
-                changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
+            if "state" in meta["weights"]["items"]:
+                self._warn_of_other_optimizer(saved)
+                if rates != self.rates:
+                    changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
+            if self.config.init_from:
+                raise ValueError(
+                    f"{self.workdir} holds converted weights ({meta['weights']['source']}), so "
+                    f"init_from {self.config.init_from} has no use there; give one of the two"
+                )
         else:
             changed = config_lib.differences(
                 config_lib.to_json(saved), config_lib.to_json(self.config)
@@ -185,6 +208,12 @@ class Run:
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
                 "give this one another --workdir"
             )
+
+    def _warn_of_other_optimizer(self, saved: ConfigDict) -> None:
+        """A moved run's settings are known, but the config's are what is used from here on."""
+        for key, before in saved.optimizer.items():
+            if (now := self.config.optimizer[key]) != before and None not in (now, before):
+                logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
         """How the network and the process differ from those of a config, in words."""

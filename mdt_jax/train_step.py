@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mdt_jax import masking, sharding
+from mdt_jax.data.transforms import LATENT_SCALE
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
 from mdt_jax.models import LatentTransformer
+from mdt_jax.optimizers import at_step
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -86,6 +88,26 @@ def draw_randomness(
         )
 
     return jax.vmap(draw)(jnp.arange(shape[0]))
+
+
+def draw_latents(
+    seed: int, step: Int[Array, ""], posteriors: Float[Array, "batch h w moments"]
+) -> Float[Array, "batch h w c"]:
+    """Latents of encoded images: (mean + std·noise)·0.18215, sample i's noise by (seed, step, i).
+
+    Args:
+      seed, step: of the run.
+      posteriors: of the autoencoder, the mean's channels before the standard deviation's.
+    """
+    mean, std = jnp.split(posteriors.astype(jnp.float32), 2, axis=-1)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def draw(i: Array) -> Array:
+        # The key after those of `draw_randomness`.
+        sample = jax.random.fold_in(jax.random.fold_in(key, i), len(Draws._fields))
+        return jax.random.normal(sample, mean.shape[1:])
+
+    return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +175,8 @@ class Trainer:
         Args:
           params: as in `abstract_state`.
           ema: what every average starts with; the parameters by default.
-          step: steps behind them. The optimiser starts afresh.
+          step: steps behind them: draws and the learning rate go on from there. The optimiser's
+            moments start afresh.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
@@ -161,7 +184,7 @@ class Trainer:
             return TrainState(
                 step=jnp.int32(step),
                 params=params,
-                opt_state=self.optimizer.init(params),
+                opt_state=at_step(self.optimizer.init(params), jnp.int32(step)),
                 ema={str(rate): jax.tree.map(jnp.copy, ema) for rate in self.ema_rates},
                 loss_history=timesteps.init_history(
                     self.timestep_sampler, self.diffusion.num_steps
@@ -184,9 +207,15 @@ class Trainer:
     def step(
         self, state: TrainState, batch: dict[str, Array], *, num_kept: int | None
     ) -> tuple[TrainState, Metrics]:
-        """One step on a global batch {"image": (B, H, W, C), "label": (B,)}."""
+        """One step on a global batch {"image": (B, H, W, C), "label": (B,)}.
+
+        Images of 2C channels are posteriors of latents, from which the step draws its own.
+        """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
+            if images.shape[-1] == 2 * self.model.in_channels:
+                images = draw_latents(self.seed, state.step, images)
+                images = sharding.constrain_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
             t, weights = timesteps.draw(

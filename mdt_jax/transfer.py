@@ -16,15 +16,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import optax
+from absl import logging
+from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints, metrics, optimizers, pretrained, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import Checkpoints
-from mdt_jax.convert.architecture import parameter_shapes, state_dict_shapes
+from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
 from mdt_jax.convert.optimizers import Moments, moments_from_torch
-from mdt_jax.convert.transformers import from_torch, to_torch
+from mdt_jax.convert.transformers import to_torch
 from mdt_jax.lazy import LazyArray
-from mdt_jax.pretrained import METADATA, Pretrained
+from mdt_jax.pretrained import Pretrained
 from mdt_jax.train_step import TrainState
 from mdt_jax.weight_files import WeightsError
 
@@ -42,8 +44,9 @@ def read_moments(source: str | Path, model: Pretrained) -> Moments:
         state = state["opt"]
     try:
         return moments_from_torch(state, parameter_shapes(model.architecture), model.step)
-    except ValueError as error:
-        raise WeightsError(f"{source}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a pickle holds
+        reason = error if isinstance(error, ValueError) else f"not an optimiser's state ({error!r})"
+        raise WeightsError(f"{source}: {reason}") from error
 
 
 def to_workdir(
@@ -95,6 +98,7 @@ def to_workdir(
         "weights": {
             "source": Path(model.source).name,
             "items": sorted(items),
+            "same": ema is None,  # one set of weights stands for raw and average
             "dtypes": {"ema": dict(model.dtypes), "raw": dict(model.dtypes)} | dtypes,
         },
     }
@@ -119,15 +123,15 @@ def export_ema(
     """
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
-    rate = _rate(config, ema_rate)
-    config.ema_rates = (rate,)
-    item = f"ema_{rate}"
+    item = pretrained.average_item(workdir, config, ema_rate)
+    config.ema_rates = (config.ema_rates[0] if ema_rate is None else ema_rate,)
     params = checkpoints.lazy_item(workdir, item, step=step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: LazyArray(lambda: _cast(leaf, DTYPES[dtype])), params)
     # Where layers of several types were stacked, their own are known by name.
     kept = {} if dtype else meta.get("weights", {}).get("dtypes", {}).get("ema", {})
-    weights = {"source": str(workdir), "items": [item], "dtypes": {"ema": kept}}
+    weights = {"source": Path(workdir).name, "items": [item], "same": False}
+    weights["dtypes"] = {"ema": kept}
     meta = meta | {"config": config_lib.to_json(config), "weights": weights}
     return _write_workdir(output, step, {item: params}, meta)
 
@@ -158,17 +162,9 @@ def to_state_dict(
     """
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
+    _warn_of_other_process(config)
     architecture = pretrained.architecture_of(config_lib.create_network(config))
-    converted = meta.get("weights", {"items": ["state"], "dtypes": {}})
-    item, part = f"ema_{_rate(config, ema_rate)}", None
-    if params == "raw" and "state" in converted["items"]:
-        item, part = "state", "params"
-    elif params == "raw" and "params" in converted["items"]:
-        item = "params"
-    elif params == "raw" and "raw" not in converted["dtypes"]:
-        raise WeightsError(
-            f"{workdir} holds an average alone, no raw parameters; give --params ema"
-        )
+    item, part = _find_item(workdir, config, meta, params, ema_rate)
     weights = to_torch(
         checkpoints.lazy_item(workdir, item, part, step=step),
         family=architecture.family,
@@ -176,29 +172,47 @@ def to_state_dict(
         decoder_depth=architecture.decoder_depth,
         buffers=True,
     )
-    own = converted["dtypes"].get(params, {})
+    own = meta.get("weights", {}).get("dtypes", {}).get(params, {})
     ordered = {}
     for name in state_dict_shapes(architecture):
         array = weights.pop(name)
-        wanted = dtype or own.get(name)
-        ordered[name] = (
-            _cast(array, DTYPES.get(wanted, wanted))
-            if wanted and array.dtype != np.int64
-            else array
-        )
-    described = json.dumps(dataclasses.asdict(architecture))
-    return ordered, {"format": "pt", "step": str(step), METADATA: described}
+        wanted = None if name.endswith(BUFFER) else dtype or own.get(name)
+        ordered[name] = _cast(array, DTYPES.get(wanted, wanted)) if wanted else array
+    return ordered, pretrained.describe(config, meta.get("class_names", ()), step)
+
+
+def _find_item(
+    workdir: str | Path, config: ConfigDict, meta: dict[str, Any], params: str, rate: float | None
+) -> tuple[str, str | None]:
+    """The checkpoint item of the average or the raw parameters, and which part of it they are."""
+    average = pretrained.average_item(workdir, config, rate)
+    if params == "ema":
+        return average, None
+    converted = meta.get("weights", {"items": ["state"], "same": False})
+    if "state" in converted["items"]:
+        return "state", "params"
+    if "params" in converted["items"]:
+        return "params", None
+    if converted["same"]:
+        return average, None
+    raise WeightsError(f"{workdir} holds an average alone, no raw parameters; give --params ema")
+
+
+def _warn_of_other_process(config: ConfigDict) -> None:
+    """The authors' code knows one process; weights of another would sample noise there."""
+    authors = {"schedule": "linear", "num_timesteps": 1000, "prediction": "epsilon"}
+    for key, value in authors.items():
+        if config.diffusion[key] != value:
+            logging.warning(
+                "diffusion.%s is %s; the authors' code samples as with %s",
+                key,
+                config.diffusion[key],
+                value,
+            )
 
 
 def _cast(array: Any, dtype: Any) -> np.ndarray:
     return np.asarray(array).astype(dtype, copy=False)
-
-
-def _rate(config: Any, ema_rate: float | None) -> float:
-    if ema_rate is not None and ema_rate not in config.ema_rates:
-        kept = ", ".join(map(str, config.ema_rates))
-        raise ValueError(f"the run keeps no average of rate {ema_rate}; it keeps {kept}")
-    return config.ema_rates[0] if ema_rate is None else ema_rate
 
 
 def _differences(one: Pretrained, other: Pretrained) -> str:
@@ -219,25 +233,18 @@ def _set_optimizer(config: Any, moments: Moments) -> None:
 
 def _train_state(model: Pretrained, config: Any, moments: Moments, step: int) -> TrainState:
     """The training state with an optimiser's moments in their places."""
-    a = model.architecture
     network = config_lib.create_network(config)
     schedule = config_lib.create_schedule(config)
     optimizer = optimizers.create_optimizer(dict(config.optimizer), schedule, network.frozen)
     trees = {
-        moment: from_torch(
-            arrays,
-            family=a.family,
-            depth=a.depth,
-            num_heads=a.num_heads,
-            decoder_depth=a.decoder_depth,
-            lazy=True,
-        )
+        moment: pretrained.parameter_tree(arrays, model.architecture)
         for moment, arrays in moments.arrays.items()
     }
     placeholder = jax.tree.map(lambda _: np.float32(0), model.params)
     opt_state = optax.tree.set(
         jax.eval_shape(optimizer.init, placeholder), count=np.int32(moments.count), **trees
     )
+    opt_state = optimizers.at_step(opt_state, np.int32(step))
     return TrainState(
         step=np.int32(step), params=model.params, opt_state=opt_state, ema={}, loss_history=None
     )

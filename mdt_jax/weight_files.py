@@ -31,6 +31,10 @@ class WeightsError(ValueError):
     """A file of weights cannot be fetched, read, understood or written; one line says why."""
 
 
+class NoSuchFile(WeightsError):
+    """A repository of the hub, which was asked, has no such file."""
+
+
 class WeightFile(Mapping[str, np.ndarray]):
     """Arrays by name, each read when it is asked for.
 
@@ -66,11 +70,6 @@ class WeightFile(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    @property
-    def arrays(self) -> Mapping[str, np.ndarray]:
-        """The mapping itself."""
-        return self
-
 
 def is_weight_file(source: str | Path) -> bool:
     """Whether a source is named like a file of weights rather than a run's folder."""
@@ -105,20 +104,23 @@ def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
       path: what `fetch` returned.
 
     Raises:
-      WeightsError: it is not JSON.
+      WeightsError: it is not JSON, or the hub that may have one cannot be reached.
     """
     beside = path.parent / "config.json"
     if str(source).startswith("hf://"):
         try:
             beside = fetch(str(source).rpartition("/")[0] + "/config.json")
-        except WeightsError:
+        except NoSuchFile:
             return {}
     if not beside.is_file():
         return {}
     try:
-        return json.loads(beside.read_text())
+        settings = json.loads(beside.read_text())
     except ValueError as error:
         raise WeightsError(f"{beside} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{beside} holds a {type(settings).__name__}, not settings by name")
+    return settings
 
 
 def _fetch_from_hub(source: str) -> Path:
@@ -136,7 +138,7 @@ def _fetch_from_hub(source: str) -> Path:
     except errors.EntryNotFoundError as error:
         # A missing local copy of a file is one of these too, when the hub is out of reach.
         if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise WeightsError(f"{source}: {owner}/{repo} holds no file {file}") from error
+            raise NoSuchFile(f"{source}: {owner}/{repo} holds no file {file}") from error
         cause = "is not in the local cache and the hub cannot be reached"
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
@@ -263,10 +265,15 @@ def _unpickle(path: Path) -> Any:
 
 
 def check_ending(path: str | Path) -> Path:
-    """The path of a file to be written; raises WeightsError for an ending of no known format."""
+    """The path of a file to be written.
+
+    Raises WeightsError for an ending of no known format, or one that needs a missing PyTorch.
+    """
     path = Path(path)
     if path.suffix not in (*PICKLES, SAFETENSORS):
         raise WeightsError(f"--output {path}: must end in .pt or .safetensors")
+    if path.suffix in PICKLES:
+        _import_torch(path)
     return path
 
 

@@ -392,3 +392,47 @@ def test_diffusers_names_cover_every_weight_of_a_dit_but_its_position_table():
 def test_the_position_table_that_diffusers_does_not_store_is_its_own(diffusers_model):
     table = diffusers_model.pos_embed.pos_embed.numpy()[0]
     np.testing.assert_allclose(table, sincos_position_table(WIDTH, 4), atol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "like", "said"),
+    [
+        ("0.attn2.to_q.weight", "proj_out_2.bias", r"no weight of diffusers' DiT; the nearest"),
+        ("1.attn1.to_k.bias", "proj_out_2.bias", r"to_k\.bias has shape .*to_q\.bias has"),
+    ],
+    ids=["unknown", "shape"],
+)
+def test_other_weights_in_diffusers_layout_are_refused(diffusers_model, name, like, said, tmp_path):
+    import torch
+
+    state = diffusers_model.state_dict()
+    state[f"transformer_blocks.{name}"] = state[like]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UnknownWeights, match=said):
+        pretrained.read(tmp_path / "a.pt")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("value", ["8", [8], 0])
+def test_a_garbled_config_of_diffusers_is_refused(diffusers_model, value, tmp_path):
+    diffusers_model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"sample_size": value}))
+    with pytest.raises(UnknownWeights, match="sample_size .* not a positive number"):
+        pretrained.read(next(tmp_path.glob("*.safetensors")))
+
+
+@pytest.mark.torch
+def test_the_size_of_diffusers_latents_can_be_given(diffusers_model, tmp_path):
+    import torch
+
+    torch.save(diffusers_model.state_dict(), tmp_path / "a.pt")
+    _, found = pretrained.open_weights(tmp_path / "a.pt", num_heads=HEADS, input_size=64)
+    assert found.input_size == 64
+
+
+def test_an_unconditional_model_has_its_null_row_whatever_it_was_told():
+    a = make("MDT", num_classes=0)
+    for null_class in (True, False):
+        settings = a.settings() | {"null_class": null_class}
+        assert pretrained.architecture_of(create_model(a.family, **settings)) == a

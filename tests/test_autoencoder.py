@@ -369,6 +369,19 @@ def test_an_autoencoder_without_variances_is_refused():
             {"down_block_types": ("DownEncoderBlock2D",)},
             r"^down_block_types has 1 stages, block_out_channels 3$",
         ),
+        ({"block_out_channels": None}, r"^block_out_channels is None; it must be a list of whole"),
+        ({"block_out_channels": []}, r"^block_out_channels is \[\]; it must be a list of whole"),
+        ({"block_out_channels": ["a"]}, r"^block_out_channels is \['a'\]; it must be a list of"),
+        ({"norm_num_groups": "32"}, r"^norm_num_groups is '32'; it must be a whole number above 0"),
+        ({"norm_num_groups": 0}, r"^norm_num_groups is 0; it must be a whole number above 0$"),
+        ({"latent_channels": True}, r"^latent_channels is True; it must be a whole number above"),
+        ({"layers_per_block": 1.0}, r"^layers_per_block is 1.0; it must be a whole number above"),
+        ({"down_block_types": 3}, r"^down_block_types is 3; it must be a list of names$"),
+        ({"up_block_types": "Up"}, r"^up_block_types is 'Up'; it must be a list of names$"),
+        ({"use_quant_conv": "no"}, r"^use_quant_conv is 'no'; it must be true or false$"),
+        ({"scaling_factor": "1"}, r"^scaling_factor is '1'; it must be a number above 0$"),
+        ({"scaling_factor": float("nan")}, r"^scaling_factor is nan; it must be a number above 0$"),
+        ({"shift_factor": [0.1]}, r"^shift_factor is \[0.1\]; it must be a number$"),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused_by_name(change, message):
@@ -438,6 +451,15 @@ def test_a_config_that_is_refused_is_named(tmp_path):
         Autoencoder.load(tmp_path)
 
 
+def test_a_config_that_is_no_settings_is_named(tmp_path):
+    save(tmp_path, "other", config=["AutoencoderKL"])
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json holds a list"):
+        Autoencoder.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json is not JSON"):
+        Autoencoder.load(tmp_path)
+
+
 def test_weights_of_another_config_are_named(tmp_path):
     save(tmp_path, "other", config=CONFIGS["other"] | {"latent_channels": 8})
     message = rf"^{tmp_path}/diffusion_pytorch_model.safetensors: weight 'encoder.conv_out.weight'"
@@ -453,6 +475,33 @@ def test_a_published_autoencoder_out_of_reach_says_what_to_download(monkeypatch)
     message = r"^the autoencoder 'mse' cannot be fetched: .* stabilityai/sd-vae-ft-mse into one"
     with pytest.raises(ValueError, match=message):
         Autoencoder.load("mse")
+
+
+def hub_without_config(monkeypatch, file: Path, error: ValueError) -> None:
+    """A hub that gives a file of weights, and an error for the config.json beside it."""
+
+    def fetch(source):
+        if str(source).endswith("config.json"):
+            raise error
+        return file
+
+    monkeypatch.setattr(weight_files, "fetch", fetch)
+
+
+def test_a_repository_without_config_is_of_stable_diffusions_groups(tmp_path, monkeypatch):
+    file = tmp_path / "vae.safetensors"
+    weight_files.write(file, to_compvis(random_weights("sd"), 4))
+    missing = weight_files.NoSuchFile("o/r holds no file config.json")
+    hub_without_config(monkeypatch, file, missing)
+    assert Autoencoder.load("hf://o/r/vae.safetensors").module.norm_groups == 32
+
+
+def test_a_config_that_may_be_out_of_reach_is_not_taken_to_be_missing(tmp_path, monkeypatch):
+    file = tmp_path / "vae.safetensors"
+    weight_files.write(file, to_compvis(random_weights("sd"), 4))
+    hub_without_config(monkeypatch, file, weight_files.WeightsError("the hub cannot be reached"))
+    with pytest.raises(ValueError, match=r"the hub cannot be reached"):
+        Autoencoder.load("hf://o/r/vae.safetensors")
 
 
 # Encoding and decoding

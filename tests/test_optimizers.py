@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mdt_jax.optimizers import create_optimizer, create_schedule
+from mdt_jax.optimizers import at_step, create_optimizer, create_schedule
 
 
 @pytest.mark.torch
@@ -108,3 +108,20 @@ def test_clipping_and_decay_can_be_turned_on_for_a_saved_run(name):
         for change in ({}, {"clip_norm": 1.0}, {"weight_decay": 0.1})
     ]
     assert len({jax.tree.structure(state) for state in states}) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_a_schedule_goes_on_from_a_step_while_moments_start_afresh(name):
+    recipe = {"name": name, "weight_decay": 0.0, "betas": None, "eps": 1e-8, "clip_norm": None}
+    schedule = create_schedule("linear", 1.0, 100)
+    optimizer = create_optimizer(recipe, schedule)
+    params = {"a": jnp.ones(3)}
+    gradient = {"a": jnp.array([1.0, -2.0, 3.0])}
+    fresh, _ = optimizer.update(gradient, optimizer.init(params), params)
+    state = at_step(optimizer.init(params), jnp.int32(90))
+    updates, state = optimizer.update(gradient, state, params)
+    np.testing.assert_allclose(updates["a"], fresh["a"] * schedule(90), rtol=1e-5)
+    again, _ = optimizer.update(gradient, state, params)
+    slower = at_step(state, jnp.int32(0))
+    expected, _ = optimizer.update(gradient, slower, params)
+    np.testing.assert_allclose(again["a"], expected["a"] * schedule(91), rtol=1e-5)

@@ -36,17 +36,16 @@ def random_params(network, seed):
     return jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), abstract)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def save_run(path, **process):
     """A run of a tiny model at step 7, whose averages of two rates are parameters of their own."""
     config = config_lib.default_config()
+    config.diffusion.update(process)
     config.model.update(name="DiT", input_size=8, in_channels=1, num_classes=4, patch_size=4)
     config.model.update(hidden_size=8, depth=1, num_heads=2)
     config.ema_rates = (0.9, 0.99)
     config.sample.update(steps=20, cfg_scale=2.0, guided_channels=None, clip=True)
     network = config_lib.create_network(config)
     params, *averages = (random_params(network, seed) for seed in range(3))
-    path = tmp_path_factory.mktemp("run")
     store = checkpoints.Checkpoints(path)
     store.save(
         7,
@@ -54,6 +53,12 @@ def workdir(tmp_path_factory):
         {"config": config_lib.to_json(config), "class_names": list(NAMES)},
     )
     store.close()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    save_run(path)
     return path
 
 
@@ -247,14 +252,18 @@ def exported(workdir, tmp_path_factory):
     return path
 
 
-def test_a_checkpoint_of_pytorch_gives_the_run_s_samples(workdir, exported, tmp_path):
-    settings = ("--labels=2,0", "--steps=5", "--cfg_scale=2", "--cfg_power=4")
-    settings += ("--guided_channels=1", "--clip")
-    found = []
+def test_a_checkpoint_of_pytorch_gives_the_run_s_samples(tmp_path):
+    """With no setting given again: the file says how the run was trained and is sampled."""
+    workdir, exported = tmp_path / "run", tmp_path / "weights.safetensors"
+    save_run(workdir, schedule="squared_cosine", prediction="velocity")
+    weight_files.write(exported, *transfer.to_state_dict(workdir))
+    found, told = [], []
     for source in (f"--workdir={workdir}", f"--checkpoint={exported}"):
-        npz, _ = command(source, *settings, f"--output={tmp_path / 'out'}")
+        npz, _ = command(source, "--labels=dog,cat", f"--output={tmp_path / 'out'}")
         found.append(np.load(npz)["arr_0"])
+        told.append(images.read_metadata(npz))
     assert np.array_equal(*found)
+    assert told[0] == told[1] and told[0]["step"] == "7"
 
 
 @pytest.fixture(scope="module")
@@ -296,26 +305,91 @@ def test_an_autoencoder_turns_latents_into_images(latent_model, tmp_path):
     assert images.read_metadata(png)["vae"] == str(vae)
 
 
-def test_a_hole_is_painted_and_the_rest_left(latent_model, tmp_path):
-    rng = np.random.default_rng(1)
-    photo = rng.integers(0, 256, (32, 32, 3), np.uint8)
+@pytest.fixture
+def pictures(tmp_path):
+    """A photograph and a hole, as arrays; files of theirs are photo.png and mask.png."""
+    photo = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
     hole = np.zeros((32, 32), np.uint8)
     hole[10:20, 5:25] = 255
     Image.fromarray(photo).save(tmp_path / "photo.png")
     Image.fromarray(hole).save(tmp_path / "mask.png")
-    paint = (
+    return photo, hole
+
+
+@pytest.fixture
+def paint(latent_model, pictures, tmp_path):
+    """The command that paints the hole in two steps; more flags take the place of its own."""
+    flags = (
         f"--checkpoint={latent_model / 'model.safetensors'}", f"--vae={latent_model / 'vae'}",
-        f"--inpaint={tmp_path / 'photo.png'}", "--steps=2", f"--output={tmp_path / 'out'}",
+        f"--inpaint={tmp_path / 'photo.png'}", f"--mask={tmp_path / 'mask.png'}", "--steps=2",
+        f"--output={tmp_path / 'out'}",
     )  # fmt: skip
-    npz, _ = command(*paint, f"--mask={tmp_path / 'mask.png'}", "--num_samples=2")
-    painted, labels = (np.load(npz)[key] for key in ("arr_0", "arr_1"))
+    return lambda *more: command(*flags, *more)
+
+
+def test_a_hole_is_painted_and_the_rest_left(paint, pictures, tmp_path, monkeypatch):
+    photo, hole = pictures
+    calls = spy_on_decode(monkeypatch)
+    written = paint("--num_samples=2", "--vae_batch_size=1", "--vae_tile_size=8")
+    painted, labels = (np.load(written[0])[key] for key in ("arr_0", "arr_1"))
     assert painted.shape == (2, 32, 32, 3) and labels.tolist() == [4, 4]
     assert all(np.array_equal(image[hole == 0], photo[hole == 0]) for image in painted)
     assert not np.array_equal(painted[0], painted[1])
+    assert calls == [(1, 8)]
 
+
+def spy_on_decode(monkeypatch):
+    """The list that the batch and tile size of every decoding will be added to."""
+    calls, decode = [], mdt_jax.Autoencoder.decode
+
+    def spy(self, latents, batch_size=16, tile_size=None):
+        calls.append((batch_size, tile_size))
+        return decode(self, latents, batch_size, tile_size)
+
+    monkeypatch.setattr(mdt_jax.Autoencoder, "decode", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels", "cfg_scale"),
+    [
+        ((), "4", "1.0"),
+        (("--labels=2",), "2", "3.8"),
+        (("--labels=2", "--cfg_scale=2"), "2", "2.0"),
+    ],
+    ids=["without a class", "with one", "with a scale"],
+)
+def test_a_painting_says_how_it_was_made(paint, latent_model, tmp_path, flags, labels, cfg_scale):
+    expected = {
+        "labels": labels,
+        "cfg_scale": cfg_scale,
+        "steps": "2",
+        "resamples": "4",
+        "masked_share": "0.5",
+        "inpainted": str(tmp_path / "photo.png"),
+        "mask": str(tmp_path / "mask.png"),
+        "vae": str(latent_model / "vae"),
+    }
+    for file in paint(*flags):
+        said = images.read_metadata(file)
+        assert {key: said.get(key) for key in expected} == expected
+
+
+def test_pictures_that_do_not_fit_are_refused_before_any_work(paint, pictures, tmp_path):
+    photo, hole = pictures
     Image.fromarray(hole[:16]).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=r"small\.png is 32 × 16 pixels.*photo\.png 32 × 32"):
-        command(*paint, f"--mask={tmp_path / 'small.png'}")
+        paint(f"--mask={tmp_path / 'small.png'}")
+    Image.fromarray(photo[:24]).save(tmp_path / "low.png")
+    with pytest.raises(
+        ValueError, match=r"^--inpaint .*low\.png is 32 × 24 pixels; MDTv2 paints 32"
+    ):
+        paint(f"--inpaint={tmp_path / 'low.png'}")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"^.*cut\.png: cannot be decoded \(.*truncated"):
+        paint(f"--inpaint={tmp_path / 'cut.png'}")
+    with pytest.raises(ValueError, match=r"photo\.png: MDTv2 is a model of latents, .* give --vae"):
+        paint("--vae=")
 
 
 def test_flags_that_do_not_go_together_are_refused(workdir, exported, latent_model, tmp_path):

@@ -1,6 +1,7 @@
 """Weights and runs go from PyTorch to a workdir and back, through the commands, bit for bit."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -22,10 +23,11 @@ from fixtures import FAMILIES, make_trainer, reference
 from mdt_jax import checkpoints, metrics, pretrained, sharding, transfer, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import Checkpoints, read_meta, restore_item
-from mdt_jax.convert.architecture import Architecture, parameter_shapes
+from mdt_jax.convert.architecture import Architecture, UnknownWeights, parameter_shapes
 from mdt_jax.convert.optimizers import MOMENTS, moments_from_torch
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.train_step import TrainState
+from mdt_jax.weight_files import WeightsError
 
 torch = pytest.importorskip("torch")
 import torch_models  # noqa: E402
@@ -219,7 +221,56 @@ def test_a_written_safetensors_file_says_what_shapes_do_not(fixture_run, tmp_pat
     again = pretrained.read(tmp_path / "back.safetensors")  # no hints
     assert again.architecture == fixture_architecture(name)
     metadata = weight_files.read(tmp_path / "back.safetensors").metadata
-    assert metadata["format"] == "pt" and metadata["step"] == "0"
+    assert metadata["format"] == "pt"
+
+
+def test_a_written_safetensors_file_keeps_process_step_and_names(tmp_path, caplog):
+    """All that would silently change what is sampled from the weights."""
+    config = pretrained.create_config(architecture("MDTv2"))
+    config.diffusion.update(schedule="squared_cosine", prediction="velocity")
+    config.sample.update(cfg_scale=2.0, cfg_power=None, clip=True)
+    names = tuple(f"class {i}" for i in range(config.model.num_classes))
+    network = config_lib.create_network(config)
+    abstract = sharding.abstract_parameters(sharding.create_mesh(), network)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract)
+    meta = {"config": config_lib.to_json(config), "class_names": names}
+    with contextlib.closing(Checkpoints(tmp_path / "run")) as store:
+        store.save(10, {"ema_0.9999": params}, meta)
+    convert("to-torch", "--input", tmp_path / "run", "--output", tmp_path / "back.safetensors")
+    again = pretrained.read(tmp_path / "back.safetensors")
+    assert config_lib.to_json(again.config) == config_lib.to_json(config)
+    assert (again.step, again.class_names) == (10, names)
+    # A .pt cannot say so, and the authors' code would sample as from its own process.
+    assert "diffusion.prediction is velocity; the authors' code" in caplog.text
+
+
+@pytest.mark.parametrize("garbled", ["{", "{}", "[]", '{"architecture": {}, "config": 3}'])
+def test_garbled_metadata_is_refused_by_its_file(garbled, tmp_path):
+    weights = dict(torch_models.build(architecture("MDT")).state_dict())
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    weight_files.write(tmp_path / "a.safetensors", arrays, {pretrained.METADATA: garbled})
+    with pytest.raises(
+        WeightsError, match=r"a\.safetensors: its metadata 'mdt_jax' cannot be read"
+    ):
+        pretrained.read(tmp_path / "a.safetensors")
+
+
+def test_weights_that_are_not_floats_are_refused(tmp_path):
+    weights = dict(torch_models.build(architecture("MDT")).state_dict())
+    weights["mask_token"] = weights["mask_token"].to(torch.int32)
+    save(tmp_path / "a.pt", weights)
+    with pytest.raises(UnknownWeights, match=r"a\.pt: mask_token holds int32, not floats"):
+        pretrained.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "state", [{"state": [], "param_groups": []}, {"state": {0: 3}, "param_groups": 1}, [1, 2]]
+)
+def test_a_garbled_optimizer_state_is_refused_by_its_file(state, tmp_path):
+    source = save(tmp_path / "a.pt", dict(torch_models.build(architecture("MDT")).state_dict()))
+    save(tmp_path / "opt.pt", state)
+    with pytest.raises(WeightsError, match=r"opt\.pt: "):
+        transfer.read_moments(tmp_path / "opt.pt", pretrained.read(source))
 
 
 @pytest.fixture(scope="module")

@@ -25,20 +25,29 @@ from mdt_jax import pretrained, transfer, weight_files
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.convert.architecture import parameter_shapes
 
+# What weights do not show.
+HINTS = {
+    "decode_layers": "decoder depth of an MDT v1; 2 if not given",
+    "num_heads": "of a DiT of no known width",
+    "num_classes": "settles whether the last row of the label table is a class",
+    "input_size": "side of the latents of diffusers' DiT, where no config.json says it",
+}
+
 
 def to_jax(args: argparse.Namespace) -> None:
     """Writes a workdir from PyTorch files."""
     main = args.input or args.model
     if bool(args.input) == bool(args.model) or (args.input and (args.ema or args.opt)):
         raise ValueError("give --input X, or --model M with --ema E and --opt O of the same run")
-    shown = {key: getattr(args, key) for key in ("decode_layers", "num_heads", "num_classes")}
+    shown = {key: getattr(args, key) for key in HINTS}
     # Beside others, a training file's own part is meant: DiT's keep all of them in one.
     model = pretrained.read(main, nest=_part(args.model, "model"), **shown)
     ema = pretrained.read(args.ema, nest=_part(args.ema, "ema"), **shown) if args.ema else None
     if args.step is not None:
         model = dataclasses.replace(model, step=args.step)
     moments = transfer.read_moments(args.opt, model) if args.opt else None
-    rate = args.ema_rate or pretrained.ema_rate_of(args.ema or main) or 0.9999
+    rate = pretrained.ema_rate_of(args.ema or main) if args.ema_rate is None else args.ema_rate
+    rate = 0.9999 if rate is None else rate
     folder = transfer.to_workdir(
         args.output, model, ema=ema, ema_rate=rate, moments=moments, step=args.step
     )
@@ -72,10 +81,7 @@ def to_torch(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """Prints what a file of weights is."""
     weights, architecture = pretrained.open_weights(
-        args.input,
-        decode_layers=args.decode_layers,
-        num_heads=args.num_heads,
-        num_classes=args.num_classes,
+        args.input, **{key: getattr(args, key) for key in HINTS}
     )
     names = parameter_shapes(architecture)
     dtypes = sorted({weights.dtypes[name].name for name in names if name in weights})
@@ -117,9 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     show.set_defaults(run=inspect)
     show.add_argument("--input", required=True, help=".pt, .safetensors or hf://OWNER/REPO/FILE")
     for command in (into, show):
-        command.add_argument("--decode_layers", type=int, default=2, help="of an MDT v1")
-        command.add_argument("--num_heads", type=int, help="of a DiT of no known width")
-        command.add_argument("--num_classes", type=int, help="settles what the last label row is")
+        for hint, meaning in HINTS.items():
+            command.add_argument(f"--{hint}", type=int, help=meaning)
     args = parser.parse_args(argv)
     try:
         args.run(args)

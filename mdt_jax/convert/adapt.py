@@ -7,14 +7,14 @@ has no counterpart is drawn afresh; a report names everything that is not as it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from einops import rearrange
 
+from mdt_jax.convert import trees
 from mdt_jax.convert.architecture import Architecture
-from mdt_jax.convert.transformers import Tree
+from mdt_jax.convert.trees import Tree
 
 # The network's blocks themselves: nothing sensible can be made of weights that differ in these.
 _FIXED = ("family", "hidden_size", "depth", "num_heads", "mlp_ratio")
@@ -81,7 +81,7 @@ def adapt(
     """
     _refuse_other_networks(have, want)
     report = Report()
-    arrays = dict(_leaves(source))
+    arrays = dict(trees.flatten(source))
     if have.family == "MDT" and have.decoder_depth != want.decoder_depth:
         arrays = _resplit(arrays, have, want, report)
     fitted = {}
@@ -90,7 +90,7 @@ def adapt(
         if array.shape != fitted[path].shape:
             what = f"{array.shape} -> {fitted[path].shape}, {what}"
         getattr(report, kind).append((path, what))
-    return _nest(fitted), report
+    return trees.nest(fitted), report
 
 
 def resize_position_table(table: np.ndarray, grid_size: int) -> np.ndarray:
@@ -341,24 +341,3 @@ def _changes(have: Architecture, want: Architecture, *settings: str) -> str:
     """Those of the settings that differ, as "patch_size 2 -> 4, ..."; empty if none does."""
     pairs = [(s, getattr(have, s), getattr(want, s)) for s in settings]
     return ", ".join(f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new)
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, array) of every array, in the tree's order."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _nest(arrays: dict[str, Any]) -> Tree:
-    """The inverse of `_leaves`."""
-    tree: Tree = {}
-    for path, array in arrays.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = array
-    return tree

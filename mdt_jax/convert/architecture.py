@@ -189,7 +189,7 @@ def _guess(
         if len(found := shapes.get(name, ())) == dimensions:
             return found
         problem = f"has shape {found}, not {dimensions} axes" if name in shapes else "is missing"
-        near = _nearest(name, shapes)
+        near = nearest(name, shapes)
         raise UnknownWeights(f"{name} {problem}{near if name not in shapes else ''}")
 
     _, tokens, width = shape("pos_embed", 3)
@@ -257,20 +257,21 @@ def _check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], a: Archit
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnknownWeights(
             f"{missing[0]} {expected[missing[0]]} of {a.name} is missing{more}"
-            f"{_nearest(missing[0], unknown or shapes)}"
+            f"{nearest(missing[0], unknown or shapes)}"
         )
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UnknownWeights(
             f"{unknown[0]} {shapes[unknown[0]]} is no weight of {a.name}{more}"
-            f"{_nearest(unknown[0], expected, 'the nearest expected')}"
+            f"{nearest(unknown[0], expected, 'the nearest expected')}"
         )
     for name, shape in expected.items():
         if name in shapes and shapes[name] != shape:
             raise UnknownWeights(f"{name} has shape {shapes[name]}; {a.name} has {shape}")
 
 
-def _nearest(name: str, names: Iterable[str], what: str = "the nearest there") -> str:
+def nearest(name: str, names: Iterable[str], what: str = "the nearest there") -> str:
+    """The end of a message, naming the most similar of some names; empty if none is."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.1)
     return f"; {what} is {near[0]}" if near else ""
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from einops import rearrange
 
-Tree = dict[str, Any]
+from mdt_jax.convert import trees
+from mdt_jax.convert.trees import Tree
+
 Shape = tuple[int, ...]
 
 # Stable Diffusion's scale, and diffusers' default (Rombach et al. 2022, appendix G).
@@ -113,7 +116,8 @@ def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
     """The settings that a `config.json` of diffusers' AutoencoderKL gives, with its defaults.
 
     Raises:
-      ValueError: a value or an entry that the network here does not have, by name.
+      ValueError: a value of a wrong type, or a value or an entry that the network here does not
+        have, by name.
     """
     _check_config(config)
     widths = tuple(config.get("block_out_channels", (64,)))
@@ -154,20 +158,53 @@ _ONLY_VALUES = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
-_READ = (
-    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
-    "norm_num_groups", "down_block_types", "up_block_types", "mid_block_add_attention",
-    "use_quant_conv", "use_post_quant_conv", "scaling_factor", "shift_factor",
-)  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # neither NaN nor infinite
+
+
+def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_entry, value))
+
+
+_COUNT = (_is_count, "a whole number above 0")
+_NAMES = (lambda v: _is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
+_SWITCH = (lambda v: isinstance(v, bool), "true or false")
+# The entries that are read: whether a value is of the right type, and that type in words.
+_READ = {
+    "in_channels": _COUNT,
+    "out_channels": _COUNT,
+    "latent_channels": _COUNT,
+    "block_out_channels": (lambda v: _is_list(v, _is_count), "a list of whole numbers above 0"),
+    "layers_per_block": _COUNT,
+    "norm_num_groups": _COUNT,
+    "down_block_types": _NAMES,
+    "up_block_types": _NAMES,
+    "mid_block_add_attention": _SWITCH,
+    "use_quant_conv": _SWITCH,
+    "use_post_quant_conv": _SWITCH,
+    "scaling_factor": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0"),
+    "shift_factor": (lambda v: v is None or _is_number(v), "a number"),
+}
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
-        if key in _ONLY_VALUES:
+        if key in _READ:
+            is_right, what = _READ[key]
+            if not is_right(value):
+                raise ValueError(f"{key} is {value!r}; it must be {what}")
+        elif key in _ONLY_VALUES:
             if value not in _ONLY_VALUES[key]:
                 known = " or ".join(repr(known) for known in _ONLY_VALUES[key])
                 raise ValueError(f"{key} {value!r} is not supported; it must be {known}")
-        elif not key.startswith("_") and key not in (*_READ, *_WITHOUT_EFFECT):
+        elif not key.startswith("_") and key not in _WITHOUT_EFFECT:
             raise ValueError(
                 f"{key} {value!r} is not supported: no AutoencoderKL known here has a {key}; if it "
                 "is of no effect, remove it from config.json"
@@ -254,7 +291,7 @@ def from_torch(weights: Mapping[str, np.ndarray], settings: AutoencoderSettings)
                     f"(config.json) ask for {expected}"
                 )
             flat[f"{layer.path}/{ours}"] = rearrange(array, pattern)
-    return _nest(flat)
+    return trees.nest(flat)
 
 
 def to_torch(params: Tree, settings: AutoencoderSettings) -> dict[str, np.ndarray]:
@@ -267,9 +304,11 @@ def to_torch(params: Tree, settings: AutoencoderSettings) -> dict[str, np.ndarra
     for layer in _layers(settings):
         for theirs, ours, pattern in _ARRAYS[layer.kind]:
             left, right = pattern.split(" -> ")
-            array = np.asarray(_leaf(params, f"{layer.path}/{ours}"))
-            name = f"{_name(_DIFFUSERS, layer)}.{theirs}"
-            weights[name] = np.ascontiguousarray(rearrange(array, f"{right} -> {left}"))
+            path, name = f"{layer.path}/{ours}", f"{_name(_DIFFUSERS, layer)}.{theirs}"
+            if (array := trees.get(params, path)) is None:
+                raise ValueError(f"parameter {path!r} is missing")
+            array = rearrange(np.asarray(array), f"{right} -> {left}")
+            weights[name] = np.ascontiguousarray(array)
     return weights
 
 
@@ -417,22 +456,3 @@ def _check_names(names: Iterable[str], prefix: str, layers: Mapping[str, _Layer]
             f"weight {missing[0]!r}{more} is missing: the file is incomplete, or the settings "
             "(config.json) are another autoencoder's"
         )
-
-
-def _nest(flat: Mapping[str, Any]) -> Tree:
-    tree: Tree = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return tree
-
-
-def _leaf(tree: Tree, path: str) -> Any:
-    for key in path.split("/"):
-        if key not in tree:
-            raise ValueError(f"parameter {path!r} is missing")
-        tree = tree[key]
-    return tree

@@ -9,7 +9,9 @@ by 1/127 where the weights were trained with 1/128.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from mdt_jax.convert.architecture import Shape, UnknownWeights, nearest
 
 MARK = "transformer_blocks.0.norm1.linear.weight"  # no other layout has it
 _EMBEDDERS = {
@@ -61,3 +63,25 @@ def copies(num_blocks: int) -> dict[str, list[str]]:
         block.format(0, name): [block.format(i, name) for i in range(1, num_blocks)]
         for name in [*names, _LABELS]
     }
+
+
+def check(shapes: Mapping[str, Shape], num_blocks: int) -> None:
+    """Raises UnknownWeights for a missing or unknown name, or parts that cannot be joined."""
+    joined, copied = sources(num_blocks), copies(num_blocks)
+    expected = [name for names in (*joined.values(), *copied.values()) for name in names]
+    for name in expected:
+        if name not in shapes:
+            raise UnknownWeights(f"{name} of diffusers' DiT is missing{nearest(name, shapes)}")
+    for name, shape in shapes.items():
+        if name not in expected:
+            near = nearest(name, expected, "the nearest expected")
+            raise UnknownWeights(f"{name} {shape} is no weight of diffusers' DiT{near}")
+    for names in joined.values():
+        for name in names[1:]:
+            if shapes[name] != shapes[names[0]]:
+                raise UnknownWeights(
+                    f"{name} has shape {shapes[name]}, {names[0]} has {shapes[names[0]]}"
+                )
+    patch = shapes["pos_embed.proj.weight"]
+    if len(patch) != 4:
+        raise UnknownWeights(f"pos_embed.proj.weight has shape {patch}, not 4 axes")

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from einops import rearrange
 
+from mdt_jax.convert import trees
 from mdt_jax.convert.architecture import BUFFER
+from mdt_jax.convert.trees import Tree
 from mdt_jax.lazy import LazyArray
 from mdt_jax.positions import relative_position_index
-
-Tree = dict[str, Any]
 
 # (PyTorch name, path in our tree, pattern). `h` are the heads, the other named factors fixed.
 _FACTORS = {"qkv": 3, "six": 6, "two": 2}
@@ -88,21 +87,6 @@ def _to_torch(array: np.ndarray, pattern: str) -> np.ndarray:
     return np.ascontiguousarray(rearrange(array, f"{right} -> {left}"))
 
 
-def _get(tree: Tree, path: str) -> Any:
-    for key in path.split("/"):
-        if key not in tree:
-            return None
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: Tree, path: str, value: Any) -> None:
-    *parents, leaf = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[leaf] = value
-
-
 def _prefixes(family: str, depth: int, decoder_depth: int) -> list[tuple[str, list[str], bool]]:
     """(our path, the PyTorch blocks it holds, whether they are stacked) of everything of blocks."""
     groups = [
@@ -144,7 +128,7 @@ def from_torch(
             continue  # its table is fixed, so it has no gradients or moments
         if name not in weights:
             raise KeyError(name)
-        _set(tree, path, make(partial(_convert, weights, name, pattern, num_heads)))
+        trees.put(tree, path, make(partial(_convert, weights, name, pattern, num_heads)))
 
     for group, blocks, stacked in _prefixes(family, depth, decoder_depth):
         for name, path, pattern in _BLOCK_RULES:
@@ -155,9 +139,8 @@ def from_torch(
                 raise KeyError(missing)
             convert = _stack if stacked else _convert
             names = names if stacked else names[0]
-            _set(
-                tree, f"{group}/{path}", make(partial(convert, weights, names, pattern, num_heads))
-            )
+            load = partial(convert, weights, names, pattern, num_heads)
+            trees.put(tree, f"{group}/{path}", make(load))
         for block in blocks:
             _check_index(weights, f"{block}.attn.rel_pos_bias.")
     return tree
@@ -214,11 +197,11 @@ def to_torch(
     """
     weights = {}
     for name, path, pattern in _MODEL_RULES:
-        if (array := _get(params, path)) is not None:
+        if (array := trees.get(params, path)) is not None:
             weights[name] = _to_torch(np.asarray(array), pattern)
     for group, blocks, stacked in _prefixes(family, depth, decoder_depth):
         for name, path, pattern in _BLOCK_RULES:
-            if (array := _get(params, f"{group}/{path}")) is None:
+            if (array := trees.get(params, f"{group}/{path}")) is None:
                 continue
             layers = np.asarray(array) if stacked else np.asarray(array)[None]
             for block, layer in zip(blocks, layers, strict=True):

@@ -1,0 +1,43 @@
+"""Trees of parameters, nested dicts, addressed by paths such as "encoder/conv_in/kernel"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def get(tree: Mapping[str, Any], path: str) -> Any:
+    """What is at a path; None if nothing is."""
+    node: Any = tree
+    for key in path.split("/"):
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node
+
+
+def put(tree: Tree, path: str, value: Any) -> None:
+    """Puts a value at a path, making the dicts on the way."""
+    *parents, leaf = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[leaf] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of every leaf, in the tree's order."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def nest(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`: the tree of leaves by path."""
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        put(tree, path, leaf)
+    return tree
