@@ -3,8 +3,14 @@
     python -m mdt_jax.train --config configs/ffhq256.py:MDTv2-B/2 --workdir runs/ffhq \\
         --config.data.path=DIR
 
-DIR holds `latents.npy` (N, 32, 32, 8: posterior mean, then standard deviation), the 70,000 faces
-encoded by the `mse` autoencoder; no labels. At batch 256 an epoch is 273 steps, so the run is
+DIR holds the 70,000 faces, encoded once (tools/prepare_dataset.py says how FFHQ comes):
+
+    python tools/prepare_dataset.py --folder images1024x1024 --labels none --name ffhq \\
+        --data_dir data
+    python tools/encode_latents.py --data_name tfds:ffhq --data_path data --vae mse \\
+        --image_size 256 --output DIR
+
+At batch 256 an epoch is 273 steps, so the run is
 shorter than ImageNet's. The MDT authors publish no result on this set.
 """
 

@@ -30,8 +30,7 @@ def get_config(model: str = "MDTv2-XL/2"):
     config.num_steps = 10_000
     config.batch_size = 64
     config.ema_rates = (0.999,)
-    # The mirrored pictures are encoded too.
-    config.data.update(name="npy", flip=False)
+    config.data.update(name="latents", flip=True)
     config.checkpoint_every = 1_000
     # Latents have no pixels to show before a decoder: no grids while training.
     config.sample.every = 0

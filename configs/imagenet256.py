@@ -3,9 +3,13 @@
     python -m mdt_jax.train --config configs/imagenet256.py:MDTv2-XL/2 --workdir runs/mdtv2_xl2 \\
         --config.data.path=DIR
 
-DIR holds `latents.npy` (N, 32, 32, 8: posterior mean, then standard deviation, float16 or float32)
-and `labels.npy` (N,), the training images encoded by the `mse` autoencoder. The model is
-"MDTv2-XL/2" when none is named. Each family has the recipe its authors trained it with:
+DIR holds the training images, encoded once:
+
+    python tools/prepare_dataset.py --imagenet ILSVRC2012_img_train.tar --data_dir data
+    python tools/encode_latents.py --data_name tfds:imagenet2012 --data_path data --vae mse \\
+        --image_size 256 --output DIR
+
+The model is "MDTv2-XL/2" when none is named. Each family has its authors' recipe:
 
     MDT    AdamW, lr 1e-4, batch 256, mask ratio 0.3, decoder depth 2
     MDTv2  Adan, lr 3e-4, clipped to norm 1, batch 256, mask ratio 0.3 to 0.5, min-SNR weights of 5,
@@ -35,7 +39,7 @@ def get_config(model: str = "MDTv2-XL/2"):
         config.model.decoder_depth = 6
         config.optimizer.learning_rate = 5e-4
     config.num_steps = NUM_STEPS.get(model, 400_000)
-    config.data.update(name="npy", flip=True)
+    config.data.update(name="latents", flip=True)
     config.checkpoint_every = 10_000
     config.keep_every = 500_000
     # Latents have no pixels to show before a decoder: no grids while training.

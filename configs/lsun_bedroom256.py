@@ -3,8 +3,13 @@
     python -m mdt_jax.train --config configs/lsun_bedroom256.py:MDTv2-B/2 --workdir runs/bedroom \\
         --config.data.path=DIR
 
-DIR holds `latents.npy` (N, 32, 32, 8: posterior mean, then standard deviation), 3,033,042 bedrooms
-encoded by the `mse` autoencoder; no labels. The recipe is ImageNet's of the same family. The MDT
+DIR holds the 3,033,042 bedrooms, encoded once:
+
+    python tools/prepare_dataset.py --lmdb bedroom_train_lmdb --data_dir data
+    python tools/encode_latents.py --data_name tfds:lsun/bedroom --data_path data --vae mse \\
+        --image_size 256 --output DIR
+
+The recipe is ImageNet's of the same family. The MDT
 authors publish no result on this set.
 """
 

@@ -266,7 +266,7 @@ def create_config(architecture: Architecture) -> ConfigDict:
     config_lib.apply_recipe(config)
     config.label_dropout = 0.1 if a.null_class else 0.0
     config.diffusion.variance = "learned_range" if a.learn_variance else "fixed_large"
-    config.data.name = "npy"
+    config.data.name = "latents"
     config.sample.every = 0
     if a.family == "DiT":
         config.sample.update(cfg_scale=1.5, cfg_power=None)

@@ -36,7 +36,7 @@ from mdt_jax import (
 )
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
-from mdt_jax.data import create_batches, create_source, prefetch_to_device
+from mdt_jax.data import Source, create_batches, create_source, example_spec, prefetch_to_device
 from mdt_jax.distributed import initialize_distributed
 from mdt_jax.finetune import initial_parameters
 from mdt_jax.train_step import Trainer, TrainState
@@ -114,13 +114,21 @@ class Run:
             return None
         return masking.draw_kept_count(self.counts, self.probabilities, self.config.seed, step)
 
-    def compile_steps(self) -> dict[int | None, Callable]:
-        """The compiled step of every number of kept tokens, so that none is compiled later."""
-        shape = (self.config.batch_size, *self.model.image_shape)
-        batch = sharding.batch_sharding(self.mesh)
+    def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:
+        """The compiled step of every number of kept tokens, so that none is compiled later.
+
+        They take what the pipeline makes of a source's examples; without one, the model's inputs.
+        """
+        spec = {
+            "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
+            "label": jax.ShapeDtypeStruct((), np.int32),
+        }
+        if source is not None:
+            spec = example_spec(source, _image_size(self.config, source))
+        batch, size = sharding.batch_sharding(self.mesh), self.config.batch_size
         abstract_batch = {
-            "image": jax.ShapeDtypeStruct(shape, np.float32, sharding=batch),
-            "label": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=batch),
+            name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
+            for name, one in spec.items()
         }
         lowered = [
             self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
@@ -366,6 +374,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
     config = run.config
     state, meta = run.restore(store)
+    _check_autoencoder(meta, source, run.workdir)
     first = int(state.step)
     if first >= config.num_steps:
         logging.info("%s is trained already: step %d of %d", run.workdir, first, config.num_steps)
@@ -378,7 +387,7 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
 
     began = time.perf_counter()
     logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
-    steps = run.compile_steps()
+    steps = run.compile_steps(source)
     sampler = GridSampler(run, source.class_names) if config.sample.every else None
     logging.info("compiled in %.1f s", time.perf_counter() - began)
 
@@ -400,6 +409,7 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
                 meta = {
                     "config": config_lib.to_json(config),
                     "class_names": list(source.class_names),
+                    "autoencoder": _autoencoder(source),
                     "position": position,
                     "window": window.state(),
                 }
@@ -424,13 +434,37 @@ def _batches(run: Run, source: Any, position: int) -> Iterator[Iterator[dict[str
         process_index=block,
         process_count=blocks,
         flip=config.data.flip,
-        image_size=None if source.latents else config.model.input_size,
+        image_size=_image_size(config, source),
         position=position,
         num_workers=config.data.num_workers,
         read_ahead=config.data.read_ahead,
+        crop=config.data.crop,
+        on_bad_image=config.data.on_bad_image,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
     with batches, prefetch_to_device(batches, sharding.batch_sharding(run.mesh)) as on_device:
         yield on_device
+
+
+def _autoencoder(source: Source) -> str | None:
+    """The digest of the encoder that made a cache of latents, None for other sources."""
+    return getattr(getattr(source.records, "description", None), "vae_digest", None)
+
+
+def _check_autoencoder(meta: dict[str, Any], source: Source, workdir: Path) -> None:
+    """Refuses, with ValueError, to go on with latents of another autoencoder."""
+    before, now = meta.get("autoencoder"), _autoencoder(source)
+    if before and now and before != now:
+        raise ValueError(
+            f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "
+            f"{workdir} was trained on ({before[:12]}); give those as data.path, or another "
+            "--workdir"
+        )
+
+
+def _image_size(config: ConfigDict, source: Source) -> int | None:
+    """What images are cropped to; latents are not."""
+    return None if source.latents else config.model.input_size
 
 
 def _count_classes(config: ConfigDict) -> ConfigDict:
@@ -464,7 +498,10 @@ def _check_source(config: ConfigDict, source: Any) -> None:
 
 def dry_run(config: ConfigDict) -> str:
     """What `--dry_run` prints: the run, and its data if they are there."""
-    config = _count_classes(config)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # told of below
+        config = _count_classes(config)
+    if config.model.num_classes == -1:
+        config = config_lib.resolve_classes(config, ())
     run = Run(config, "")
     try:
         source = create_source(config.data)

@@ -375,14 +375,15 @@ def trainable(torch_run, tmp_path, monkeypatch):
     """A DiT's EMA of step 3 converted alone, and a config that trains it by two steps."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     data.mkdir()
-    np.save(data / "latents.npy", rng.uniform(0.1, 1, (20, 8, 8, 8)).astype(np.float32))
+    np.save(data / "images.npy", rng.integers(0, 256, (20, 8, 8, 4), np.uint8))
     np.save(data / "labels.npy", np.arange(20) % 10)
     source, workdir = torch_run("dit").files["ema"], tmp_path / "workdir"
     convert("to-jax", input=source, output=workdir, num_heads=4, ema_rate=RATE)
     config = config_of(workdir)
-    config.data.path, config.num_steps = str(data), 5
+    config.data.update(name="npy", path=str(data))
+    config.num_steps = 5
     config.log_every = 1
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run: compiled_steps("dit"))
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: compiled_steps("dit"))
     return types.SimpleNamespace(config=config, workdir=workdir)
 
 

@@ -1,14 +1,18 @@
-"""The command that encodes a folder of images once, with a small random autoencoder."""
+"""The command that encodes images once, with a small random autoencoder: what it writes, and that
+it goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -72,70 +76,267 @@ def images(tmp_path_factory) -> Path:
 
 
 def encode(images: Path, autoencoder: Autoencoder, output: Path, **changes) -> data.Source:
-    settings = {"image_size": SIZE, "batch_size": 2} | changes
-    tool().encode_latents(data.folder_source(images), autoencoder, output, **settings)
-    return data.npy_directory(output)
+    settings = {"image_size": SIZE, "batch_size": 2, "images_per_shard": 3} | changes
+    assert tool().encode_latents(data.folder_source(images), autoencoder, output, **settings)
+    return data.latents_source(output)
 
 
-def test_rows_are_the_posteriors_of_the_cropped_images_and_then_mirrored(
-    images, autoencoder, tmp_path
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def encoded(images, autoencoder, tmp_path_factory) -> Path:
+    """The five images in two shards, with their mirror images."""
+    folder = tmp_path_factory.mktemp("encoded") / "latents"
+    encode(images, autoencoder, folder)
+    return folder
+
+
+def test_records_are_the_posteriors_of_the_cropped_images_and_of_those_mirrored(
+    images, autoencoder, encoded
 ):
-    encoded = encode(images, autoencoder, tmp_path / "latents")
-    source = data.folder_source(images)
-    assert len(encoded) == 2 * COUNT and encoded.image_shape == (4, 4, 4)
-    assert encoded.latents and encoded.class_names == ("cat", "dog")
+    cache, source = data.latents_source(encoded), data.folder_source(images)
+    assert len(cache) == COUNT and cache.image_shape == (4, 4, 4)
+    assert cache.latents and cache.class_names == ("cat", "dog")
     for i in range(COUNT):
         crop = data.to_unit_range(data.center_crop(source[i]["image"], SIZE))
-        for row, image in ((i, crop), (COUNT + i, crop[:, ::-1])):
+        for mirror, image in ((False, crop), (True, crop[:, ::-1])):
             expected = np.concatenate(autoencoder.encode(image[None]), axis=-1)[0]
-            np.testing.assert_allclose(encoded[row]["image"], expected, rtol=1e-4, atol=1e-5)
-            assert encoded[row]["label"] == source[i]["label"]
-    assert not (tmp_path / "latents.partial").exists()
+            (posterior,), (label,) = cache.records.read_posteriors(
+                np.array([i]), np.array([mirror])
+            )
+            np.testing.assert_allclose(posterior, expected, rtol=1e-4, atol=1e-5)
+            assert label == source[i]["label"]
+
+
+def test_the_manifest_says_what_the_latents_are_of(images, vae_folder, autoencoder, encoded):
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    known = {
+        "source": str(images), "num_images": COUNT, "class_names": ["cat", "dog"],
+        "image_size": SIZE, "vae": str(vae_folder), "scale": data.LATENT_SCALE,
+        "latent_shape": [4, 4, 4], "dtype": "float32", "mirror": True, "records": 2 * COUNT,
+    }  # fmt: skip
+    assert known.items() <= manifest.items()
+    assert [shard["records"] for shard in manifest["shards"]] == [6, 4]
+    files = {shard["file"]: (encoded / shard["file"]).read_bytes() for shard in manifest["shards"]}
+    assert sorted(contents(encoded)) == sorted([*files, "manifest.json"])
+    for shard in manifest["shards"]:
+        content = files[shard["file"]]
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            shard["bytes"],
+            shard["sha256"],
+        )
 
 
 def test_without_mirroring_and_in_float16(images, autoencoder, tmp_path):
-    encode(images, autoencoder, tmp_path / "latents", mirror=False, dtype="float16")
-    latents = np.load(tmp_path / "latents" / "latents.npy")
-    assert latents.shape == (COUNT, 4, 4, 8) and latents.dtype == np.float16
+    cache = encode(images, autoencoder, tmp_path / "latents", mirror=False, dtype="float16")
+    posteriors, _ = cache.records.read_posteriors(np.arange(COUNT))
+    assert posteriors.shape == (COUNT, 4, 4, 8) and posteriors.dtype == np.float16
+    assert not cache.records.mirrored
 
 
-def test_images_without_classes_give_latents_without_labels(images, autoencoder, tmp_path):
-    encoded = encode(images / "cat", autoencoder, tmp_path / "latents")
-    assert encoded.class_names == ()
-    assert [file.name for file in (tmp_path / "latents").iterdir()] == ["latents.npy"]
+def test_images_without_classes_give_latents_without_classes(images, autoencoder, tmp_path):
+    assert encode(images / "cat", autoencoder, tmp_path / "latents").class_names == ()
 
 
 def test_gray_images_are_encoded_as_rgb(autoencoder, tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 1), np.uint8)
+    posteriors = []
     for name, pixels in (("gray", gray), ("rgb", gray.repeat(3, axis=3))):
         tool().encode_latents(data.arrays(pixels), autoencoder, tmp_path / name, image_size=SIZE)
-    gray_latents, latents = (np.load(tmp_path / n / "latents.npy") for n in ("gray", "rgb"))
-    np.testing.assert_array_equal(gray_latents, latents)
+        posteriors.append(data.latents_source(tmp_path / name)[0]["image"])
+    np.testing.assert_array_equal(*posteriors)
 
 
-def test_an_output_that_is_there_is_not_overwritten(images, autoencoder, tmp_path):
-    for name in ("latents", "other.partial"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(FileExistsError, match="/latents is there already; remove it, or give"):
-        encode(images, autoencoder, tmp_path / "latents")
-    with pytest.raises(FileExistsError, match="/other.partial is left from a run that ended; rem"):
-        encode(images, autoencoder, tmp_path / "other")
+def count_encoded(monkeypatch) -> list[int]:
+    """Grows by the number of images, mirrored ones among them, at each batch encoded."""
+    counts, posterior = [], tool()._posterior
+
+    def counting(autoencoder, images, batch_size):
+        counts.append(len(images))
+        return posterior(autoencoder, images, batch_size)
+
+    monkeypatch.setattr(tool(), "_posterior", counting)
+    return counts
 
 
-def test_a_damaged_image_is_named_and_leaves_nothing(images, autoencoder, tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_only_a_damaged_shard_is_encoded_again(
+    finished, images, autoencoder, encoded, tmp_path, monkeypatch
+):
+    folder, whole = tmp_path / "latents", contents(encoded)
+    shutil.copytree(encoded, folder)
+    manifest = json.loads(whole["manifest.json"])
+    if not finished:  # as a run leaves it that was killed in the end
+        for shard in manifest["shards"]:
+            (folder / shard["file"]).with_suffix(".json").write_text(json.dumps(shard))
+        (folder / "manifest.json").rename(folder / "encoding.json")
+    torn = folder / manifest["shards"][1]["file"]
+    torn.write_bytes(torn.read_bytes()[:-1] + b"!")
+    counts = count_encoded(monkeypatch)
+    encode(images, autoencoder, folder)
+    assert sum(counts) == 4 and contents(folder) == whole
+    encode(images, autoencoder, folder)
+    assert sum(counts) == 4
+
+
+def test_processes_encode_shards_of_their_own_and_the_last_ends_it(
+    images, autoencoder, encoded, tmp_path
+):
+    folder, source = tmp_path / "latents", data.folder_source(images)
+    settings = {"image_size": SIZE, "batch_size": 2, "images_per_shard": 3, "process_count": 2}
+    done = [
+        tool().encode_latents(source, autoencoder, folder, process_index=p, **settings)
+        for p in range(2)
+    ]
+    assert done == [False, True] and contents(folder) == contents(encoded)
+
+
+KILLED = """
+import importlib.util, os, random, signal, sys, time, types
+import jax, numpy as np
+from pathlib import Path
+from mdt_jax import data
+
+spec = importlib.util.spec_from_file_location("encode_latents", sys.argv[1])
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+class Slow:  # an autoencoder's stand-in, of which a forked process can have its own
+    scale, shift, name, params = data.LATENT_SCALE, 0, "slow", {"encoder": {"w": np.ones(3)}}
+    module = types.SimpleNamespace(downsampling=2, latent_channels=4, dtype=np.float32)
+    def encode(self, images, batch_size):
+        time.sleep(0.002)
+        mean = np.repeat(images[:, ::2, ::2, :1], 4, axis=-1)
+        return mean, np.exp(mean)
+
+pixels = np.random.default_rng(0).integers(0, 256, (240, 16, 16, 3), np.uint8)
+source = data.arrays(pixels, np.arange(240) % 7)
+
+def encode(folder):
+    tool.encode_latents(source, Slow(), folder, image_size=16, batch_size=4, images_per_shard=12)
+
+def fork(folder):
+    child = os.fork()
+    if not child:
+        try:
+            encode(folder)
+        finally:
+            os._exit(0)
+    return child
+
+whole, folder = Path(sys.argv[2]) / "whole", Path(sys.argv[2]) / "killed"
+began = time.perf_counter()
+os.waitpid(fork(whole), 0)
+seconds = time.perf_counter() - began
+random.seed(sys.argv[3])
+print("seed", sys.argv[3])
+kills = 0
+while kills < 10:
+    child = fork(folder)
+    time.sleep(random.uniform(0, seconds / 4))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    kills += os.WIFSIGNALED(status)
+    if (folder / "manifest.json").exists():  # too early: begin again from a torn shard on
+        shard = random.choice(sorted(folder.glob("*.array_record")))
+        os.truncate(shard, random.randrange(shard.stat().st_size))
+    print(len(list(folder.glob("*.array_record"))), "shards")
+os.waitpid(fork(folder), 0)
+files = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}
+assert files(folder) == files(whole), (sorted(files(folder)), sorted(files(whole)))
+print("killed", kills, "times: the same", len(files(whole)), "files")
+"""
+
+
+def test_killed_ten_times_at_random_it_ends_with_the_same_bytes(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(TOOL), str(tmp_path), str(time.time_ns())]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "killed 10 times: the same 21 files" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_folder_of_other_things_is_left_alone(images, autoencoder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds thesis.txt, which is no part of a latent cac"):
+        encode(images, autoencoder, tmp_path)
+    assert contents(tmp_path) == {"thesis.txt": b"precious"}
+
+
+@pytest.fixture(scope="module")
+def other(autoencoder) -> Autoencoder:
+    """An autoencoder of the same shapes and other weights."""
+    changed = jax.tree.map(lambda leaf: leaf + 1, autoencoder.params)
+    return dataclasses.replace(autoencoder, params=changed, name="other")
+
+
+def test_a_folder_of_another_autoencoder_size_or_source_is_refused_naming_both(
+    images, autoencoder, other, encoded, tmp_path, vae_folder
+):
+    whole = contents(encoded)
+    for arguments, message in (
+        ((images, other), rf"of the autoencoder {vae_folder} \(\w+\), not of the autoencoder oth"),
+        (
+            (images, autoencoder, {"image_size": 4}),
+            "of image_size 8, not of image_size 4; give ano",
+        ),
+        ((images / "cat", autoencoder), rf"of source {images}, not of source {images}/cat; give"),
+        ((images, autoencoder, {"dtype": "float16"}), "of dtype float32, not of dtype float16"),
+        ((images, autoencoder, {"mirror": False}), "of mirror True, not of mirror False"),
+    ):
+        *paths, changes = (*arguments, {})[:3]
+        with pytest.raises(ValueError, match=message) as error:
+            encode(*paths, encoded, **changes)
+        assert "\n" not in str(error.value) and str(error.value).startswith(f"{encoded}: ")
+    assert contents(encoded) == whole
+
+
+def test_another_name_of_the_same_encoder_goes_on(images, autoencoder, encoded):
+    whole = contents(encoded)
+    decoder = jax.tree.map(lambda leaf: leaf + 1, autoencoder.params["decoder"])
+    params = autoencoder.params | {"decoder": decoder}
+    encode(images, dataclasses.replace(autoencoder, params=params, name="ema"), encoded)
+    assert contents(encoded) == whole
+
+
+@pytest.fixture
+def one_bad(images, tmp_path) -> Path:
+    """A folder of three images, the second of which is none."""
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "0.png").write_bytes((images / "cat" / "0.png").read_bytes())
-    (folder / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=f"^{folder}/1.png: cannot be decoded"):
-        encode(folder, autoencoder, tmp_path / "latents", batch_size=1)
-    assert [file.name for file in tmp_path.iterdir()] == ["images"]
+    for i, content in enumerate([None, b"no image", None]):
+        file = images / "cat" / f"{i}.png"
+        (folder / f"{i}.png").write_bytes(content or file.read_bytes())
+    return folder
+
+
+def test_a_damaged_image_is_named(one_bad, autoencoder, tmp_path):
+    with pytest.raises(data.BadImage, match=f"^{one_bad}/1.png: cannot be decoded"):
+        encode(one_bad, autoencoder, tmp_path / "latents")
+    with pytest.raises(FileNotFoundError, match="latents: is not finished; run the tools/encode_"):
+        data.latents_source(tmp_path / "latents")
+
+
+def test_a_damaged_image_can_be_left_out(one_bad, autoencoder, tmp_path):
+    skip = {"on_bad_image": "skip", "max_bad_fraction": 0.4}
+    cache = encode(one_bad, autoencoder, tmp_path / "latents", **skip)
+    whole = data.folder_source(one_bad)
+    assert len(cache) == 2
+    for i, image in enumerate([0, 2]):
+        crop = data.to_unit_range(data.center_crop(whole[image]["image"], SIZE))
+        expected = np.concatenate(autoencoder.encode(crop[None]), axis=-1)[0]
+        np.testing.assert_allclose(cache[i]["image"], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="1 of 3 images cannot be used, more than max_bad_fraction"
+    ):
+        encode(one_bad, autoencoder, tmp_path / "again", on_bad_image="skip")
 
 
 def test_what_cannot_be_encoded_or_trained_on_is_refused(
     images, autoencoder, tmp_path, monkeypatch
 ):
-    source = data.folder_source(images)
+    source, output = data.folder_source(images), tmp_path / "latents"
     rescaled = dataclasses.replace(autoencoder, scale=0.13025)
     latents = data.arrays(np.zeros((1, 4, 4, 8), np.float32))
     for case, message in (
@@ -144,11 +345,11 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
         ((latents, autoencoder, SIZE), r"^arrays: holds latents already; give a source of images$"),
     ):
         with pytest.raises(ValueError, match=message):
-            tool().encode_latents(*case[:2], tmp_path / "latents", image_size=case[2])
+            tool().encode_latents(*case[:2], output, image_size=case[2])
+    assert not output.exists()
     monkeypatch.setattr(tool().shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: 0.0 GB are free, the latents take"):
-        encode(images, autoencoder, tmp_path / "latents")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=rf"^{output}: 0.0 GB are free, the latents take"):
+        encode(images, autoencoder, output)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -157,17 +358,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_the_command_encodes_a_folder(images, vae_folder, autoencoder, tmp_path):
+def test_the_command_encodes_a_folder(images, vae_folder, encoded, tmp_path):
     output = tmp_path / "latents"
     done = run(
         f"--data_path={images}", f"--vae={vae_folder}", f"--image_size={SIZE}",
         f"--output={output}", "--batch_size=8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(output)
-    encode(images, autoencoder, tmp_path / "again")
-    ours = np.load(tmp_path / "again" / "latents.npy")
-    np.testing.assert_allclose(np.load(output / "latents.npy"), ours, rtol=1e-4, atol=1e-5)
+    assert done.stdout.strip() == str(output) and "5/5" in done.stderr
+    for i in range(COUNT):
+        ours, known = (data.latents_source(folder)[i]["image"] for folder in (output, encoded))
+        np.testing.assert_allclose(ours, known, rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_ends_in_one_line_on_bad_input(tmp_path):

@@ -43,9 +43,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of 20 encoded latents of 8 × 8 × 4 in 10 classes."""
+    """A folder of 20 images of 8 × 8 × 4 in 10 classes."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    np.save(folder / "latents.npy", rng.uniform(0.1, 1, (20, 8, 8, 8)).astype(np.float32))
+    np.save(folder / "images.npy", rng.integers(0, 256, (20, 8, 8, 4), np.uint8))
     np.save(folder / "labels.npy", np.arange(20) % 10)
     return folder
 
@@ -55,7 +55,7 @@ def config_for(name, init_from="", data="", **changes):
     config = pretrained.create_config(pretrained.architecture_of(reference(name).model()))
     config.update(batch_size=BATCH, log_every=1, num_steps=1, init_from=str(init_from))
     config.masking.ratio_span = 0.0  # one number of kept tokens, so one step to compile
-    config.data.path = str(data)
+    config.data.update(name="npy", path=str(data))
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
 
@@ -267,7 +267,7 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
 
 
 def test_a_finetuned_run_goes_on_without_its_source(weights, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run: compiled_steps())
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: compiled_steps())
     source = shutil.copy(weights / "dit.safetensors", tmp_path / "source.safetensors")
     config, workdir = config_for("dit", source, data), tmp_path / "run"
     assert int(train.train(config, workdir).step) == 1

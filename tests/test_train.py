@@ -190,8 +190,8 @@ def finished(tiny_config, tmp_path_factory):
     workdir, steps = tmp_path_factory.mktemp("finished"), {}
     compile_steps = train.Run.compile_steps
 
-    def keep_steps(run):
-        steps.update(compile_steps(run))
+    def keep_steps(run, source):
+        steps.update(compile_steps(run, source))
         return steps
 
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,7 @@ def test_nothing_compiles_after_the_first_step(finished):
 
 
 def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path, monkeypatch):
-    def compile_only_first(run):
+    def compile_only_first(run, _):
         first, second = run.counts
         return {first: finished.steps[first], second: run.trainer.jit_step(second)}
 
@@ -289,7 +289,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
 @pytest.mark.smoke
 def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished.workdir, tmp_path / "longer")
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run: finished.steps)
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     state = train.train(changed(finished.config, num_steps=15, sample__every=0), workdir)
     assert int(state.step) == 15
     before, after = logged(finished.workdir), logged(workdir)
@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
         return step
 
     steps = {count: poisoned(step) for count, step in finished.steps.items()}
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run: steps)
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     config = changed(finished.config, sample__every=0)
     with pytest.raises(train.NonFiniteLoss) as error:
         train.train(config, tmp_path)
@@ -328,7 +328,7 @@ def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monke
         return state, values | {"grad_norm": np.float32(np.inf)}
 
     steps = dict.fromkeys(finished.steps, diverged)
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run: steps)
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     with pytest.raises(SystemExit, match="^error: grad_norm is inf at step 1; there is no checkpo"):
         command(monkeypatch, changed(finished.config, sample__every=0), tmp_path)
 
@@ -446,6 +446,8 @@ def test_a_dry_run_shows_the_run_and_touches_nothing(tiny_config, tmp_path, monk
 
 CONFIGS = {  # and its trainable parameters
     "digits.py": None,
+    "digits_inpainting.py": None,
+    "finetune_folder.py": None,
     "ffhq256.py": None,
     "imagenet256.py:MDTv2-XL/2": 742_263_904,
     "imagenet256_step_decay.py": 742_263_904,
@@ -466,8 +468,8 @@ def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
     shown = capsys.readouterr().out
     if CONFIGS[name]:
         assert f"{CONFIGS[name]:,} trainable parameters" in shown
-    if config.data.name == "npy":
-        assert "not there" in shown and "data.path" in shown
+    if config.data.name == "latents":
+        assert "not there" in shown and "data.path" in shown, shown
     path = f"configs/{name.split(':')[0]}"
     assert f"python -m mdt_jax.train --config {path}" in (ROOT / path).read_text()
 

@@ -6,6 +6,7 @@ from mdt_jax.data.pipeline import (
     DevicePrefetcher,
     ExampleStream,
     create_batches,
+    example_spec,
     prefetch_to_device,
 )
 from mdt_jax.data.sources import (
@@ -15,6 +16,7 @@ from mdt_jax.data.sources import (
     create_source,
     digits,
     folder_source,
+    latents_source,
     npy_directory,
     tfds_source,
 )
@@ -22,8 +24,6 @@ from mdt_jax.data.transforms import (
     LATENT_SCALE,
     center_crop,
     random_crop,
-    random_flip,
-    sample_latent,
     to_unit_range,
 )
 
@@ -40,12 +40,12 @@ __all__ = [
     "create_source",
     "decode_image",
     "digits",
+    "example_spec",
     "folder_source",
+    "latents_source",
     "npy_directory",
     "prefetch_to_device",
     "random_crop",
-    "random_flip",
-    "sample_latent",
     "tfds_source",
     "to_unit_range",
 ]

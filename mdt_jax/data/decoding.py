@@ -26,6 +26,12 @@ class BadImage(ValueError):
 def decode_image(
     file: str | Path | bytes, name: str, channels: int = 3
 ) -> UInt8[np.ndarray, "h w {channels}"]:
+    """The pixels of `decode_picture`, whose arguments these are, and errors."""
+    pixels = np.asarray(decode_picture(file, name, channels))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Image.Image:
     """The picture in a file, or in the bytes of one, as a person would see it.
 
     The format is what the contents say, whatever the file is called. Colours are as ADM's loader
@@ -44,6 +50,9 @@ def decode_image(
         name: how messages call it.
         channels: 3 for RGB, 1 for gray.
 
+    Returns:
+        Of mode "RGB" or "L", all of it in memory.
+
     Raises:
         BadImage: missing, cut off or damaged, of an unknown format, of more pixels than Pillow
             opens (`PIL.Image.MAX_IMAGE_PIXELS`, twice), or of values without a known white.
@@ -51,7 +60,7 @@ def decode_image(
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             picture.load()
-            pixels = np.asarray(_flatten(_turn_upright(picture), "RGB" if channels == 3 else "L"))
+            return _flatten(_turn_upright(picture), "RGB" if channels == 3 else "L")
     except MemoryError:  # no fault of the picture's
         raise
     # Damage surfaces in Pillow's decoders as nearly any exception: struct.error, IndexError, ...
@@ -59,7 +68,6 @@ def decode_image(
         raise BadImage(
             f"{name}: cannot be decoded ({_reason(error)}); replace the image or remove it"
         ) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

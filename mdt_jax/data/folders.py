@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from mdt_jax.data.decoding import decode_image
+from mdt_jax.data.decoding import decode_picture
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")
@@ -36,9 +37,14 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        path = self.path / self.files[index]
-        label = 0 if self.labels is None else int(self.labels[index])
-        return decode_image(path, str(path)), label
+        ((picture, label),) = self.pictures([index])
+        return np.asarray(picture), label
+
+    def pictures(self, indices: Sequence[int]) -> list[tuple[Image.Image, int]]:
+        """RGB pictures and labels, decoded now."""
+        paths = [self.path / self.files[index] for index in indices]
+        labels = [0 if self.labels is None else int(self.labels[index]) for index in indices]
+        return [(decode_picture(p, str(p)), label) for p, label in zip(paths, labels, strict=True)]
 
 
 def read_folder(path: str | Path, class_order: str = "string", labels: str = "auto") -> ImageFolder:

@@ -1,14 +1,19 @@
 """The input pipeline: shuffled, endless batches for each process, and from there onto the devices.
 
-A run is a sequence of examples i = 0, 1, 2, ..., and example i (which image, whether mirrored,
-which latent of its posterior) is a pure function of (seed, i). Batch size, processes, workers and
-restarts only decide who computes it and when. So an iterator's whole state is one number, the
-global position: how many examples of the run all the processes have been given.
+A run is a sequence of examples i = 0, 1, 2, ..., and example i (which image, where cropped, whether
+mirrored) is a pure function of (seed, i). Batch size, processes, workers and restarts only decide
+who computes it and when. So an iterator's whole state is one number, the global position: how many
+examples of the run all the processes have been given.
 
-Grain reads in parallel; order and randomness are computed here, from Philox, whose raw output (all
-that the order needs) NumPy promises never to change. Grain's own `shuffle` is as pure a function,
-but a four-round cipher, whose order over ImageNet's length is correlated (0.05 at lag 1024), and
-nothing promises its algorithm to later versions.
+An example of encoded data is the posterior of a latent, mean and standard deviation. The latent is
+drawn from it on the devices, in the training step, like the step's other noise: 4,096 normal
+numbers take a CPU core longer to draw than all the rest of a latent takes to read.
+
+A process's rows of a batch are read as one block. Grain has blocks read in parallel; order and
+randomness are computed here, from Philox, whose raw output (all that the order needs) NumPy
+promises never to change. Grain's own `shuffle` is as pure a function, but a four-round cipher,
+whose order over ImageNet's length is correlated (0.05 at lag 1024), and nothing promises its
+algorithm to later versions.
 """
 
 import contextlib
@@ -19,20 +24,24 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jaxtyping import Int64
 
+from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.sources import Source
-from mdt_jax.data.transforms import center_crop, random_flip, sample_latent, to_unit_range
+from mdt_jax.data.transforms import center_crop, random_crop, to_unit_range
 
 # Philox is keyed by (seed, purpose), so that the draws for one purpose never meet another's.
 _ORDER, _AUGMENTATION = 0, 1
+CROPS = {"center": lambda image, size, rng: center_crop(image, size), "random": random_crop}
+ON_BAD_IMAGE = ("error", "skip")
+IMAGES_AT_ONCE = 16  # of a block, decoded before the first of them is cropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +55,36 @@ class ExampleStream:
         source: what the examples are read from.
         seed: 0 <= seed < 2**64.
         image_size: crop and resize images to this height and width; None leaves them as they are.
-        flip: mirror each example with probability 1/2. The mirrored latent of an image is close
-            to, but not exactly, the latent of the mirrored image.
+        flip: mirror each example with probability 1/2. Encoded data of a cache with mirror images
+            give the posterior of the mirrored image; others the mirrored posterior, which is close
+            to it, but not the same.
+        crop: "center" or "random", how images are cropped.
+        on_bad_image: what becomes of an image that cannot be used: "error", or "skip", which puts
+            the next record that can be used in its place, after the last the first.
+        max_bad_fraction: with "skip", stop when more than this part of the records is bad.
 
     Raises:
-        ValueError: a seed out of range, or an image size that the source needs or cannot have.
+        ValueError: a seed or fraction out of range, an unknown `crop` or `on_bad_image`, or an
+            image size that the source needs or cannot have.
     """
 
     source: Source
     seed: int
     image_size: int | None = None
     flip: bool = False
+    crop: str = "center"
+    on_bad_image: str = "error"
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be in 0 ... 2**64 - 1")
+        for name, known in (("crop", CROPS), ("on_bad_image", ON_BAD_IMAGE)):
+            if getattr(self, name) not in known:
+                choices = ", ".join(map(repr, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {choices}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; it must be in 0 ... 1")
         height, width, _ = self.source.image_shape
         if self.image_size is None:
             if height is None or width is None:
@@ -75,30 +99,166 @@ class ExampleStream:
                 f"image_size {self.image_size}; encode the images again at the size wanted"
             )
 
-    def __len__(self) -> int:
-        return sys.maxsize  # Grain wants a length; this one is never reached
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": float32 (H, W, C), pixels in [-1, 1], "label": np.int32} of example `index`."""
-        epoch, place = divmod(index, len(self.source))
-        record = int(epoch_order(self.seed, epoch, len(self.source))[place])
-        try:
-            example = self.source[record]
-            image = self._augment(example["image"], _generator(self.seed, _AUGMENTATION, index))
-        except Exception as error:
-            error.add_note(f"in record {record} of {self.source.name}, example {index} of the run")
-            raise
-        return {"image": image, "label": example["label"]}
+        """Example `index`, a row of what `block` gives."""
+        block = self.block(index, 1)
+        return {"image": block["image"][0], "label": block["label"][0]}
 
-    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        # The latent is drawn first, so that its noise does not depend on the `flip` setting.
+    def block(self, first: int, count: int) -> dict[str, Any]:
+        """Examples `first` ... `first + count - 1`, read at once.
+
+        Returns:
+            {"image": float32 (count, H, W, C), pixels in [-1, 1], or posteriors of latents, of the
+            stored type and 2C channels, "label": int32 (count,)}; and "bad", pairs of a record that
+            was passed over and what is wrong with it, if bad images are skipped.
+
+        Raises:
+            BadImage: an image that cannot be used, or too many of them.
+        """
+        indices = range(first, first + count)
+        records = _records(self.seed, indices, len(self.source))
         if self.source.latents:
-            image = sample_latent(image, rng)
-        elif self.image_size is not None:
-            image = center_crop(image, self.image_size)
-        if self.flip:
-            image = random_flip(image, rng)
-        return image if self.source.latents else to_unit_range(image)
+            return self._read_posteriors(records, indices)
+        return self._read_images(records, indices)
+
+    def _read_posteriors(
+        self, records: Int64[np.ndarray, "n"], indices: range
+    ) -> dict[str, np.ndarray]:
+        rngs = _generators(self.seed, _AUGMENTATION, indices) if self.flip else ()
+        mirror = np.array([rng.random() < 0.5 for rng in rngs] or [False] * len(indices))
+        with self._noted("", indices):
+            cache = self.source.records
+            if hasattr(cache, "read_posteriors"):
+                rows = mirror if cache.mirrored else None
+                posteriors, labels = cache.read_posteriors(records, rows)
+            else:
+                examples = self.source.__getitems__(records.tolist())
+                posteriors = np.stack([example["image"] for example in examples])
+                labels = np.array([example["label"] for example in examples])
+        if mirror.any() and not getattr(cache, "mirrored", False):
+            posteriors[mirror] = posteriors[mirror, :, ::-1]
+        return {"image": posteriors, "label": labels}
+
+    def _read_images(self, records: Int64[np.ndarray, "n"], indices: range) -> dict[str, Any]:
+        pixels, labels, bad = None, np.empty(len(indices), np.int32), []
+        rngs = _generators(self.seed, _AUGMENTATION, indices)
+        examples = self._read_examples(records.tolist(), indices, bad)
+        for row, (example, rng) in enumerate(zip(examples, rngs, strict=True)):
+            mirror = rng.random() < 0.5  # drawn first, so that no other setting changes it
+            image = example["image"]
+            if self.image_size is not None:
+                image = CROPS[self.crop](image, self.image_size, rng)
+            if pixels is None:
+                pixels = np.empty((len(indices), *image.shape), np.float32)
+            to_unit_range(image[:, ::-1] if self.flip and mirror else image, pixels[row])
+            labels[row] = example["label"]
+        block = {"image": pixels, "label": labels}
+        return block | {"bad": bad} if self.on_bad_image == "skip" else block
+
+    def _read_examples(
+        self, records: list[int], indices: range, bad: list[tuple[int, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """The examples of records, or of those in their place; takes down the bad ones.
+
+        A few at a time: hundreds of decoded images would not stay in the processor's cache.
+        """
+        # Pictures are cropped before their pixels are looked at.
+        read = self.source.__getitems__ if self.image_size is None else self.source.pictures
+        at_once = IMAGES_AT_ONCE if hasattr(self.source.records, "__getitems__") else 1
+        for first in range(0, len(records), at_once):
+            some, places = records[first : first + at_once], indices[first : first + at_once]
+            if at_once > 1:
+                try:
+                    with self._noted("", places):
+                        examples = read(some)
+                except BadImage:
+                    if self.on_bad_image == "error":
+                        raise
+                else:
+                    yield from examples
+                    continue
+            for record, index in zip(some, places, strict=True):
+                with self._noted(f"record {record} of ", [index]):
+                    if self.on_bad_image == "skip":
+                        example = self._next_good(read, record, bad)
+                    else:
+                        (example,) = read([record])
+                yield example
+
+    def _next_good(self, read: Callable, record: int, bad: list[tuple[int, str]]) -> dict[str, Any]:
+        """The example of the first record from `record` on that can be used."""
+        known = len(bad)
+        while True:
+            try:
+                return read([record])[0]
+            except BadImage as error:
+                bad.append((record, str(error)))
+            check_bad_fraction(self.source, self.max_bad_fraction, dict(bad[known:]))
+            record = (record + 1) % len(self.source)
+
+    @contextlib.contextmanager
+    def _noted(self, what: str, indices: Sequence[int]) -> Iterator[None]:
+        """Notes on an exception what was being read."""
+        try:
+            yield
+        except Exception as error:
+            examples = " ... ".join(map(str, sorted({indices[0], indices[-1]})))
+            error.add_note(f"in {what}{self.source.name}, example {examples} of the run")
+            raise
+
+
+def check_bad_fraction(source: Source, max_fraction: float, bad: dict[int, str]) -> None:
+    """Raises BadImage if more records of a source are bad than that part of all."""
+    if len(bad) > max_fraction * len(source) or len(bad) == len(source):
+        raise BadImage(
+            f"{source.name}: {len(bad):,} of {len(source):,} images cannot be used, more than "
+            f"max_bad_fraction {max_fraction:g} allows; the last: {list(bad.values())[-1]}"
+        )
+
+
+def example_spec(source: Source, image_size: int | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of an example of the pipeline's, of images cropped to `image_size`."""
+    height, width, channels = source.image_shape
+    if source.latents:
+        stored = getattr(source.records, "description", None)
+        dtype = np.dtype(np.float32 if stored is None else stored.dtype)
+        shape = (height, width, 2 * channels)
+    else:
+        dtype = np.dtype(np.float32)
+        shape = (image_size or height, image_size or width, channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, dtype),
+        "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """One process's rows of global batch k, by k: what Grain shares out to threads and workers."""
+
+    stream: ExampleStream
+    position: int
+    rows: int
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        return (sys.maxsize - self.position) // (self.rows * self.process_count)  # never reached
+
+    def __getitem__(self, batch: int) -> dict[str, Any]:
+        block = batch * self.process_count + self.process_index
+        return self.stream.block(self.position + block * self.rows, self.rows)
+
+
+def _records(seed: int, indices: range, count: int) -> Int64[np.ndarray, "n"]:
+    """The records of consecutive examples, which may run over ends of epochs."""
+    parts, first = [], indices.start
+    while first < indices.stop:
+        epoch, place = divmod(first, count)
+        part = epoch_order(seed, epoch, count)[place : place + indices.stop - first]
+        parts.append(part)
+        first += len(part)
+    return np.concatenate(parts)
 
 
 # 8 bytes a record, 10 MB for ImageNet: kept for the epochs that reading ahead and a second stream
@@ -107,30 +267,52 @@ class ExampleStream:
 def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "{count}"]:
     """The order of `count` records in an epoch: the argsort of uniform 64-bit draws, so that every
     permutation is as likely as any other."""
-    draws = _generator(seed, _ORDER, epoch).bit_generator.random_raw(count)
+    draws = _philox(seed, _ORDER, epoch).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
-def _generator(seed: int, purpose: int, index: int) -> np.random.Generator:
+def _philox(seed: int, purpose: int, index: int) -> np.random.Philox:
     """Philox at block (0, 0, 0, index) of its counter: 2**192 blocks before it meets the next."""
     key = np.array([seed, purpose], np.uint64)
-    counter = np.array([0, 0, 0, index], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64))
+
+
+def _generators(seed: int, purpose: int, indices: Sequence[int]) -> Iterator[np.random.Generator]:
+    """The generator of each index in turn, of use until the next one is taken.
+
+    It is one object that is set anew: to make another takes seven times as long.
+    """
+    bits = _philox(seed, purpose, 0)
+    generator, state = np.random.Generator(bits), bits.state
+    for index in indices:
+        state["state"]["counter"][3] = index
+        bits.state = state
+        yield generator
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
     """One process's rows of every global batch, read ahead of need; `create_batches` makes it.
 
-    Each batch is {"image": float32 (b, H, W, C), "label": int32 (b,)}, b being the global batch
-    size over the number of processes. Also a context manager, which closes it.
+    Each batch is {"image": (b, H, W, C), "label": int32 (b,)}, b being the global batch size over
+    the number of processes: images float32, or posteriors of latents, with twice the latent's
+    channels (see `ExampleStream.block`). Also a context manager, which closes it.
+
+    Attributes:
+        stream: the run's examples.
+        num_skipped: how many times, so far, a bad image was passed over.
+        bad_records: what is wrong with each of those, by record.
     """
 
     def __init__(
         self,
+        stream: ExampleStream,
         open_at: Callable[[int], grain.DatasetIterator],
         position: int,
         global_batch_size: int,
     ):
+        self.stream = stream
+        self.num_skipped = 0
+        self.bad_records: dict[int, str] = {}
         self._open_at = open_at
         self._position = position
         self._global_batch_size = global_batch_size
@@ -151,6 +333,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             self._readers.append(self._open_at(self._position))
         try:
             batch = next(self._readers[0])
+            self._report(batch.pop("bad", ()))
         except BaseException:
             # Grain would go on with the batch after the one that failed; a caller that tries
             # again must get the one that it was owed.
@@ -158,6 +341,18 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             raise
         self._position += self._global_batch_size
         return {name: _own_memory(rows) for name, rows in batch.items()}
+
+    def _report(self, bad: Iterable[tuple[int, str]]) -> None:
+        """Counts bad images, and warns of each the first time that it is met."""
+        for record, reason in bad:
+            self.num_skipped += 1
+            if record not in self.bad_records:
+                self.bad_records[record] = reason
+                count = len(self.bad_records)
+                logging.warning("skipping %s (%d bad so far)", reason, count)
+                check_bad_fraction(
+                    self.stream.source, self.stream.max_bad_fraction, self.bad_records
+                )
 
     def close(self) -> None:
         """Ends the reading threads and workers; a later `next` would start them at `position`."""
@@ -193,6 +388,9 @@ def create_batches(
     position: int = 0,
     num_workers: int = 0,
     read_ahead: int = 4,
+    crop: str = "center",
+    on_bad_image: str = "error",
+    max_bad_fraction: float = 0.01,
 ) -> BatchIterator:
     """This process's batches of an endless run over `source`, shuffled anew each epoch.
 
@@ -203,7 +401,7 @@ def create_batches(
     Args:
         source: what to read.
         global_batch_size: examples in a batch of all processes together.
-        seed: of order, mirroring and latent noise, 0 <= seed < 2**64.
+        seed: of order, crops and mirroring, 0 <= seed < 2**64.
         process_index: which rows to read, 0 <= process_index < process_count. Processes that hold
             the same rows (replicas, or parts of one tensor-parallel group) pass the same index.
         process_count: into how many parts the rows are divided; with pure data parallelism
@@ -217,10 +415,11 @@ def create_batches(
             in memory. A program that uses them needs an `if __name__ == "__main__":` guard.
         read_ahead: batches prepared before they are asked for, and without workers also the
             number of threads that prepare them.
+        crop, on_bad_image, max_bad_fraction: as `ExampleStream` has them.
 
     Raises:
-        ValueError: a number out of range, a batch that the processes cannot share equally, or an
-            image size that the source needs or cannot have.
+        ValueError: a number out of range, a batch that the processes cannot share equally, an
+            image size that the source needs or cannot have, or an unknown word.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
@@ -239,18 +438,14 @@ def create_batches(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    stream = ExampleStream(source, seed, image_size, flip)
+    stream = ExampleStream(source, seed, image_size, flip, crop, on_bad_image, max_bad_fraction)
     rows = global_batch_size // process_count
 
     def open_at(position: int) -> grain.DatasetIterator:
-        # Batches are formed before workers share them out: after, a batch would hold one worker's
-        # examples instead of consecutive ones.
-        batches = grain.MapDataset.source(stream).slice(slice(position, None)).batch(rows)
-        return _read(
-            batches.slice(slice(process_index, None, process_count)), num_workers, read_ahead
-        )
+        blocks = _Blocks(stream, position, rows, process_index, process_count)
+        return _read(grain.MapDataset.source(blocks), num_workers, read_ahead)
 
-    return BatchIterator(open_at, position, global_batch_size)
+    return BatchIterator(stream, open_at, position, global_batch_size)
 
 
 def _read(batches: grain.MapDataset, num_workers: int, read_ahead: int) -> grain.DatasetIterator:

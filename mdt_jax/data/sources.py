@@ -14,9 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+from PIL import Image
 
-from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.data.decoding import BadImage, decode_picture
 from mdt_jax.data.folders import read_folder
+from mdt_jax.data.latent_cache import LatentCache
 
 __all__ = [
     "BadImage",
@@ -26,6 +28,7 @@ __all__ = [
     "create_source",
     "digits",
     "folder_source",
+    "latents_source",
     "npy_directory",
     "tfds_source",
 ]
@@ -36,7 +39,8 @@ class Records(Protocol):
     """What a `Source` reads from. It must pickle, to travel to the pipeline's worker processes.
 
     Records that are faster to read many at a time also have `__getitems__`, of a sequence of
-    indices, which returns a list of what `__getitem__` would.
+    indices, which returns a list of what `__getitem__` would; those that are stored encoded have
+    `pictures`, which returns Pillow's instead of arrays.
     """
 
     def __len__(self) -> int: ...
@@ -100,6 +104,19 @@ class Source:
             return [self._example(i, *self.records[i]) for i in indices]
         return [self._example(i, *r) for i, r in zip(indices, read_block(indices), strict=True)]
 
+    def pictures(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """`__getitems__`, but images that are stored encoded are Pillow's pictures.
+
+        To crop those takes less time than to crop their pixels.
+        """
+        read_pictures = getattr(self.records, "pictures", None)
+        if read_pictures is None:
+            return self.__getitems__(indices)
+        for index in indices:
+            self._check_index(index)
+        found = zip(indices, read_pictures(indices), strict=True)
+        return [{"image": picture, "label": self._label(i, n)} for i, (picture, n) in found]
+
     def describe(self) -> str:
         """One line for a log: how many examples, and the number of every class, or of the first
         ten and the last."""
@@ -115,15 +132,18 @@ class Source:
             raise IndexError(f"{self.name}: no example {index}; it holds 0 ... {len(self) - 1}")
 
     def _example(self, index: int, image: np.ndarray, label: int) -> dict[str, Any]:
+        return {
+            "image": np.asarray(image, np.float32 if self.latents else np.uint8),
+            "label": self._label(index, label),
+        }
+
+    def _label(self, index: int, label: int) -> np.int32:
         if not 0 <= label < max(1, len(self.class_names)):
             raise ValueError(
                 f"{self.name}: record {index} has label {label}; with {len(self.class_names)} "
                 f"classes labels are 0 ... {max(0, len(self.class_names) - 1)}"
             )
-        return {
-            "image": np.asarray(image, np.float32 if self.latents else np.uint8),
-            "label": np.int32(label),
-        }
+        return np.int32(label)
 
 
 def digits(split: str = "train") -> Source:
@@ -219,6 +239,20 @@ def folder_source(path: str | Path, class_order: str = "string", labels: str = "
     """
     folder = read_folder(path, class_order, labels)
     return Source(str(folder.path), folder, (None, None, 3), folder.class_names, note=folder.layout)
+
+
+def latents_source(path: str | Path) -> Source:
+    """Latents that `tools/encode_latents.py` wrote: their posteriors.
+
+    Raises:
+        FileNotFoundError: no such folder, or not one that the tool finished.
+        ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
+    """
+    cache = LatentCache.open(path)
+    d = cache.description
+    return Source(
+        str(path), cache, d.latent_shape, d.class_names, latents=True, note=cache.describe()
+    )
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
@@ -331,10 +365,11 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
             "digits": `split` is "train" (the default), "heldout" or "all";
             "folder": `path` is a folder of images, with `class_order` and `labels` as
                 `folders.read_folder` has them;
+            "latents": `path` is a folder that `tools/encode_latents.py` made;
             "npy": `path` is a folder of .npy files;
             "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder
                 or the dataset's own.
-            A "folder" or "npy" is one split, called "train".
+            A "folder", "latents" or "npy" is one split, called "train".
 
     Raises:
         ValueError: an unknown name or split, or no path where one is needed.
@@ -344,10 +379,14 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
     split, path = data_config.get("split") or "train", data_config.get("path")
     if name == "digits":
         return digits(split)
-    if name in ("folder", "npy"):
-        what = "images" if name == "folder" else "images.npy or latents.npy"
+    contents = {
+        "folder": "images",
+        "latents": "latents, which tools/encode_latents.py makes",
+        "npy": "images.npy or latents.npy",
+    }
+    if name in contents:
         if not path:
-            raise ValueError(f"data.name {name!r} needs data.path, the folder of {what}")
+            raise ValueError(f"data.name {name!r} needs data.path, the folder of {contents[name]}")
         if split != "train":
             raise ValueError(
                 f"data.split is {split!r}, but a folder is one split, 'train': name another folder "
@@ -355,11 +394,15 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
             )
         if name == "npy":
             return npy_directory(path)
+        if name == "latents":
+            return latents_source(path)
         order, labels = data_config.get("class_order"), data_config.get("labels")
         return folder_source(path, order or "string", labels or "auto")
     if name.startswith("tfds:"):
         return tfds_source(name.removeprefix("tfds:"), split, path)
-    raise ValueError(f"data.name is {name!r}; known are 'digits', 'folder', 'npy' and 'tfds:NAME'")
+    raise ValueError(
+        f"data.name is {name!r}; known are 'digits', 'folder', 'latents', 'npy' and 'tfds:NAME'"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,6 +460,11 @@ class _TfdsRecords:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        found = self.pictures(indices)
+        return [(_to_pixels(picture), label) for picture, label in found]
+
+    def pictures(self, indices: Sequence[int]) -> list[tuple[Image.Image | np.ndarray, int]]:
+        """Pictures, or arrays where TFDS decodes them, and labels."""
         try:
             examples = self.examples.__getitems__(indices)
         except RuntimeError as error:  # ArrayRecord's; it reads many records or none
@@ -425,11 +473,18 @@ class _TfdsRecords:
             ) from error
         return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
 
-    def _record(self, index: int, example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
+    def _record(
+        self, index: int, example: Mapping[str, Any]
+    ) -> tuple[Image.Image | np.ndarray, int]:
         image = example["image"]
         if self.channels is not None:
-            image = decode_image(image, f"{self.name}: record {index}", self.channels)
+            image = decode_picture(image, f"{self.name}: record {index}", self.channels)
         return image, int(example["label"]) if self.labelled else 0
+
+
+def _to_pixels(picture: Image.Image | np.ndarray) -> np.ndarray:
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _from_arrays(
