@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +375,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
     config = run.config
     state, meta = run.restore(store)
-    _check_autoencoder(meta, source, run.workdir)
+    _check_same_data(meta, source, run.workdir)
     first = int(state.step)
     if first >= config.num_steps:
         logging.info("%s is trained already: step %d of %d", run.workdir, first, config.num_steps)
@@ -409,6 +410,7 @@ def _train(run: Run, source: Any, store: Checkpoints) -> TrainState:
                 meta = {
                     "config": config_lib.to_json(config),
                     "class_names": list(source.class_names),
+                    "num_examples": len(source),
                     "autoencoder": _autoencoder(source),
                     "position": position,
                     "window": window.state(),
@@ -451,14 +453,31 @@ def _autoencoder(source: Source) -> str | None:
     return getattr(getattr(source.records, "description", None), "vae_digest", None)
 
 
-def _check_autoencoder(meta: dict[str, Any], source: Source, workdir: Path) -> None:
-    """Refuses, with ValueError, to go on with latents of another autoencoder."""
+def _check_same_data(meta: dict[str, Any], source: Source, workdir: Path) -> None:
+    """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
+    if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows
+        return
+    way_out = "give the data it was trained on as data.path, or another --workdir"
+    names = zip_longest(meta["class_names"], source.class_names)
+    for label, (before, now) in enumerate(names):
+        if before != now:
+            raise ValueError(
+                f"{source.name}: class {label} is {now!r}, and was {before!r} when {workdir} was "
+                f"trained; {way_out}"
+            )
     before, now = meta.get("autoencoder"), _autoencoder(source)
     if before and now and before != now:
         raise ValueError(
             f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "
-            f"{workdir} was trained on ({before[:12]}); give those as data.path, or another "
-            "--workdir"
+            f"{workdir} was trained on ({before[:12]}); {way_out}"
+        )
+    if (count := meta.get("num_examples", len(source))) != len(source):
+        logging.warning(
+            "%s: %d examples, and %d when the run was last saved: the rest of this epoch is of "
+            "another order",
+            source.name,
+            len(source),
+            count,
         )
 
 

@@ -24,7 +24,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import data
+from mdt_jax import data, train
+from mdt_jax.checkpoints import read_meta
+from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import prepare
 from mdt_jax.data.decoding import decode_image
 
@@ -638,3 +640,41 @@ def test_the_same_images_give_the_same_bytes(data_dir, tmp_path, imagenet):
     main(data_dir, "--imagenet", write_imagenet(tmp_path), "--name", "synsets")
     for path in (data_dir / "synsets" / "1.0.0").iterdir():
         assert path.read_bytes() == (imagenet / "synsets" / "1.0.0" / path.name).read_bytes()
+
+
+# ---- Training on them ---------------------------------------------------------------------------
+
+
+def test_the_digits_prepared_are_the_digits(data_dir, tmp_path):
+    scans = data.digits("heldout")
+    for i in range(len(scans)):
+        example = scans[i]
+        place = tmp_path / "digits" / str(example["label"]) / f"{i:03}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example["image"][..., 0]).save(place)
+    main(data_dir, "--folder", tmp_path / "digits", "--name", "scans")
+    prepared = open_source("tfds:scans", data_dir)
+    assert prepared.class_names == scans.class_names and len(prepared) == len(scans)
+
+    def contents(source):
+        examples = (source[i] for i in range(len(source)))
+        return sorted((int(e["label"]), e["image"][..., 0].tobytes()) for e in examples)
+
+    assert contents(prepared) == contents(scans)
+
+
+def test_a_model_trains_on_a_tar_of_tars(imagenet, tmp_path):
+    config = default_config()
+    config.model.update(name="DiT", input_size=8, in_channels=3, num_classes=-1, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    apply_recipe(config)
+    config.data.update(name="tfds:synsets", path=str(imagenet), crop="random")
+    config.update(num_steps=2, batch_size=8, log_every=1)
+    config.sample.every = 0
+    state = train.train(config, tmp_path / "run")
+    assert int(state.step) == 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines) and len(lines) == 2
+    _, meta = read_meta(tmp_path / "run")
+    assert tuple(meta["class_names"]) == open_source("tfds:synsets", imagenet).class_names
+    assert meta["config"]["model"]["num_classes"] == len(meta["class_names"])

@@ -1,5 +1,6 @@
 """The training command: it survives being killed, compiles once, and refuses what cannot work."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import checkpoints, distributed, images, metrics, train
+from mdt_jax import checkpoints, data, distributed, images, metrics, train
 from mdt_jax.config import default_config, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -472,6 +473,23 @@ def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
         assert "not there" in shown and "data.path" in shown, shown
     path = f"configs/{name.split(':')[0]}"
     assert f"python -m mdt_jax.train --config {path}" in (ROOT / path).read_text()
+
+
+def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
+    meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
+    check = functools.partial(train._check_same_data, source=source, workdir=Path("run"))
+    check(meta)
+    check({})  # a fresh run
+    check({"weights": {}, "class_names": []})  # converted, of data that nobody knows
+    assert not caplog.records
+    for names, said in ((["cat", "fox"], "class 1 is 'dog', and was 'fox'"),
+                        (["cat"], "class 1 is 'dog', and was None")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            check(meta | {"class_names": names})
+    check(meta | {"num_examples": 5})
+    assert "4 examples, and 5 when the run was last saved" in caplog.text
 
 
 def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):

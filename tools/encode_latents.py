@@ -10,7 +10,9 @@ there, too, and `data.flip=True` chooses between them. Without, it mirrors the l
 half the work and nearly, but not exactly, the latents of the mirrored images.
 
 The same command again goes on with a run that ended, shard by shard. A shard that is finished is
-not encoded again, one that is damaged is. Of several JAX processes each encodes its own shards.
+not encoded again, one that is damaged is. Several processes, each with its --process_index and the
+same --process_count and --output, encode shards of their own (the hosts of a TPU pod slice know
+theirs); run one process alone at the end if none of them wrote the manifest.
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ from mdt_jax.data import (
 )
 from mdt_jax.data.latent_cache import Description
 from mdt_jax.data.pipeline import check_bad_fraction
-from mdt_jax.distributed import initialize_distributed
 from mdt_jax.latents import Autoencoder
 
 
@@ -264,11 +265,15 @@ def main(_: list[str]) -> None:
     """The command: one clear line and exit status 1 for what a user can mend."""
     f = flags.FLAGS
     try:
-        initialize_distributed()
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
         mesh = sharding.create_mesh(devices=jax.local_devices())
+        # Not joined by jax.distributed, whose first process to leave would end the others.
+        index = jax.process_index() if f.process_index is None else f.process_index
+        count = jax.process_count() if f.process_count is None else f.process_count
+        if not 0 <= index < count:
+            raise ValueError(f"--process_index {index} is outside 0 to --process_count {count} - 1")
         finished = encode_latents(
             source,
             Autoencoder.load(f.vae, mesh, dtype=f.compute_dtype),
@@ -280,9 +285,9 @@ def main(_: list[str]) -> None:
             images_per_shard=f.images_per_shard,
             on_bad_image=f.on_bad_image,
             max_bad_fraction=f.max_bad_fraction,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            progress=jax.process_index() == 0,
+            process_index=index,
+            process_count=count,
+            progress=index == 0,
         )
         print(f.output if finished else f"{f.output}: other processes are still encoding")
     except (ValueError, OSError) as error:
@@ -305,6 +310,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over a process's devices.")
     flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.")
+    flags.DEFINE_integer("process_index", None, "Which of several processes this is, from 0 on.")
+    flags.DEFINE_integer("process_count", None, "How many there are; 1, or a TPU pod's hosts.")
     flags.DEFINE_enum(
         "on_bad_image", "error", ["error", "skip"], "What becomes of an image that cannot be used."
     )

@@ -2,7 +2,7 @@
 
     python tools/profile_input.py
     python tools/profile_input.py --data_name folder --data_path PICTURES --image_size 256
-    python tools/profile_input.py --data_name latents --data_path LATENTS \
+    python tools/profile_input.py --data_name latents --data_path LATENTS \\
         --model MDTv2-XL/2 --device "NVIDIA H200" --num_devices 8 --processes 1 --mfu 0.4
 
 Without data it makes both kinds in a temporary folder: 256-pixel crops of JPEG photographs of

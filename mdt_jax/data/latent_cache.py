@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import threading
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     """Whole or not at all, with several processes at it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of other hosts, or containers, may have the same number.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         file.flush()
