@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import checkpoints, data, distributed, images, metrics, train
+from mdt_jax import checkpoints, data, distributed, images, metrics, run_data, sampling, train
 from mdt_jax.config import default_config, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -239,9 +239,9 @@ def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path,
         if isinstance(params["pos_embed"], jax.Array):
             warm_up(sampler, params)
 
-    warm_up = train.sampling.CompiledSampler.warm_up
+    warm_up = sampling.CompiledSampler.warm_up
     monkeypatch.setattr(train.Run, "compile_steps", compile_only_first)
-    monkeypatch.setattr(train.sampling.CompiledSampler, "warm_up", warm_up_when_used)
+    monkeypatch.setattr(sampling.CompiledSampler, "warm_up", warm_up_when_used)
     config = changed(finished.config, num_steps=6)
     run = train.Run(config, "")
     assert run.kept(0) == run.counts[0] and run.counts[1] in map(run.kept, range(6))
@@ -479,7 +479,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
     meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
-    check = functools.partial(train._check_same_data, source=source, workdir=Path("run"))
+    check = functools.partial(run_data.check_same, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
     check({"weights": {}, "class_names": []})  # converted, of data that nobody knows
