@@ -258,11 +258,16 @@ def _write_workdir(output: str | Path, step: int, items: Any, meta: dict[str, An
     return Path(output)
 
 
+def check_new_folder(output: Path) -> None:
+    """Raises WeightsError if there is anything at a path but an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WeightsError(f"--output {output} is there already; give a new folder, or remove it")
+
+
 @contextlib.contextmanager
 def _aside(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when all is written, and goes if it is not."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise WeightsError(f"--output {output} is there already; give a new folder, or remove it")
+    check_new_folder(output)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -258,6 +258,10 @@ def _unpickle(path: Path) -> Any:
                 ".safetensors"
             ) from error
         except Exception as error:  # what garbled bytes make of an unpickler
+            if "TorchScript" in str(error):
+                raise WeightsError(
+                    f"{path} is a TorchScript program, not weights by name; save its state_dict()"
+                ) from error
             raise WeightsError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or not a PyTorch file: "
                 f"{_first_line(error)}; fetch it again"

@@ -507,3 +507,11 @@ def test_a_weight_file_is_told_from_a_workdir_by_its_name():
     names = ("hf://a/b/c", "a.pt", "b/a.pth", "a.bin", "a.ckpt", "a.safetensors")
     assert all(map(weight_files.is_weight_file, names))
     assert not any(map(weight_files.is_weight_file, ("runs/mine", "a.pt.d", "pt")))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*TorchScript.*:UserWarning")
+def test_a_torchscript_program_is_named_as_one(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(WeightsError, match="program.pt is a TorchScript program, not weights by"):
+        weight_files.read(tmp_path / "program.pt")

@@ -5,10 +5,13 @@
         --model model400000.pt --ema ema_0.9999_400000.pt --opt opt400000.pt
     python tools/convert_checkpoint.py to-torch --input runs/mine --output mine.safetensors
     python tools/convert_checkpoint.py inspect --input mdt_xl2_v2_ckpt.pt
+    python tools/convert_checkpoint.py to-jax --output inception \\
+        --input pt_inception-2015-12-05-6726825d.pth
 
 to-jax writes a workdir that `mdt_jax.sample` and `mdt_jax.train` take as it is; the architecture is
 read off the shapes. to-torch writes a state dict that the authors' `load_state_dict(strict=True)`
-accepts. An input is a .pt or .safetensors file or hf://OWNER/REPO/FILE.
+accepts. An input is a .pt or .safetensors file or hf://OWNER/REPO/FILE. The Inception-v3 of FID,
+also as classify_image_graph_def.pb, becomes a folder for `mdt_jax.evaluate --inception`, and back.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 
-from mdt_jax import pretrained, transfer, weight_files
+from mdt_jax import inception, pretrained, transfer, weight_files
 from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
 
 # What weights do not show.
@@ -39,6 +46,9 @@ def to_jax(args: argparse.Namespace) -> None:
     main = args.input or args.model
     if bool(args.input) == bool(args.model) or (args.input and (args.ema or args.opt)):
         raise ValueError("give --input X, or --model M with --ema E and --opt O of the same run")
+    if args.input and inception.holds(args.input):
+        _inception_to_jax(args.input, Path(args.output))
+        return
     shown = {key: getattr(args, key) for key in HINTS}
     # Beside others, a training file's own part is meant: DiT's keep all of them in one.
     model = pretrained.read(main, nest=_part(args.model, "model"), **shown)
@@ -56,6 +66,14 @@ def to_jax(args: argparse.Namespace) -> None:
     print(f"to sample: python -m mdt_jax.sample --workdir {folder} --output samples")
 
 
+def _inception_to_jax(source: str, output: Path) -> None:
+    params = inception.read(source)
+    transfer.check_new_folder(output)
+    file = inception.save(output, params, source)
+    print(f"{file}: the Inception-v3 of FID, {file.stat().st_size / 2**20:,.1f} MiB")
+    print(f"to evaluate: python -m mdt_jax.evaluate --inception {output} ...")
+
+
 def _part(path: str | None, part: str) -> str | None:
     """The part of a file that holds several under those names, None if it holds one."""
     if path is None or str(path).endswith(weight_files.SAFETENSORS):
@@ -66,6 +84,11 @@ def _part(path: str | None, part: str) -> str | None:
 def to_torch(args: argparse.Namespace) -> None:
     """Writes a PyTorch file from a workdir."""
     weight_files.check_ending(args.output)
+    if inception.holds(args.input):
+        arrays = convert_inception.to_torch(inception.read(args.input))
+        weight_files.write(args.output, arrays)
+        print(f"{args.output}: {len(arrays)} arrays of the Inception-v3 of FID")
+        return
     arrays, metadata = transfer.to_state_dict(
         args.input,
         params=args.params,
@@ -80,6 +103,9 @@ def to_torch(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Prints what a file of weights is."""
+    if inception.holds(args.input):
+        _inspect_inception(args.input)
+        return
     weights, architecture = pretrained.open_weights(
         args.input, **{key: getattr(args, key) for key in HINTS}
     )
@@ -91,9 +117,25 @@ def inspect(args: argparse.Namespace) -> None:
     for field, value in dataclasses.asdict(architecture).items():
         print(f"  {field:<15} {value}")
     print(f"parameters    {count:,} in {len(names)} arrays, {', '.join(dtypes)}")
-    width = max(map(len, weights.shapes))
-    for name, shape in weights.shapes.items():
-        print(f"{name:<{width}}  {weights.dtypes[name].name:<8}  {' × '.join(map(str, shape))}")
+    _print_arrays(weights.shapes, weights.dtypes)
+
+
+def _inspect_inception(source: str) -> None:
+    path, arrays = inception.open_arrays(source)
+    inception.read(source)  # refuses what is not all of it
+    shapes = convert_inception.state_dict_shapes()
+    print(f"file          {path}")
+    print("model         Inception-v3 of 2015, of FID")
+    count = sum(math.prod(shape) for shape in shapes.values())
+    print(f"parameters    {count:,} in {len(shapes)} arrays, float32")
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    _print_arrays({name: array.shape for name, array in arrays.items()}, dtypes)
+
+
+def _print_arrays(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype]) -> None:
+    width = max(map(len, shapes))
+    for name, shape in shapes.items():
+        print(f"{name:<{width}}  {dtypes[name].name:<8}  {' × '.join(map(str, shape))}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     into.add_argument("--output", required=True, help="the workdir, a new folder")
     into.add_argument("--step", type=int, help="training steps; from the file's name if not given")
     into.add_argument("--ema_rate", type=float, help="from the file's name, else 0.9999")
-    out = commands.add_parser("to-torch", help="a workdir to a PyTorch file")
+    out = commands.add_parser(
+        "to-torch", help="a workdir, or an Inception's folder, to a PyTorch file"
+    )
     out.set_defaults(run=to_torch)
     out.add_argument("--input", required=True, help="the workdir")
     out.add_argument("--output", required=True, help=".pt or .safetensors")

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mdt_jax.convert.inception import is_inception
+
 Shape = tuple[int, ...]
 
 # Widths the authors trained, and the heads they gave them (DiT, table 1).
@@ -280,5 +282,7 @@ def _what_else(shapes: Mapping[str, Shape]) -> str:
     """What weights that are none of ours look like."""
     if any("encoder.conv_in" in name for name in shapes):
         return "these are an autoencoder's (a VAE); give it as --vae instead"
+    if is_inception(shapes):
+        return "these are an Inception-v3's, which judges samples; give it as --inception instead"
     names = ", ".join(list(shapes)[:3])
     return f"no blocks.0 or en_inblocks.0 among its names ({names}, …)"
