@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from mdt_jax import masking, optimizers, sharding
+from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models import LatentTransformer, create_model
@@ -22,6 +23,7 @@ IDENTITY = (
 # Parts of those that only say how something is computed or read.
 FREE = ("model.dtype", "model.remat", "model.scan_unroll", "data.num_workers", "data.read_ahead",
         "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
+EVALUATORS = ("auto", "inception", "classifier")
 
 
 def default_config() -> ConfigDict:
@@ -98,7 +100,8 @@ def default_config() -> ConfigDict:
     config.data.crop = "center"  # or "random": ADM's random crop
     config.data.flip = True
     config.data.on_bad_image = "error"  # "skip": the next readable image takes its place
-    config.data.max_bad_fraction = 0.01  # of the images read, where the run stops
+    # Of the data set: the run stops when one process has met more bad images since it was started.
+    config.data.max_bad_fraction = 0.01
     config.data.num_workers = 0
     config.data.read_ahead = 4
 
@@ -115,9 +118,25 @@ def default_config() -> ConfigDict:
     config.sample.cfg_scale = 3.8
     config.sample.cfg_power = number()  # of the power-cosine scale; None: constant
     config.sample.cfg_power = 4.0
+    config.sample.cfg_interval = ()  # (low, high), fractions of the process; (): all of it
     config.sample.guided_channels = integer()  # of the mean's; None: all
     config.sample.guided_channels = 3
     config.sample.clip = False  # x̂0 to [−1, 1]: for images, not latents
+
+    config.eval_every = 0  # steps between judgements of EMA samples (and at the end); 0: none
+    config.eval = ConfigDict()  # how; None: as config.sample has it
+    config.eval.num_samples = 5_000  # classes in turn; published FIDs are of 50,000
+    config.eval.batch_size = 256  # samples at a time, over all devices
+    config.eval.seed = 0  # of the noise, the same at every judgement
+    config.eval.sampler = config_dict.placeholder(str)
+    config.eval.steps = integer()
+    config.eval.cfg_scale = number()
+    # "inception", or "classifier", a small one of the training images (labelled, up to 64 pixels);
+    # "auto": inception where its weights are given, else the classifier where it can be.
+    config.eval.evaluator = "auto"
+    config.eval.inception = ""  # weights of the FID Inception-v3: a folder or a file
+    config.eval.reference = ""  # npz in ADM's layout, or a folder; "", classifier: training images
+    config.eval.vae = ""  # what decodes latents: "ema", as published numbers are, "mse", a path
     return config
 
 
@@ -207,7 +226,8 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         if config[key] < 1:
             raise ValueError(f"{key} {config[key]} is below 1")
     at_least = {"seed": 0, "data.read_ahead": 1, "data.num_workers": 0, "sample.num_samples": 1,
-                "sample.every": 0, "keep_every": 1}  # fmt: skip
+                "sample.every": 0, "keep_every": 1, "eval_every": 0, "eval.num_samples": 2,
+                "eval.batch_size": 1, "eval.seed": 0}  # fmt: skip
     for key, least in at_least.items():
         section, _, name = key.rpartition(".")
         value = (config[section] if section else config)[name]
@@ -220,7 +240,7 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
     if not 0 <= config.label_dropout <= 1:
         raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
-    choices = {"crop": ("center", "random"), "on_bad_image": ("error", "skip")}
+    choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}
     for key, known in choices.items():
         if config.data[key] not in known:
             raise ValueError(
@@ -231,6 +251,9 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if config.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")
+    if config.eval.evaluator not in EVALUATORS:
+        known = ", ".join(EVALUATORS)
+        raise ValueError(f"eval.evaluator {config.eval.evaluator!r} is unknown; known: {known}")
     shards = sharding.batch_shards(mesh)
     unit = shards * config.accumulation_steps
     if config.batch_size % unit:

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
 from mdt_jax import masking, sharding
 from mdt_jax.data.transforms import LATENT_SCALE
@@ -90,6 +90,17 @@ def draw_randomness(
     return jax.vmap(draw)(jnp.arange(shape[0]))
 
 
+def scale_pixels(pixels: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Pixels 0 ... 255 as float32 in [-1, 1]: the bits of x / 127.5 - 1, as ADM scales on the host.
+
+    XLA makes of that division a product with the rounded 1 / 127.5, which differs in the last bit
+    of most levels. 1 / 127.5 = 257/2¹⁵·(1 + 2⁻¹⁶ + ...): the first term's product with a level is
+    exact, the second's makes up for the rest, whether or not the sum is fused with it.
+    """
+    x = pixels.astype(jnp.float32)
+    return x * (257 / 2**15) + x * (1 / 127.5 / 2**16) - 1
+
+
 def draw_latents(
     seed: int, step: Int[Array, ""], posteriors: Float[Array, "batch h w moments"]
 ) -> Float[Array, "batch h w c"]:
@@ -103,11 +114,26 @@ def draw_latents(
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def draw(i: Array) -> Array:
-        # The key after those of `draw_randomness`.
+        # With jax_threefry_partitionable, JAX's default, the key after those of `draw_randomness`.
         sample = jax.random.fold_in(jax.random.fold_in(key, i), len(Draws._fields))
         return jax.random.normal(sample, mean.shape[1:])
 
     return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
+
+
+def model_inputs(
+    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"], channels: int
+) -> Float[Array, "batch h w {channels}"]:
+    """What a model of so many channels is given, made of a batch's images.
+
+    Pixels, in uint8, are scaled to [-1, 1]. Of twice the channels are posteriors of latents, and
+    the step draws its own. Others are inputs already.
+    """
+    if images.dtype == jnp.uint8:
+        return scale_pixels(images)
+    if images.shape[-1] == 2 * channels:
+        return draw_latents(seed, step, images)
+    return images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,13 +235,12 @@ class Trainer:
     ) -> tuple[TrainState, Metrics]:
         """One step on a global batch {"image": (B, H, W, C), "label": (B,)}.
 
-        Images of 2C channels are posteriors of latents, from which the step draws its own.
+        The images are what `model_inputs` takes.
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            if images.shape[-1] == 2 * self.model.in_channels:
-                images = draw_latents(self.seed, state.step, images)
-                images = sharding.constrain_batch(self.mesh, images)
+            images = model_inputs(self.seed, state.step, images, self.model.in_channels)
+            images = sharding.constrain_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
             t, weights = timesteps.draw(

@@ -4,11 +4,15 @@ change nothing else."""
 from __future__ import annotations
 
 import itertools
+import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mdt_jax import data
+from mdt_jax.train_step import model_inputs
 
 
 class Numbered:
@@ -127,6 +131,26 @@ def test_a_crop_changes_nothing_but_the_crop():
     assert all(np.logical_xor(mirrored, same)) and any(mirrored) and any(same)
 
 
+@pytest.mark.parametrize("image_size", [8, None])
+def test_the_spec_is_that_of_a_batchs_examples(image_size):
+    source = data.digits() if image_size is None else numbered(10)
+    (batch,) = take(open_batches(source, image_size=image_size), 1)
+    for name, spec in data.example_spec(source, image_size).items():
+        assert (spec.shape, spec.dtype) == (batch[name].shape[1:], batch[name].dtype)
+
+
+def test_the_step_scales_pixels_draws_latents_and_takes_inputs_as_they_are():
+    step, pixels = jnp.int32(0), np.arange(8 * 4 * 4 * 2).reshape(8, 4, 4, 2).astype(np.uint8)
+    inputs = data.to_unit_range(pixels)
+    for images in (pixels, inputs):
+        made = model_inputs(0, step, jnp.asarray(images), 2)
+        np.testing.assert_array_equal(made, inputs)
+    certain = np.concatenate([inputs, np.zeros_like(inputs)], -1).astype(np.float16)
+    latents = model_inputs(0, step, jnp.asarray(certain), 2)
+    scaled = certain[..., :2].astype(np.float32) * np.float32(data.LATENT_SCALE)
+    np.testing.assert_array_equal(latents, scaled)
+
+
 def test_an_image_is_cropped_anew_each_epoch():
     source = numbered(1)
     images = joined(take(open_batches(source, crop="random", flip=False), 2))["image"]
@@ -136,13 +160,35 @@ def test_an_image_is_cropped_anew_each_epoch():
 # Bad images
 
 
-@pytest.mark.parametrize("by_block", [True, False])
-def test_a_bad_image_ends_the_run_naming_it_and_the_example(by_block):
+@pytest.mark.parametrize(
+    ("by_block", "place"),
+    [(True, "numbered, example 0 ... 9"), (False, "record 4 of numbered, example 6")],
+)
+def test_a_bad_image_ends_the_run_naming_it_and_the_example_in_its_message(by_block, place):
     source = numbered(10, bad=(4,), by_block=by_block)
     with pytest.raises(data.BadImage) as error:
         take(open_batches(source, 10), 1)
-    assert str(error.value) == "4.jpg: cannot be decoded"
-    assert "numbered, example" in error.value.__notes__[0]
+    assert str(error.value) == f"4.jpg: cannot be decoded (in {place} of the run)"
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (OSError(5, "Input/output error", "a.png"), "[Errno 5] Input/output error ({}): 'a.png'"),
+        (ValueError("torn"), "torn ({})"),
+    ],
+)
+def test_where_a_record_could_not_be_read_is_in_the_message_from_a_worker_too(raised, message):
+    class Torn(Numbered):
+        def __getitem__(self, index):
+            raise raised
+
+    source = data.Source("torn", Torn(1, by_block=False), (4, 4, 3), ("a",))
+    with pytest.raises(type(raised)) as error:
+        data.ExampleStream(source, seed=0)[5]
+    # Pickled, as it travels from a worker.
+    told = str(pickle.loads(pickle.dumps(error.value)))
+    assert told == message.format("in record 0 of torn, example 5 of the run")
 
 
 SKIP = {"on_bad_image": "skip", "max_bad_fraction": 0.3}
@@ -173,6 +219,17 @@ def test_a_substitute_is_cropped_and_mirrored_as_its_position_says():
     assert_equal(*again)
     for i in range(40):
         np.testing.assert_array_equal(stream[i]["image"], again[0]["image"][i])
+
+
+def test_how_many_were_skipped_can_be_read_while_a_thread_takes_the_batches():
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with (
+        open_batches(numbered(10, bad=(4,)), 10, **SKIP) as batches,
+        data.prefetch_to_device(batches, one_device, depth=1) as on_device,
+    ):
+        for epochs in range(1, 4):  # the bad image comes once in each
+            next(on_device)
+            assert epochs <= batches.num_skipped <= epochs + 1
 
 
 def test_each_bad_image_is_told_once(caplog):

@@ -119,10 +119,11 @@ def _cut_to_middle(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, picture.width - left, picture.height - top))
 
 
-def to_unit_range(
-    image: UInt8[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"] | None = None
-) -> Float32[np.ndarray, "*shape"]:
-    """Pixels 0 ... 255 as float32 in [-1, 1], into `out` if it is given: x / 127.5 - 1."""
-    # Without an array between: to allocate one takes as long as the arithmetic.
-    out = np.divide(image, np.float32(127.5), out=out, dtype=np.float32)
-    return np.subtract(out, np.float32(1), out=out)
+def to_unit_range(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Pixels 0 ... 255 as float32 in [-1, 1]: x / 127.5 - 1.
+
+    `train_step.scale_pixels` is the same, bit for bit, on the devices.
+    """
+    # In place: to allocate another array takes as long as the arithmetic.
+    scaled = np.divide(image, np.float32(127.5), dtype=np.float32)
+    return np.subtract(scaled, np.float32(1), out=scaled)
