@@ -19,7 +19,10 @@ from mdt_jax.models import LatentTransformer
 
 
 def initial_parameters(
-    config: ConfigDict, model: LatentTransformer, create_parameters: Callable[[], Any]
+    config: ConfigDict,
+    model: LatentTransformer,
+    create_parameters: Callable[[], Any],
+    autoencoder: str | None = None,
 ) -> Any:
     """The parameters of `config.init_from`, fitted to a model; logs what became of each.
 
@@ -29,6 +32,7 @@ def initial_parameters(
         decoder depth may differ.
       create_parameters: initialises the model's own, of which some may be needed. All processes
         call it alike.
+      autoencoder: digest of the encoder whose latents are to be trained on, None if not known.
 
     Returns:
       A tree of NumPy arrays in the source's dtypes.
@@ -43,6 +47,12 @@ def initial_parameters(
     if ours.family == "MDT":
         shown["decode_layers"] = ours.decoder_depth
     found = pretrained.read(config.init_from, **shown)
+    before = found.autoencoder
+    if before and autoencoder and before != autoencoder:
+        raise ValueError(
+            f"init_from {found.source}: trained on latents of another autoencoder ({before[:12]}) "
+            f"than data.path holds ({autoencoder[:12]}); give latents of that one, or other weights"
+        )
     created = functools.cache(create_parameters)
 
     def fresh(path: str) -> np.ndarray:

@@ -44,6 +44,7 @@ class Pretrained:
       step: training steps behind them, 0 if not known.
       class_names: empty if not known.
       dtypes: of every weight by the authors' name, if they are not all of one type.
+      autoencoder: digest of the encoder whose latents a run was trained on, None if not known.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Pretrained:
     step: int = 0
     class_names: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    autoencoder: str | None = None
 
 
 def read(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
@@ -96,6 +98,7 @@ def _read_workdir(workdir: str | Path) -> Pretrained:
         params=checkpoints.lazy_item(workdir, average_item(workdir, config), step=step),
         step=step,
         class_names=tuple(meta["class_names"]),
+        autoencoder=meta.get("autoencoder"),
     )
 
 

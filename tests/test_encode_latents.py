@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -193,8 +194,8 @@ def test_processes_encode_shards_of_their_own_and_the_last_ends_it(
     assert done == [False, True] and contents(folder) == contents(encoded)
 
 
-KILLED = """
-import importlib.util, os, random, signal, sys, time, types
+ENCODERS = """
+import functools, importlib.util, os, random, signal, sys, time, types
 import jax, numpy as np
 from pathlib import Path
 from mdt_jax import data
@@ -204,34 +205,49 @@ tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
 class Slow:  # an autoencoder's stand-in, of which a forked process can have its own
+    seconds = 0.002
     scale, shift, name, params = data.LATENT_SCALE, 0, "slow", {"encoder": {"w": np.ones(3)}}
     module = types.SimpleNamespace(downsampling=2, latent_channels=4, dtype=np.float32)
     def encode(self, images, batch_size):
-        time.sleep(0.002)
+        time.sleep(self.seconds)
         mean = np.repeat(images[:, ::2, ::2, :1], 4, axis=-1)
         return mean, np.exp(mean)
 
 pixels = np.random.default_rng(0).integers(0, 256, (240, 16, 16, 3), np.uint8)
 source = data.arrays(pixels, np.arange(240) % 7)
 
-def encode(folder):
-    tool.encode_latents(source, Slow(), folder, image_size=16, batch_size=4, images_per_shard=12)
+def encode(folder, **processes):
+    settings = {"image_size": 16, "batch_size": 4, "images_per_shard": 12}
+    return tool.encode_latents(source, Slow(), folder, **settings, **processes)
 
-def fork(folder):
+def fork(folder, **processes):
     child = os.fork()
     if not child:
         try:
-            encode(folder)
+            status = int(encode(folder, **processes))
+        except FileExistsError as error:
+            print(error, flush=True)
+            status = 2
+        except BaseException:
+            __import__("traceback").print_exc()
+            status = 3
         finally:
-            os._exit(0)
+            os._exit(status)
     return child
 
+def wait(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+files = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}
 whole, folder = Path(sys.argv[2]) / "whole", Path(sys.argv[2]) / "killed"
 began = time.perf_counter()
-os.waitpid(fork(whole), 0)
+assert wait(fork(whole)) == 1
 seconds = time.perf_counter() - began
 random.seed(sys.argv[3])
 print("seed", sys.argv[3])
+"""
+
+KILLED = """
 kills = 0
 while kills < 10:
     child = fork(folder)
@@ -243,18 +259,51 @@ while kills < 10:
         shard = random.choice(sorted(folder.glob("*.array_record")))
         os.truncate(shard, random.randrange(shard.stat().st_size))
     print(len(list(folder.glob("*.array_record"))), "shards")
-os.waitpid(fork(folder), 0)
-files = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}
+assert wait(fork(folder)) == 1
 assert files(folder) == files(whole), (sorted(files(folder)), sorted(files(whole)))
 print("killed", kills, "times: the same", len(files(whole)), "files")
 """
 
+SHARED = """
+start = lambda index: fork(folder, process_index=index, process_count=3)
+children = [start(index) for index in range(3)]
+for _ in range(6):
+    time.sleep(random.uniform(0, seconds / 6))
+    index = random.randrange(3)
+    os.kill(children[index], signal.SIGKILL)
+    wait(children[index])
+    children[index] = start(index)
+ends = [wait(child) for child in children]
+print("the manifest was written by", ends.count(1))
+assert ends.count(1) >= 1 and set(ends) <= {0, 1}, ends
+assert files(folder) == files(whole), (sorted(files(folder)), sorted(files(whole)))
+print("shared: the same", len(files(whole)), "files")
 
-def test_killed_ten_times_at_random_it_ends_with_the_same_bytes(tmp_path):
-    command = [sys.executable, "-c", KILLED, str(TOOL), str(tmp_path), str(time.time_ns())]
+folder, Slow.seconds = Path(sys.argv[2]) / "twins", 0.2
+first = start(1)
+while not (folder / "latents-00001-of-00020.json").exists():
+    time.sleep(0.01)
+print("the second ended with", wait(start(1)))
+os.kill(first, signal.SIGKILL)
+"""
+
+
+def run_encoders(script: str, folder: Path) -> str:
+    command = [sys.executable, "-c", ENCODERS + script, str(TOOL), str(folder), str(time.time_ns())]
     environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert "killed 10 times: the same 21 files" in done.stdout, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_killed_ten_times_at_random_it_ends_with_the_same_bytes(tmp_path):
+    assert "killed 10 times: the same 21 files" in (said := run_encoders(KILLED, tmp_path)), said
+
+
+def test_processes_at_once_end_with_the_same_bytes_and_no_two_are_at_one_shard(tmp_path):
+    said = run_encoders(SHARED, tmp_path)
+    assert "shared: the same 21 files" in said, said
+    shard = "latents-00001-of-00020.array_record: another process is to encode it, and is still"
+    assert shard in said and "the second ended with 2" in said, said
 
 
 def test_a_folder_of_other_things_is_left_alone(images, autoencoder, tmp_path):
@@ -275,6 +324,9 @@ def test_a_folder_of_another_autoencoder_size_or_source_is_refused_naming_both(
     images, autoencoder, other, encoded, tmp_path, vae_folder
 ):
     whole = contents(encoded)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(images, renamed)
+    (renamed / "cat" / "0.png").rename(renamed / "cat" / "10.png")
     for arguments, message in (
         ((images, other), rf"of the autoencoder {vae_folder} \(\w+\), not of the autoencoder oth"),
         (
@@ -282,6 +334,7 @@ def test_a_folder_of_another_autoencoder_size_or_source_is_refused_naming_both(
             "of image_size 8, not of image_size 4; give ano",
         ),
         ((images / "cat", autoencoder), rf"of source {images}, not of source {images}/cat; give"),
+        ((renamed, autoencoder), rf"of source {images}, not of source {renamed}; give"),
         ((images, autoencoder, {"dtype": "float16"}), "of dtype float32, not of dtype float16"),
         ((images, autoencoder, {"mirror": False}), "of mirror True, not of mirror False"),
     ):
@@ -289,6 +342,35 @@ def test_a_folder_of_another_autoencoder_size_or_source_is_refused_naming_both(
         with pytest.raises(ValueError, match=message) as error:
             encode(*paths, encoded, **changes)
         assert "\n" not in str(error.value) and str(error.value).startswith(f"{encoded}: ")
+    assert contents(encoded) == whole
+
+
+def test_a_source_that_has_changed_is_refused_saying_how(images, autoencoder, tmp_path):
+    source, folder = tmp_path / "images", tmp_path / "latents"
+    shutil.copytree(images, source)
+    encode(source, autoencoder, folder)
+    whole = contents(folder)
+    (source / "cat" / "0.png").rename(source / "cat" / "5.png")
+    for message in (
+        rf"^{folder}: holds latents of {source} as it was \(\w+\), not of what it holds now "
+        r"\(\w+\): as many images of the same classes, but others, or in another order, or labell",
+        rf"^{folder}: holds latents of 'dog' as class 1, not of 'emu' as class 1; give another",
+        rf"^{folder}: holds latents of the 5 images that {source} held, not of the 6 now; give",
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(source, autoencoder, folder)
+        if (source / "dog").exists():
+            (source / "dog").rename(source / "emu")
+        else:
+            (source / "emu").rename(source / "dog")
+            shutil.copy(source / "cat" / "2.png", source / "cat" / "6.png")
+    assert contents(folder) == whole
+
+
+def test_images_that_were_moved_are_the_same_source(images, autoencoder, encoded, tmp_path):
+    whole = contents(encoded)
+    shutil.copytree(images, tmp_path / "moved")
+    encode(tmp_path / "moved", autoencoder, encoded)
     assert contents(encoded) == whole
 
 
@@ -312,7 +394,8 @@ def one_bad(images, tmp_path) -> Path:
 
 
 def test_a_damaged_image_is_named(one_bad, autoencoder, tmp_path):
-    with pytest.raises(data.BadImage, match=f"^{one_bad}/1.png: cannot be decoded"):
+    message = f"^{one_bad}/1.png: cannot be decoded.* Or give --on_bad_image=skip, which leaves it"
+    with pytest.raises(data.BadImage, match=message):
         encode(one_bad, autoencoder, tmp_path / "latents")
     with pytest.raises(FileNotFoundError, match="latents: is not finished; run the tools/encode_"):
         data.latents_source(tmp_path / "latents")
@@ -322,7 +405,14 @@ def test_a_damaged_image_can_be_left_out(one_bad, autoencoder, tmp_path):
     skip = {"on_bad_image": "skip", "max_bad_fraction": 0.4}
     cache = encode(one_bad, autoencoder, tmp_path / "latents", **skip)
     whole = data.folder_source(one_bad)
-    assert len(cache) == 2
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert len(cache) == 2 and manifest["left_out"] == 1
+    assert manifest["shards"][0]["left_out"] == [1]
+    assert (
+        tool()
+        ._summary(tmp_path / "latents")
+        .endswith("latents of 2 images in 1 files; left out, as they could not be used, 1")
+    )
     for i, image in enumerate([0, 2]):
         crop = data.to_unit_range(data.center_crop(whole[image]["image"], SIZE))
         expected = np.concatenate(autoencoder.encode(crop[None]), axis=-1)[0]
@@ -346,33 +436,85 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
     ):
         with pytest.raises(ValueError, match=message):
             tool().encode_latents(*case[:2], output, image_size=case[2])
+    with pytest.raises(ValueError, match="^--max_bad_fraction 5 is outside 0 to 1$"):
+        encode(images, autoencoder, output, max_bad_fraction=5)
     assert not output.exists()
     monkeypatch.setattr(tool().shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=rf"^{output}: 0.0 GB are free, the latents take"):
+    with pytest.raises(
+        ValueError, match=rf"^{output}: 0.0 GB are free, the latents still to be wr"
+    ):
         encode(images, autoencoder, output)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def test_an_error_names_the_commands_own_flags_and_keeps_its_notes():
+    error = ValueError("data.path DIR/data.path: not there; set data.labels or data.class_order")
+    error.add_note("in the\nfirst of them")
+    assert tool()._one_line(error) == (
+        "--data_path DIR/data.path: not there; set --labels or --class_order in the first of them"
+    )
+
+
+def start(*arguments: str | Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def test_the_command_encodes_a_folder(images, vae_folder, encoded, tmp_path):
-    output = tmp_path / "latents"
-    done = run(
+    command = start(
         f"--data_path={images}", f"--vae={vae_folder}", f"--image_size={SIZE}",
-        f"--output={output}", "--batch_size=8",
+        f"--output={tmp_path}/latents", "--batch_size=8",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(output) and "5/5" in done.stderr
+    said, log = command.communicate(timeout=300)
+    assert command.returncode == 0, log
+    assert said == (
+        f"{tmp_path}/latents: latents of 5 images in 1 files; left out, as they could not be used, "
+        "0\n"
+    )
+    assert "5/5" in log
     for i in range(COUNT):
-        ours, known = (data.latents_source(folder)[i]["image"] for folder in (output, encoded))
+        ours, known = (
+            data.latents_source(folder)[i]["image"] for folder in (tmp_path / "latents", encoded)
+        )
         np.testing.assert_allclose(ours, known, rtol=1e-4, atol=1e-5)
 
 
+def test_two_commands_at_once_one_of_them_interrupted_make_what_one_makes(
+    autoencoder, vae_folder, tmp_path
+):
+    images, rng = tmp_path / "images", np.random.default_rng(0)
+    images.mkdir()
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(images / f"{i}.png")
+    encode(images, autoencoder, tmp_path / "one", batch_size=2, images_per_shard=2)
+
+    def process(index: int) -> subprocess.Popen:
+        return start(
+            f"--data_path={images}", f"--vae={vae_folder}", f"--image_size={SIZE}",
+            f"--output={tmp_path}/two", "--batch_size=2", "--images_per_shard=2",
+            f"--process_index={index}", "--process_count=2",
+        )  # fmt: skip
+
+    first, second = process(0), process(1)
+    while not (tmp_path / "two" / "latents-00003-of-00060.json").exists():
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.01)
+    second.send_signal(signal.SIGINT)
+    _, log = second.communicate(timeout=300)
+    assert second.returncode == 130, log
+    assert log.splitlines()[-1].startswith("interrupted; the same command goes on from the last")
+    assert "Traceback" not in log
+    said, log = first.communicate(timeout=300)
+    assert said == f"{tmp_path}/two: other processes have not finished yet\n", log
+    again = process(1)
+    said, log = again.communicate(timeout=300)
+    assert said.startswith(f"{tmp_path}/two: latents of 120 images in 60 files; left out"), log
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_the_command_ends_in_one_line_on_bad_input(tmp_path):
-    done = run(f"--data_path={tmp_path}", f"--output={tmp_path / 'latents'}")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path}: holds no images")
+    command = start(f"--data_path={tmp_path}", f"--output={tmp_path / 'latents'}")
+    _, log = command.communicate(timeout=300)
+    assert command.returncode == 1
+    assert log.strip().splitlines()[-1].startswith(f"error: {tmp_path}: holds no images")

@@ -1,6 +1,7 @@
 """`init_from`: a run that starts from other weights, as they are or fitted to its own network."""
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 
@@ -261,6 +262,23 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
     with no_compilation(), pytest.raises(refusals, match=message) as error:
         train.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypatch):
+    ours, other = "a" * 64, "b" * 64
+    read = pretrained.read
+
+    def read_of_ours(*args, **hints):
+        return dataclasses.replace(read(*args, **hints), autoencoder=ours)
+
+    monkeypatch.setattr(pretrained, "read", read_of_ours)
+    run = train.Run(config_for("dit", weights / "dit.safetensors"), tmp_path)
+    with contextlib.closing(Checkpoints(tmp_path)) as store:
+        message = r"dit.safetensors: trained on latents of another .*\(a{12}\) than .*b{12}"
+        with pytest.raises(ValueError, match=message):
+            run.restore(store, other)
+        for same in (ours, None):
+            assert int(run.restore(store, same)[0].step) == 0
 
 
 # ---- Going on ----------------------------------------------------------------------------------

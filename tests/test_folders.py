@@ -1,6 +1,7 @@
 """Folders of images: which layout each has, its classes and their order, and what is refused."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,36 @@ def test_image_files_pickle_without_their_pixels(tmp_path):
         np.testing.assert_array_equal(again[i]["image"], source[i]["image"])
         assert again[i]["label"] == source[i]["label"] == i
     assert read_folder(tmp_path).files == ("a/0.png", "b/1.png")
+
+
+# What tells folders apart
+
+
+def test_the_identity_of_a_folder_is_that_of_its_files_and_classes(tmp_path):
+    names = ["1/a.png", "1/b.png", "10/c.png", "2/d.png"]
+    folder = write_images(tmp_path / "images", *names)
+    identity = data.folder_source(folder).identity()
+    assert identity == {
+        "examples": "4", "classes": identity["classes"], "records": identity["records"],
+        "autoencoder": "",
+    }  # fmt: skip
+    shutil.copytree(folder, tmp_path / "copy")
+    assert data.folder_source(tmp_path / "copy").identity() == identity
+
+    def changed(**settings) -> set[str]:
+        found = data.folder_source(folder, **settings).identity()
+        return {key for key in identity if found[key] != identity[key]}
+
+    assert changed(class_order="numeric") == {"classes", "records"}
+    (folder / "2" / "d.png").rename(folder / "2" / "e.png")
+    assert changed() == {"records"}
+    (folder / "2" / "e.png").rename(folder / "1" / "d.png")
+    (folder / "10" / "c.png").rename(folder / "2" / "c.png")
+    (folder / "10").rmdir()
+    assert changed() == {"records", "classes"}
+
+
+def test_a_folder_below_the_users_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "images", "a/0.png")
+    assert data.folder_source("~/images").name == str(tmp_path / "images")

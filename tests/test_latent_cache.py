@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ import pytest
 from fixtures import make_trainer, reference, start
 
 from mdt_jax import data, sharding
-from mdt_jax.data import latent_cache
+from mdt_jax.data import latent_cache, latent_writing
 from mdt_jax.latents import Autoencoder, _encode
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.train_step import draw_latents
@@ -38,14 +40,14 @@ def records(description=DESCRIPTION) -> np.ndarray:
     return rows[:, : 1 + description.mirror]
 
 
-def write(folder: Path, description=DESCRIPTION) -> Path:
-    latent_cache.begin(folder, description)
-    rows = records(description)
+def write(folder: Path, description=DESCRIPTION, rows: np.ndarray | None = None) -> Path:
+    latent_writing.begin(folder, description)
+    rows = records(description) if rows is None else rows
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
         shard_rows = rows[images.start : images.stop].reshape(-1)
-        latent_cache.write_shard(folder, description, shard, [shard_rows[:3], shard_rows[3:]])
-    assert latent_cache.finish(folder, description)
+        latent_writing.write_shard(folder, description, shard, [shard_rows[:3], shard_rows[3:]])
+    assert latent_writing.finish(folder, description)
     return folder
 
 
@@ -119,7 +121,7 @@ def test_flipping_chooses_the_mirror_images_posterior(folder):
 def test_an_example_is_mirrored_in_a_cache_when_it_would_be_among_images(folder):
     pixels = np.zeros((COUNT, 1, 2, 1), np.uint8)
     pixels[:, :, 1] = 255
-    mirrored = first_batch(data.arrays(pixels))["image"][:, 0, 0, 0] == 1
+    mirrored = first_batch(data.arrays(pixels))["image"][:, 0, 0, 0] > 0
     values = first_batch(data.latents_source(folder))["image"][:, 0, 0, 0]
     assert (values >= 100).tolist() == mirrored.tolist()
 
@@ -207,10 +209,247 @@ def test_a_folder_that_is_no_finished_cache_is_refused(copy, tmp_path):
         data.latents_source(copy)
 
 
+def test_a_record_of_another_image_is_named(tmp_path):
+    for key, place, value, said in (
+        ("index", (5, 0), 6, "image 6, label 2, and should be of image 5"),
+        ("index", (5, 1), 4, "mirrored image 4, label 2, and should be of mirrored image 5"),
+        ("mirrored", (5, 1), 0, "image 5, label 2, and should be of mirrored image 5"),
+        ("label", (5, 0), 3, "image 5, label 3, and should be of image 5, label 0 to 2"),
+    ):
+        rows = records()
+        rows[key][place] = value
+        cache = data.latents_source(write(tmp_path / f"{key}{place[1]}", rows=rows)).records
+        shard = cache.folder / "latents-00001-of-00003.array_record"
+        message = f"^{shard}: record {2 + place[1]} says that it is of {said}.*; remove the file, "
+        mirror = np.array([False, bool(place[1])])
+        cache.read_posteriors(np.array([4, 5]), ~mirror)  # all but that one
+        with pytest.raises(ValueError, match=message):
+            cache.read_posteriors(np.array([4, 5]), mirror)
+
+
+def test_images_that_were_left_out_change_which_record_is_whose(tmp_path):
+    rows = records()
+    latent_writing.begin(tmp_path, DESCRIPTION)
+    for shard, kept in enumerate(([0, 2, 3], [4, 7], [8, 9, 10])):
+        latent_writing.write_shard(tmp_path, DESCRIPTION, shard, [rows[kept].reshape(-1)])
+    assert latent_writing.finish(tmp_path, DESCRIPTION)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [shard["left_out"] for shard in manifest["shards"]] == [[1], [5, 6], []]
+    assert manifest["left_out"] == 3
+    source = data.latents_source(tmp_path)
+    found = [int(source[i]["image"][0, 0, 0]) for i in range(len(source))]
+    assert found == [0, 2, 3, 4, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "holds a list, not an object"),
+        ("{", "is no JSON: Expecting property name"),
+        ("{'shards': None}", "'NoneType' object is not iterable"),
+        ("{'shards': [{'file': 'a'}]}", "lacks 'bytes'"),
+        ("{'num_images': 99}", "3 shards, which are not those of its images"),
+        ("{'images_per_shard': 0}", "division"),
+        ("{'dtype': 'int8'}", "lacks 'int8'"),
+        *(("-" + key, f"lacks '{key}'") for key in ("scale", "shards", "class_names", "mirror")),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused_in_one_line(copy, content, said):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    if content.startswith("{'"):
+        content = json.dumps(manifest | eval(content))
+    elif content.startswith("-"):
+        del manifest[content[1:]]
+        content = json.dumps(manifest)
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{file}: is damaged \(.*{said}.*\); restore") as error:
+        data.latents_source(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_from_before_sources_had_digests_is_read_and_gone_on_with(copy):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for part in (manifest, *manifest["shards"]):
+        for key in ("source_digest", "left_out"):
+            part.pop(key, None)
+    file.write_text(json.dumps(manifest))
+    assert len(data.latents_source(copy)) == COUNT
+    latent_writing.begin(copy, dataclasses.replace(DESCRIPTION, source_digest="12ab"))
+
+
+# Several processes
+
+
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_shard_that_another_process_holds_is_refused_until_that_one_has_died(tmp_path):
+    latent_writing.begin(tmp_path, DESCRIPTION)
+    shard = tmp_path / DESCRIPTION.shard_name(1)
+    left, other = (tmp_path / f".{DESCRIPTION.shard_name(k)}.12ab.partial" for k in (1, 2))
+    left.touch(), other.touch()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / latent_writing.CLAIMS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with (
+            pytest.raises(FileExistsError, match=f"^{shard}: another process is to encode it"),
+            latent_writing.claim(tmp_path, DESCRIPTION, range(3)),
+        ):
+            pass
+        with latent_writing.claim(tmp_path, DESCRIPTION, [0]):
+            pass
+        assert left.exists() and (tmp_path / latent_writing.CLAIMS).exists()
+        holder.kill()
+    with latent_writing.claim(tmp_path, DESCRIPTION, [1]):
+        assert not left.exists() and other.exists()
+    assert not (tmp_path / latent_writing.CLAIMS).exists()
+
+
+def test_where_a_file_system_has_no_locks_nothing_is_claimed(copy, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(latent_writing.fcntl, "lockf", refuse)
+    whole = {file.name: file.read_bytes() for file in copy.iterdir()}
+    latent_writing.begin(copy, DESCRIPTION)
+    with latent_writing.claim(copy, DESCRIPTION, range(3)):
+        assert latent_writing.unfinished(copy, DESCRIPTION, range(3)) == []
+    assert latent_writing.finish(copy, DESCRIPTION)
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == whole
+
+
+def test_a_manifest_is_set_aside_as_soon_as_a_shard_is_found_damaged(copy):
+    whole = {file.name: file.read_bytes() for file in copy.iterdir()}
+    shard = copy / DESCRIPTION.shard_name(1)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    assert latent_writing.unfinished(copy, DESCRIPTION, [0, 2]) == []
+    assert data.latents_source(copy)
+    assert latent_writing.unfinished(copy, DESCRIPTION, [1]) == [1]
+    with pytest.raises(FileNotFoundError, match="is not finished; run the tools/encode_latents"):
+        data.latents_source(copy)
+    assert not latent_writing.finish(copy, DESCRIPTION)  # as another process would, meanwhile
+    assert latent_writing.unfinished(copy, DESCRIPTION, range(3)) == [1]
+    latent_writing.write_shard(copy, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
+    assert latent_writing.finish(copy, DESCRIPTION)
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == whole
+
+
+def test_the_room_that_is_needed_is_that_of_all_processes(tmp_path):
+    latent_writing.begin(tmp_path, DESCRIPTION)
+    sizes = [DESCRIPTION.shard_bytes(shard) for shard in range(3)]
+    assert latent_writing.bytes_to_come(tmp_path, DESCRIPTION, [0]) == sum(sizes)
+    latent_writing.write_shard(tmp_path, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
+    assert latent_writing.bytes_to_come(tmp_path, DESCRIPTION, [0]) == sizes[0] + sizes[2]
+    assert latent_writing.bytes_to_come(tmp_path, DESCRIPTION, [0, 1]) == sum(sizes)
+    (tmp_path / f".{DESCRIPTION.shard_name(2)}.12ab.partial").write_bytes(b"x" * 100)
+    assert latent_writing.bytes_to_come(tmp_path, DESCRIPTION, [0]) == sizes[0] + sizes[2] - 100
+
+
+FEW_FILES = """
+import os, resource, sys
+import numpy as np
+from mdt_jax import data
+
+cache = data.latents_source(sys.argv[1]).records
+open_files = lambda: len(os.listdir("/proc/self/fd"))
+limit = open_files() + 14
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+before, images = open_files(), np.arange(40).repeat(2)
+cache = data.latents_source(sys.argv[1]).records
+for _ in range(2):
+    posteriors, _ = cache.read_posteriors(images)
+    assert posteriors[:, 0, 0, 0].tolist() == images.tolist()
+print("open", open_files() - before <= limit // 2)
+others = [open(os.devnull) for _ in range(limit - open_files() - 1)]  # but for one shard
+assert cache.read_posteriors(images)[0][:, 0, 0, 0].tolist() == images.tolist()
+cache = data.latents_source(sys.argv[1]).records
+others.append(open(os.devnull))
+while True:
+    try:
+        others.append(open(os.devnull))
+    except OSError:
+        break
+try:
+    cache.read_posteriors(images)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_more_shards_are_read_than_files_may_be_open(tmp_path):
+    description = dataclasses.replace(DESCRIPTION, num_images=40, images_per_shard=1)
+    write(tmp_path / "latents", description)
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path / "latents")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    first, error = done.stdout.splitlines() or [done.stderr, ""]
+    assert first == "open True", done.stdout + done.stderr
+    assert "this process has too many files open; allow more with `ulimit -n`, now" in error
+    assert "latents-00000-of-00040" in error
+
+
 def test_latents_of_another_scale_are_refused_naming_both(copy):
     damage_manifest(copy, scale=0.13025, vae="sdxl")
     with pytest.raises(ValueError, match=r"autoencoder sdxl, whose scale is 0.13025; .* by 0.1821"):
         data.latents_source(copy)
+
+
+def test_settings_that_latents_have_no_use_for_are_refused(folder, tmp_path):
+    np.save(tmp_path / "latents.npy", np.ones((2, 4, 4, 4), np.float16))
+    for config, message in (
+        ({"name": "latents", "crop": "random"}, f"data.crop is 'random', but {folder} holds laten"),
+        ({"name": "npy", "crop": "random"}, "data.crop is 'random', but .* when they were encoded"),
+        ({"name": "latents", "labels": "none"}, "data.labels is 'none', but data.name 'latents' h"),
+        ({"name": "digits", "class_order": "numeric"}, "data.class_order is 'numeric', but data.n"),
+    ):
+        path = str(folder if config["name"] == "latents" else tmp_path)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            data.create_source(ml_collections.ConfigDict({"path": path} | config))
+
+
+def test_a_folder_below_the_users_home_is_found(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    np.save(copy.parent / "images.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    assert data.latents_source("~/latents").name == str(copy)
+    assert data.npy_directory("~").name == str(copy.parent)
+
+
+# What tells sources apart
+
+
+def test_the_identity_of_a_cache_is_that_of_its_bytes_and_encoder(folder, copy, tmp_path):
+    identity = data.latents_source(folder).identity()
+    assert data.latents_source(copy).identity() == identity  # of another place
+    assert identity["examples"] == "11" and identity["classes"].startswith("3 (")
+    assert identity["autoencoder"] == "0" * 16
+    rows = records()
+    rows["posterior"][0, 0, 0, 0, 0] += 1
+    other = data.latents_source(write(tmp_path / "other", rows=rows)).identity()
+    assert {key for key in identity if identity[key] != other[key]} == {"records"}
+
+
+def test_the_identity_of_arrays_is_that_of_images_labels_and_names(tmp_path):
+    pixels, labels = np.zeros((4, 2, 2, 3), np.uint8), np.array([0, 1, 1, 0])
+    identity = data.arrays(pixels, labels, ("a", "b")).identity()
+    others = {
+        "records": data.arrays(pixels, 1 - labels, ("a", "b")),
+        "classes": data.arrays(pixels, labels, ("b", "a")),
+    }
+    for key, source in others.items():
+        changed = {name for name, value in source.identity().items() if value != identity[name]}
+        assert changed == {key}
+    assert data.arrays(pixels + 1, labels).identity()["records"] != identity["records"]
+    np.save(tmp_path / "images.npy", pixels), np.save(tmp_path / "labels.npy", labels)
+    assert data.npy_directory(tmp_path).identity()["records"] == identity["records"]
+    assert max(map(len, identity.values())) <= 24
 
 
 # Training on a cache, and on the images with the encoder in the step
@@ -239,16 +478,17 @@ def encode_cache(pixels: np.ndarray, autoencoder: Autoencoder, folder: Path) -> 
         class_names=tuple("0123456789"), images_per_shard=6,
     )  # fmt: skip
     rows = np.zeros((len(pixels), 2), description.record_type)
-    rows["label"] = (np.arange(len(pixels)) % 10)[:, None]
+    rows["index"] = np.arange(len(pixels))[:, None]
+    rows["label"], rows["mirrored"][:, 1] = rows["index"] % 10, 1
     for k, version in enumerate((pixels, pixels[:, :, ::-1])):
         moments = autoencoder.encode(data.to_unit_range(version), batch_size=len(pixels))
         rows["posterior"][:, k] = np.concatenate(moments, axis=-1)
-    latent_cache.begin(folder, description)
+    latent_writing.begin(folder, description)
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
         part = rows[images.start : images.stop].reshape(-1)
-        latent_cache.write_shard(folder, description, shard, [part])
-    assert latent_cache.finish(folder, description)
+        latent_writing.write_shard(folder, description, shard, [part])
+    assert latent_writing.finish(folder, description)
     return data.latents_source(folder)
 
 
@@ -272,7 +512,10 @@ def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencod
     def encoding_in_the_step(state, batch):
         zeros, ones = jnp.zeros(shape), jnp.ones(shape)
         noise = draw_latents(trainer.seed, state.step, jnp.concatenate([zeros, ones], axis=-1))
-        mean, std = _encode(autoencoder.module, autoencoder.params, batch["image"])
+        pixels = batch["image"]
+        if pixels.dtype == jnp.uint8:
+            pixels = pixels / 127.5 - 1
+        mean, std = _encode(autoencoder.module, autoencoder.params, pixels)
         z = mean * data.LATENT_SCALE + std * noise
         return trainer.step(state, batch | {"image": z}, num_kept=None)[1]
 

@@ -561,6 +561,37 @@ def test_a_file_that_is_not_parquet_is_refused(capsys, data_dir, tmp_path):
     assert line == f"error: {tmp_path}/a.parquet: is not a Parquet file, or a damaged one"
 
 
+def test_an_error_names_the_commands_own_flags(capsys, data_dir, tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    line = refuse(capsys, data_dir, "--folder", folder, "--class_order", "numeric")
+    assert "class 'cat' is no number, so --class_order cannot be 'numeric'" in line
+    (folder / "cat" / "0.jpg").write_bytes(b"no image")
+    line = refuse(capsys, data_dir, "--folder", folder)
+    assert line.endswith("replace the image or remove it, or give --on_bad_image=skip")
+
+
+def test_files_below_the_users_home_are_found(capsys, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    line = refuse(capsys, data_dir, "--parquet", "~/*.parquet", "--name", "a")
+    assert line.startswith(f"error: {tmp_path}/a.parquet: is not a Parquet file")
+
+
+def test_the_identity_of_a_prepared_data_set_is_that_of_its_split(data_dir, tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    for place in (data_dir, tmp_path / "again"):
+        main(place, "--folder", folder)
+    (folder / "cat" / "9.jpg").write_bytes(encode(tiles()[0]))
+    main(tmp_path / "more", "--folder", folder)
+    sources = [
+        data.tfds_source("pets", split, place)
+        for place in (data_dir, tmp_path / "again", tmp_path / "more")
+        for split in ("train", "train[:2]")
+    ]
+    digests = [source.identity()["records"] for source in sources]
+    assert digests[:2] == digests[2:4] and len(set(digests)) == 4
+
+
 # Whole or not at all
 
 
@@ -599,8 +630,10 @@ def test_an_interrupted_preparation_leaves_nothing(capsys, data_dir, tmp_path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare._Shards, "write", interrupt)
-    line = refuse(capsys, data_dir, "--folder", folder)
-    assert line == "error: interrupted; nothing was left behind"
+    with pytest.raises(SystemExit) as stop:
+        main(data_dir, "--folder", folder)
+    assert stop.value.code == 130 and not list(data_dir.rglob("*"))
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was left behind"
 
 
 def test_a_killed_preparation_can_simply_be_run_again(data_dir, tmp_path):

@@ -12,18 +12,26 @@ half the work and nearly, but not exactly, the latents of the mirrored images.
 The same command again goes on with a run that ended, shard by shard. A shard that is finished is
 not encoded again, one that is damaged is. Several processes, each with its --process_index and the
 same --process_count and --output, encode shards of their own (the hosts of a TPU pod slice know
-theirs); run one process alone at the end if none of them wrote the manifest.
+theirs), and the last of them writes the manifest. One that ended early can be started again, or,
+when the others have ended, one process alone can do what is left. Two processes are never at one
+shard: the later is refused.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import hashlib
 import itertools
+import json
+import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -39,11 +47,30 @@ from mdt_jax.data import (
     center_crop,
     create_source,
     latent_cache,
+    latent_writing,
     to_unit_range,
 )
 from mdt_jax.data.latent_cache import Description
 from mdt_jax.data.pipeline import check_bad_fraction
 from mdt_jax.latents import Autoencoder
+
+# A configuration's keys, which messages name, and this command's flags for them.
+FLAGS_OF_KEYS = {
+    "data.name": "--data_name",
+    "data.path": "--data_path",
+    "data.split": "--data_split",
+    "data.class_order": "--class_order",
+    "data.labels": "--labels",
+}
+
+
+class Batch(NamedTuple):
+    """Images of a shard, cropped, in [-1, 1], with their indices in the data set and labels."""
+
+    shard: int
+    indices: list[int]
+    images: np.ndarray
+    labels: list[int]
 
 
 def encode_latents(
@@ -84,29 +111,36 @@ def encode_latents(
 
     Raises:
       BadImage: an image cannot be used.
-      FileExistsError: the folder holds other things.
-      ValueError: a source, autoencoder or size that do not fit each other, too small a disk, or a
-        folder of other latents.
+      FileExistsError: the folder holds other things, or another process is at the same shards.
+      OSError: the disk is full.
+      ValueError: a source, autoencoder or size that do not fit each other, settings out of range,
+        too small a disk, or a folder of other latents.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     _check(source, autoencoder, image_size)
     for flag, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1:
             raise ValueError(f"--{flag} {value} is below 1")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"--max_bad_fraction {max_bad_fraction:g} is outside 0 to 1")
     description = describe(source, autoencoder, image_size, mirror, dtype, images_per_shard)
-    latent_cache.begin(output, description)
+    latent_writing.begin(output, description)
     mine = range(process_index, description.num_shards, process_count)
-    todo = [k for k in mine if latent_cache.finished_shard(output, description, k) is None]
-    _check_space(output, sum(map(description.shard_bytes, todo)))
-    total, left = (sum(len(description.shard_images(k)) for k in ks) for ks in (mine, todo))
     batch_size = min(batch_size, images_per_shard, len(source))
-    with tqdm(total=total, initial=total - left, unit="image", disable=not progress) as bar:
+    with latent_writing.claim(output, description, mine):
+        todo = latent_writing.unfinished(output, description, mine)
+        _check_space(output, latent_writing.bytes_to_come(output, description, todo))
+        total, left = (sum(len(description.shard_images(k)) for k in ks) for ks in (mine, todo))
         max_bad = max_bad_fraction if on_bad_image == "skip" else None
-        batches = _batches(source, description, todo, batch_size, max_bad)
-        for shard, images in itertools.groupby(batches, key=lambda batch: batch[0]):
-            records = _records(description, autoencoder, images, batch_size, bar)
-            latent_cache.write_shard(output, description, shard, records)
-    return latent_cache.finish(output, description)
+        read = _reader(source, image_size, max_bad)
+        with (
+            contextlib.closing(_batches(read, description, todo, batch_size)) as batches,
+            tqdm(total=total, initial=total - left, unit="image", disable=not progress) as bar,
+        ):
+            for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
+                encoded = _encode(description, autoencoder, of_shard, batch_size, bar)
+                latent_writing.write_shard(output, description, shard, encoded)
+    return latent_writing.finish(output, description)
 
 
 def describe(
@@ -132,6 +166,7 @@ def describe(
         dtype=dtype,
         mirror=mirror,
         images_per_shard=images_per_shard,
+        source_digest=source.identity()["records"],
     )
 
 
@@ -147,23 +182,23 @@ def encoder_digest(autoencoder: Autoencoder) -> str:
     return digest.hexdigest()
 
 
-def _records(
+def _encode(
     description: Description,
     autoencoder: Autoencoder,
-    batches: Iterator[tuple[int, list[int], np.ndarray, list[int]]],
+    batches: Iterable[Batch],
     batch_size: int,
     bar: tqdm,
 ) -> Iterator[np.ndarray]:
-    """A shard's records, batch by batch, each image's before its mirror image's."""
-    for _, indices, images, labels in batches:
-        versions = [images, images[:, :, ::-1]] if description.mirror else [images]
-        records = np.zeros((len(indices), len(versions)), description.record_type)
-        records["index"], records["label"] = np.array(indices)[:, None], np.array(labels)[:, None]
+    """Batches as arrays of a cache's records, each image's before its mirror image's."""
+    for batch in batches:
+        versions = [batch.images, batch.images[:, :, ::-1]][: description.versions]
+        rows = np.zeros((len(batch.indices), len(versions)), description.record_type)
+        rows["index"], rows["label"] = np.c_[batch.indices], np.c_[batch.labels]
         for k, version in enumerate(versions):
-            records["mirrored"][:, k] = k
-            records["posterior"][:, k] = _posterior(autoencoder, version, batch_size)
-        yield records.reshape(-1)
-        bar.update(len(indices))
+            rows["mirrored"][:, k] = k
+            rows["posterior"][:, k] = _posterior(autoencoder, version, batch_size)
+        yield rows.reshape(-1)
+        bar.update(len(batch.indices))
 
 
 def _posterior(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> np.ndarray:
@@ -174,18 +209,11 @@ def _posterior(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) ->
     return np.concatenate([mean, std], axis=-1)[: len(images)]
 
 
-def _batches(
-    source: Source,
-    description: Description,
-    shards: list[int],
-    batch_size: int,
-    max_bad: float | None,
-) -> Iterator[tuple[int, list[int], np.ndarray, list[int]]]:
-    """Shard, indices, images in [-1, 1] and labels, read one batch ahead in threads.
-
-    A shard begins with a batch of its own, so that its bytes do not depend on where a run began.
-    `max_bad` None is an error at the first bad image.
-    """
+def _reader(
+    source: Source, image_size: int, max_bad: float | None
+) -> Callable[[int], tuple[int, np.ndarray, int] | None]:
+    """What gives an image's index, pixels and label, several threads at a time; None for one that
+    is left out, which raises an error if `max_bad` is None or more of all images are bad."""
     bad: dict[int, str] = {}
 
     def read(index: int) -> tuple[int, np.ndarray, int] | None:
@@ -193,40 +221,55 @@ def _batches(
             example = source[index]
         except BadImage as error:
             if max_bad is None:
-                raise
+                raise BadImage(
+                    f"{error}. Or give --on_bad_image=skip, which leaves it out and keeps what is "
+                    "encoded: to remove an image changes the others' numbers, so that the encoding "
+                    "begins anew"
+                ) from error
             logging.warning("left out: %s", error)
             bad[index] = str(error)
             check_bad_fraction(source, max_bad, bad)
             return None
-        image = to_unit_range(center_crop(example["image"], description.image_size))
+        image = to_unit_range(center_crop(example["image"], image_size))
         image = image.repeat(3, axis=2) if image.shape[-1] == 1 else image
         return index, image, int(example["label"])
 
-    size = (description.image_size, description.image_size, 3)
-    with ThreadPoolExecutor() as pool:
+    return read
 
-        def start(shard: int, indices: range) -> tuple[int, list[Future]]:
-            return shard, [pool.submit(read, index) for index in indices]
 
-        pending: list[tuple[int, list[Future]]] = []
-        todo = (
-            (shard, images[first : first + batch_size])
-            for shard in shards
-            for images in [description.shard_images(shard)]
-            for first in range(0, len(images), batch_size)
-        )
-        for batch in itertools.chain(todo, [None]):
-            pending += [] if batch is None else [start(*batch)]
-            if not pending or (batch is not None and len(pending) < 2):
-                continue
-            shard, futures = pending.pop(0)
-            try:
-                read_ = [found for future in futures if (found := future.result())]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            images = np.array([image for _, image, _ in read_], np.float32).reshape(-1, *size)
-            yield shard, [index for index, _, _ in read_], images, [label for *_, label in read_]
+def _batches(
+    read: Callable[[int], tuple[int, np.ndarray, int] | None],
+    description: Description,
+    shards: Iterable[int],
+    batch_size: int,
+) -> Iterator[Batch]:
+    """The images of shards, read in threads, a batch ahead of need.
+
+    A shard begins with a batch of its own, so that its bytes do not depend on where a run began.
+    """
+    pool = ThreadPoolExecutor()
+    ahead: collections.deque[tuple[int, list[Future]]] = collections.deque()
+    try:
+        for shard in shards:
+            images = description.shard_images(shard)
+            for first in range(0, len(images), batch_size):
+                some = images[first : first + batch_size]
+                ahead.append((shard, [pool.submit(read, index) for index in some]))
+                if len(ahead) > 1:
+                    yield _batch(description, *ahead.popleft())
+        while ahead:
+            yield _batch(description, *ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batch(description: Description, shard: int, futures: list[Future]) -> Batch:
+    """Waits for images; those that are left out are not in it."""
+    found = [result for future in futures if (result := future.result())]
+    images = np.zeros((len(found), description.image_size, description.image_size, 3), np.float32)
+    for row, (_, image, _) in enumerate(found):
+        images[row] = image
+    return Batch(shard, [index for index, _, _ in found], images, [label for *_, label in found])
 
 
 def _check(source: Source, autoencoder: Autoencoder, image_size: int) -> None:
@@ -256,8 +299,9 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{folder}: {free / 1e9:,.1f} GB are free, the latents take {needed / 1e9:,.1f}; give "
-            "--output on another disk, or --dtype float16, or --nomirror, half as much each"
+            f"{folder}: {free / 1e9:,.1f} GB are free, the latents still to be written, those of "
+            f"all processes, take {needed / 1e9:,.1f}; give --output on another disk, or --dtype "
+            "float16, or --nomirror, half as much each"
         )
 
 
@@ -274,10 +318,11 @@ def main(_: list[str]) -> None:
         count = jax.process_count() if f.process_count is None else f.process_count
         if not 0 <= index < count:
             raise ValueError(f"--process_index {index} is outside 0 to --process_count {count} - 1")
+        output = Path(f.output).expanduser()
         finished = encode_latents(
             source,
-            Autoencoder.load(f.vae, mesh, dtype=f.compute_dtype),
-            f.output,
+            Autoencoder.load(os.path.expanduser(f.vae), mesh, dtype=f.compute_dtype),
+            output,
             image_size=f.image_size,
             mirror=f.mirror,
             dtype=f.dtype,
@@ -289,11 +334,31 @@ def main(_: list[str]) -> None:
             process_count=count,
             progress=index == 0,
         )
-        print(f.output if finished else f"{f.output}: other processes are still encoding")
+        print(_summary(output) if finished else f"{output}: other processes have not finished yet")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished shard", file=sys.stderr)
+        sys.exit(130)  # a shell's for Ctrl-C
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _summary(output: Path) -> str:
+    """What a finished cache holds."""
+    manifest = json.loads((output / latent_cache.MANIFEST).read_text(encoding="utf-8"))
+    left_out, count = manifest["left_out"], manifest["num_images"]
+    return (
+        f"{output}: latents of {count - left_out:,} images in {len(manifest['shards']):,} files; "
+        f"left out, as they could not be used, {left_out:,}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception and its notes say, of this command's flags."""
+    said = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    keys = "|".join(map(re.escape, FLAGS_OF_KEYS))
+    return re.sub(rf"(?<![^\s(])({keys})\b", lambda match: FLAGS_OF_KEYS[match[0]], said)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import os
 import re
 import shlex
 import sys
@@ -42,10 +43,17 @@ from typing import Any
 
 from absl import logging
 
+from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
 from mdt_jax.data.prepare import Images, Prepared, Record, prepare
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
+# A configuration's keys, which messages about folders name, and this command's flags for them.
+FLAGS_OF_KEYS = {
+    "data.path": "--folder",
+    "data.class_order": "--class_order",
+    "data.labels": "--labels",
+}
 TAR_BLOCK = 512
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
@@ -200,6 +208,7 @@ def from_parquet(
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError("--parquet needs the package pyarrow: pip install pyarrow") from error
+    pattern = os.path.expanduser(pattern)
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
     if not paths:
         raise FileNotFoundError(
@@ -361,6 +370,15 @@ def run(args: argparse.Namespace) -> None:
     print(summary(images, name, data_dir, args.split, made))
 
 
+def _one_line(error: Exception) -> str:
+    """What an exception and its notes say, of this command's flags."""
+    said = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    if isinstance(error, BadImage):
+        said += ", or give --on_bad_image=skip"
+    keys = "|".join(map(re.escape, FLAGS_OF_KEYS))
+    return re.sub(rf"(?<![^\s(])({keys})\b", lambda match: FLAGS_OF_KEYS[match[0]], said)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command: one clear line and exit status 1 for what a user can mend."""
     parser = argparse.ArgumentParser(
@@ -397,9 +415,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was left behind")
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        sys.exit(130)  # a shell's for Ctrl-C
 
 
 if __name__ == "__main__":

@@ -7,10 +7,16 @@
 
 Without data it makes both kinds in a temporary folder: 256-pixel crops of JPEG photographs of
 ImageNet's usual size, and a cache of 32 x 32 x 4 latents in float16. Each line is a number of
-workers (0: threads), in examples a second of this process. What Pillow alone does with the same
-JPEGs on the same cores is measured in turns with the pipeline. Everything is read more than once,
-so from the page cache: a slow disk shows in no number but the first pass over data that are larger
-than the memory. The last line is all of it as JSON.
+workers (0: threads), in examples a second of this process.
+
+Of a folder of images, what Pillow alone does on the same cores is measured in turns with the
+pipeline: the same files in the same order, decoded and cropped to the same pixels, which then are
+dropped. Its better one of threads and processes is what the pipeline is a part of, in each round;
+the medians of the rounds are given.
+
+Every measurement begins with the run's first example, so all but the first read files that the
+page cache holds, unless they are more than the memory. A slow disk shows in the first round alone,
+which the last line gives: all of it as JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -34,7 +41,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from mdt_jax import flops, masking, metrics
+from mdt_jax import data, flops, masking, metrics
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import (
     LATENT_SCALE,
@@ -44,14 +51,17 @@ from mdt_jax.data import (
     create_batches,
     create_source,
     latent_cache,
-    to_unit_range,
+    latent_writing,
 )
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
+from mdt_jax.data.pipeline import CROPS, epoch_order
 from mdt_jax.models import create_model
 
 CORES = len(os.sched_getaffinity(0))
 JPEG_SIZE = (500, 375)  # ImageNet's commonest
+SEED = 0
+ALONE = "Pillow alone"
 Rates = dict[str, float]
 
 
@@ -65,31 +75,33 @@ def profile(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
         )
         for workers in arguments.workers
     }
-    files = jpegs(source)
+    files = image_files(source)
     if files:
         for name, pool in (("threads", ThreadPoolExecutor), ("processes", spawned)):
-            rivals[f"Pillow alone, {CORES} {name}"] = lambda pool=pool: pillow_rate(
-                files, size, pool, arguments.seconds
+            rivals[f"{ALONE}, {CORES} {name}"] = lambda pool=pool: pillow_rate(
+                files, size, arguments.crop, pool, arguments.seconds
             )
     rounds = [{name: rival() for name, rival in rivals.items()} for _ in range(arguments.rounds)]
-    rates = {name: statistics.median(r[name] for r in rounds) for name in rivals}
     result = {
         "source": source.name,
-        "examples_per_second": rates,
+        "examples_per_second": medians(rounds),
         "rounds": rounds,
         "microseconds_by_stage": {k: 1e6 * v for k, v in stages(source, size).items()},
     }
-    if files:  # round by round: what else the cores do changes from one to the next
-        pairs = map(best_rates, rounds)
-        result["of_pillow"] = statistics.median(ours / alone for ours, alone in pairs)
+    if files:
+        result["of_pillow"] = medians([parts_of_pillow(rates) for rates in rounds])
     return result
 
 
-def best_rates(rates: Rates) -> tuple[float, float | None]:
-    """The pipeline's fastest, and Pillow's."""
-    alone = [rate for name, rate in rates.items() if name.startswith("Pillow")]
-    ours = [rate for name, rate in rates.items() if not name.startswith("Pillow")]
-    return max(ours), max(alone, default=None)
+def medians(rounds: list[Rates]) -> Rates:
+    return {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
+
+
+def parts_of_pillow(rates: Rates) -> Rates:
+    """What part of Pillow's best rate of a round each pipeline has: what else the cores do changes
+    from one round to the next."""
+    alone = max(rate for name, rate in rates.items() if name.startswith(ALONE))
+    return {name: rate / alone for name, rate in rates.items() if not name.startswith(ALONE)}
 
 
 def pipeline_rate(
@@ -103,13 +115,14 @@ def pipeline_rate(
     with create_batches(
         source,
         global_batch_size=batch_size,
-        seed=0,
+        seed=SEED,
         process_index=0,
         process_count=1,
         flip=True,
         image_size=size,
         num_workers=num_workers,
         read_ahead=arguments.read_ahead,
+        crop=arguments.crop,
     ) as batches:
         # What was read ahead while the workers started is no rate.
         for _ in range(arguments.read_ahead + 1):
@@ -124,11 +137,13 @@ def pipeline_rate(
 # Pillow alone
 
 
-def jpegs(source: Source) -> list[str]:
-    """The first files of a folder of images; other sources have none."""
+def image_files(source: Source) -> list[str]:
+    """Files of a folder of images in the order in which the pipeline reads them, as many as are
+    read in a measurement; other sources have none."""
     if not isinstance(source.records, ImageFolder):
         return []
-    return [str(source.records.path / file) for file in source.records.files[:1000]]
+    order = epoch_order(SEED, 0, len(source))[:10_000]
+    return [str(source.records.path / source.records.files[i]) for i in order]
 
 
 def spawned(workers: int) -> Executor:
@@ -137,37 +152,41 @@ def spawned(workers: int) -> Executor:
 
 
 def pillow_rate(
-    files: list[str], size: int, pool: Callable[[int], Executor], seconds: float
+    files: list[str], size: int, crop: str, pool: Callable[[int], Executor], seconds: float
 ) -> float:
     """Images a second that every core together decodes and crops, and puts nowhere."""
     with pool(CORES) as workers:
-        list(workers.map(pillow_crops, [(files[:2], size, 0.0)] * CORES))
+        list(workers.map(pillow_crops, [(files[:2], size, crop, 0.0)] * CORES))
         shares = [files[k::CORES] or files for k in range(CORES)]
         began = time.perf_counter()
-        counts = workers.map(pillow_crops, [(share, size, seconds) for share in shares])
+        counts = workers.map(pillow_crops, [(share, size, crop, seconds) for share in shares])
         return sum(counts) / (time.perf_counter() - began)
 
 
-def pillow_crops(task: tuple[list[str], int, float]) -> int:
+def pillow_crops(task: tuple[list[str], int, str, float]) -> int:
     """Decodes and crops files one after the other for so many seconds; returns how many."""
-    files, size, seconds = task
+    files, size, crop, seconds = task
+    rng = np.random.default_rng(SEED) if crop == "random" else None
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        pillow_crop(files[count % len(files)], size)
+        pillow_crop(files[count % len(files)], size, rng)
         count += 1
     return count
 
 
-def pillow_crop(file: str, size: int) -> np.ndarray:
-    """ADM's centre crop in plain Pillow, from a file to uint8."""
+def pillow_crop(file: str, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """ADM's crop in plain Pillow, from a file to uint8: random with a generator, or central."""
     with Image.open(file) as picture:
         picture = picture.convert("RGB")
-    while min(picture.size) >= 2 * size:
+    shorter = size if rng is None else int(rng.integers(size, math.ceil(size / 0.8) + 1))
+    while min(picture.size) >= 2 * shorter:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    scale = shorter / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
+    if rng is not None:
+        top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
@@ -180,7 +199,7 @@ def stages(source: Source, size: int | None, count: int = 256) -> dict[str, floa
     if hasattr(source.records, "read_posteriors"):
         reading = best(lambda: source.records.read_posteriors(indices)) / count
         blocks = itertools.count()
-        stream = ExampleStream(source, seed=0, flip=True)
+        stream = ExampleStream(source, seed=SEED, flip=True)
         whole = best(lambda: stream.block(next(blocks) * count, count)) / count
         return {"reading": reading, "order and flips": max(whole - reading, 0.0)}
     if source.latents:
@@ -199,13 +218,8 @@ def stages(source: Source, size: int | None, count: int = 256) -> dict[str, floa
     if size is not None:
         found["cropping"] = best(lambda: [center_crop(x, size) for x in images]) / len(images)
         cropped = [center_crop(x, size) for x in images]
-    block = np.empty((len(cropped), *cropped[0].shape), np.float32)
-
-    def batch() -> None:
-        for k, image in enumerate(cropped):
-            to_unit_range(image, block[k])
-
-    found["batching"] = best(batch) / len(cropped)
+    whole = ExampleStream(data.arrays(np.stack(cropped)), seed=SEED, flip=True)
+    found["batching"] = best(lambda: whole.block(0, len(cropped))) / len(cropped)
     return found
 
 
@@ -228,17 +242,17 @@ def noise_seconds() -> float:
 # What a model needs
 
 
-def needed_rate(arguments: argparse.Namespace) -> float | None:
-    """Examples a second of one process; None where it is not known."""
+def needed_rate(arguments: argparse.Namespace) -> tuple[float, str]:
+    """Examples a second that the model takes of one process, and why so many."""
+    shared = f", shared by {arguments.processes} processes" if arguments.processes > 1 else ""
     if arguments.images_per_second:
-        return arguments.images_per_second / arguments.processes
-    peak = metrics.peak_flops(arguments.device, "bfloat16") if arguments.device else None
+        rate = arguments.images_per_second
+        return rate / arguments.processes, f"--images_per_second {rate:g}{shared}"
+    peak = metrics.peak_flops(arguments.device, "bfloat16")
     if peak is None:
-        if arguments.device:
-            raise ValueError(
-                f"--device {arguments.device!r}: its peak is not known; give --images_per_second"
-            )
-        return None
+        raise ValueError(
+            f"--device {arguments.device!r}: its peak is not known; give --images_per_second"
+        )
     config = default_config()
     config.model.name = arguments.model
     apply_recipe(config)
@@ -248,7 +262,9 @@ def needed_rate(arguments: argparse.Namespace) -> float | None:
         counts = masking.kept_counts(model.num_tokens, ratio.ratio, ratio.ratio_span)
         kept = float(np.dot(*counts))
     work = flops.train_step_flops(model, 1, kept)
-    return arguments.mfu * peak * arguments.num_devices / work / arguments.processes
+    rate = arguments.mfu * peak * arguments.num_devices / work
+    devices = f"{arguments.num_devices} x {arguments.device} at {arguments.mfu:.0%} MFU"
+    return rate / arguments.processes, f"{arguments.model} on {devices}{shared}"
 
 
 # Data to measure with
@@ -282,46 +298,47 @@ def synthetic_latents(folder: Path, count: int) -> Source:
         latent_shape=(32, 32, 4), dtype="float16", mirror=True, images_per_shard=256,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    latent_cache.begin(folder, description)
+    latent_writing.begin(folder, description)
 
     def records(images: range) -> Iterator[np.ndarray]:
         rows = np.zeros((len(images), 2), description.record_type)
         rows["index"] = np.array(images)[:, None]
-        rows["label"] = rows["index"] % 1000
+        rows["label"], rows["mirrored"][:, 1] = rows["index"] % 1000, 1
         rows["posterior"] = rng.standard_normal(rows["posterior"].shape, np.float32)
         yield rows.reshape(-1)
 
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
-        latent_cache.write_shard(folder, description, shard, records(images))
-    latent_cache.finish(folder, description)
+        latent_writing.write_shard(folder, description, shard, records(images))
+    latent_writing.finish(folder, description)
     return create_source(ml_collections.ConfigDict({"name": "latents", "path": str(folder)}))
 
 
 # The command
 
 
-def table(kind: str, result: dict[str, Any], needed: float | None) -> str:
+def table(kind: str, result: dict[str, Any], needed: float, why: str) -> str:
     """The measurement for a person."""
     rates, parts = result["examples_per_second"], result["microseconds_by_stage"]
-    unit = f"{kind}/s"
-    lines = [f"{result['source']}", f"{'':32}{unit:>12}{'µs each':>12}"]
-    lines += [f"{name:32}{rate:12,.0f}{1e6 / rate:12,.1f}" for name, rate in rates.items()]
-    if needed:
-        lines.append(f"{'the model needs':32}{needed:12,.0f}{1e6 / needed:12,.1f}")
-    ours, pillow = best_rates(rates)
-    if pillow:
-        lines.append(f"{'of the best of Pillow alone':32}{result['of_pillow']:12.0%}")
+    of_pillow = result.get("of_pillow", {})
+    lines = [f"{result['source']}", f"{'':32}{f'{kind}/s':>12}{'µs each':>12}"]
+    lines[-1] += f"{'of Pillow':>12}" if of_pillow else ""
+    for name, rate in rates.items():
+        part = f"{of_pillow[name]:12.0%}" if name in of_pillow else ""
+        lines.append(f"{name:32}{rate:12,.0f}{1e6 / rate:12,.1f}{part}")
+    lines.append(f"{'the model needs':32}{needed:12,.0f}{1e6 / needed:12,.1f}  ({why})")
     lines.append(
         "one thread's time               "
         + ", ".join(f"{name} {part:,.1f} µs" for name, part in parts.items())
     )
+    ours = max(rate for name, rate in rates.items() if not name.startswith(ALONE))
     slowest = max(parts, key=parts.get)
-    bound = f"{slowest} takes {parts[slowest] / sum(parts.values()):.0%} of the work"
-    if needed:
-        enough = "the pipeline keeps up" if ours >= needed else "the model waits for the pipeline"
-        bound = f"{enough} ({ours / needed:.1f} times what is needed); {bound}"
-    return "\n".join([*lines, bound])
+    enough = "the pipeline keeps up" if ours >= needed else "the model waits for the pipeline"
+    lines.append(
+        f"{enough} ({ours / needed:.1f} times what is needed); {slowest} takes "
+        f"{parts[slowest] / sum(parts.values()):.0%} of the work"
+    )
+    return "\n".join(lines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -331,6 +348,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_name", help="as config.data.name; both kinds are made without")
     parser.add_argument("--data_path", default="", help="as config.data.path")
     parser.add_argument("--data_split", default="train", help="as config.data.split")
+    parser.add_argument("--labels", default="auto", help="as config.data.labels")
+    parser.add_argument("--class_order", default="string", help="as config.data.class_order")
+    parser.add_argument("--crop", default="center", help="as config.data.crop")
     parser.add_argument("--image_size", type=int, default=256, help="of crops")
     parser.add_argument("--batch_size", type=int, help="of this process; 256 latents, 32 images")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
@@ -338,13 +358,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="whose median is given")
     parser.add_argument("--model", default="MDTv2-XL/2", help="whose need is compared")
-    parser.add_argument("--images_per_second", type=float, help="that it trains at")
-    parser.add_argument("--device", help="or what it trains on, as JAX calls it")
+    parser.add_argument("--images_per_second", type=float, help="it trains at, where known")
+    parser.add_argument("--device", default="NVIDIA H200", help="what it trains on, as JAX says")
     parser.add_argument("--num_devices", type=int, default=1, help="of all processes")
     parser.add_argument("--processes", type=int, default=1, help="that share the reading")
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOP/s utilisation")
     parser.add_argument("--examples", type=int, default=4096, help="latents to make")
     return parser.parse_args(argv)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses, with ValueError, numbers with which nothing could be measured."""
+    above_0 = ("image_size", "batch_size", "read_ahead", "seconds", "rounds", "images_per_second",
+               "num_devices", "processes", "mfu", "examples")  # fmt: skip
+    for flag in above_0:
+        value = getattr(arguments, flag)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{flag} is {value:g}; it must be above 0")
+    if min(arguments.workers) < 0:
+        raise ValueError(f"--workers is {min(arguments.workers)}; it must be at least 0")
+    if arguments.crop not in CROPS:
+        raise ValueError(f"--crop is {arguments.crop!r}; known are {', '.join(map(repr, CROPS))}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -353,14 +387,13 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     results: dict[str, Any] = {"cores": CORES}
     try:
-        needed = needed_rate(arguments)
-        results["needed"] = needed
+        check(arguments)
+        results["needed"], results["needed_for"] = needed_rate(arguments)
         if arguments.data_name:
             config = {"name": arguments.data_name, "path": arguments.data_path}
-            source = create_source(
-                ml_collections.ConfigDict(config | {"split": arguments.data_split})
-            )
-            measure(source, arguments, results)
+            config |= {"split": arguments.data_split, "labels": arguments.labels}
+            config |= {"class_order": arguments.class_order}
+            measure(create_source(ml_collections.ConfigDict(config)), arguments, results)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 measure(synthetic_jpegs(Path(folder) / "jpeg", 256), arguments, results)
@@ -374,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(source: Source, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     kind = "latents" if source.latents else "images"
     results[kind] = profile(source, arguments)
-    print(table(kind, results[kind], results["needed"]))
+    print(table(kind, results[kind], results["needed"], results["needed_for"]))
     if source.latents:
         noise = noise_seconds()
         results["noise_microseconds"] = 1e6 * noise

@@ -1,6 +1,7 @@
 """Folders of image files: which layout one has, and so which images and classes."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +36,14 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def digest(self) -> str:
+        """Of the files' names, in order, and labels: under a second for a million."""
+        digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        if self.labels is not None:
+            digest.update(b"\0" + self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         ((picture, label),) = self.pictures([index])
@@ -73,7 +82,7 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
         ValueError: images beside sub-folders of images, names that are no numbers or hold no
             class where they must, or an unknown `class_order` or `labels`.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     _check_choice("data.class_order", class_order, CLASS_ORDERS)
     _check_choice("data.labels", labels, LABELS)
     if not folder.is_dir():

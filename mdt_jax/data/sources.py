@@ -7,6 +7,7 @@ batches or processes: those are the pipeline's. A new dataset is one function th
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -40,7 +41,8 @@ class Records(Protocol):
 
     Records that are faster to read many at a time also have `__getitems__`, of a sequence of
     indices, which returns a list of what `__getitem__` would; those that are stored encoded have
-    `pictures`, which returns Pillow's instead of arrays.
+    `pictures`, which returns Pillow's instead of arrays. Records that can tell cheaply which they
+    are have a `digest`, a short string of their number, order, names and labels.
     """
 
     def __len__(self) -> int: ...
@@ -116,6 +118,29 @@ class Source:
             self._check_index(index)
         found = zip(indices, read_pictures(indices), strict=True)
         return [{"image": picture, "label": self._label(i, n)} for i, (picture, n) in found]
+
+    def identity(self) -> dict[str, str]:
+        """What the data are, to see whether two processes, or a run and its resumption, have the
+        same: short strings, empty where there is nothing to tell.
+
+        It takes a second for a million images: files are told apart by their names in the folder,
+        not by their contents, and arrays by some of their rows.
+
+        Returns:
+            "examples", their number; "classes", their number and a digest of their names in order;
+            "records", a digest of which records there are, in what order and with which labels;
+            "autoencoder", the digest of the encoder that made a cache of latents.
+        """
+        names = ""
+        if self.class_names:
+            names = f"{len(self.class_names)} ({_short_digest(*self.class_names)})"
+        cache = self.records if isinstance(self.records, LatentCache) else None
+        return {
+            "examples": str(len(self)),
+            "classes": names,
+            "records": getattr(self.records, "digest", ""),
+            "autoencoder": cache.description.vae_digest[:16] if cache else "",
+        }
 
     def describe(self) -> str:
         """One line for a log: how many examples, and the number of every class, or of the first
@@ -207,7 +232,7 @@ def npy_directory(path: str | Path) -> Source:
         FileNotFoundError: no such folder, or nothing to read in it.
         ValueError: a file that cannot be read, or files that do not fit each other.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder; data.path must name one with images.npy or latents.npy"
@@ -251,7 +276,7 @@ def latents_source(path: str | Path) -> Source:
     cache = LatentCache.open(path)
     d = cache.description
     return Source(
-        str(path), cache, d.latent_shape, d.class_names, latents=True, note=cache.describe()
+        str(cache.folder), cache, d.latent_shape, d.class_names, latents=True, note=cache.describe()
     )
 
 
@@ -304,9 +329,12 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     class_names = tuple(features["label"].names or ()) if labelled else ()
     place = f"{place}/{split}"
+    files = [(name, info.shard_lengths, info.num_bytes) for name, info in sorted(splits.items())]
+    digest = _short_digest(builder.info.full_name, split, *map(str, files))
+    channels = shape[2] if ours else None
     return Source(
         name=place,
-        records=_TfdsRecords(place, examples, bool(class_names), shape[2] if ours else None),
+        records=_TfdsRecords(place, examples, bool(class_names), channels, digest),
         image_shape=shape,
         class_names=class_names,
     )
@@ -371,10 +399,35 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
                 or the dataset's own.
             A "folder", "latents" or "npy" is one split, called "train".
 
+            `class_order` and `labels` other than the defaults are refused where there are no such
+            choices, and so is `crop` "random" where the data are latents.
+
     Raises:
-        ValueError: an unknown name or split, or no path where one is needed.
+        ValueError: an unknown name or split, no path where one is needed, or a setting that the
+            data have no use for.
         FileNotFoundError: the data are not where the configuration says.
     """
+    _check_use(data_config, "class_order", "string")
+    _check_use(data_config, "labels", "auto")
+    source = _named_source(data_config)
+    if source.latents and data_config.get("crop") == "random":
+        raise ValueError(
+            f"data.crop is 'random', but {source.name} holds latents, of images that were cropped "
+            "when they were encoded; set it to 'center', or train on the images"
+        )
+    return source
+
+
+def _check_use(data_config: ml_collections.ConfigDict, key: str, default: str) -> None:
+    value = data_config.get(key)
+    if value not in (None, default) and data_config.name != "folder":
+        raise ValueError(
+            f"data.{key} is {value!r}, but data.name {data_config.name!r} has classes of its own; "
+            f"set it to {default!r}: only a 'folder' can choose"
+        )
+
+
+def _named_source(data_config: ml_collections.ConfigDict) -> Source:
     name = data_config.name
     split, path = data_config.get("split") or "train", data_config.get("path")
     if name == "digits":
@@ -418,6 +471,14 @@ class _ArrayRecords:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], 0 if self.labels is None else int(self.labels[index])
 
+    @property
+    def digest(self) -> str:
+        images = self.images.array if isinstance(self.images, _MemoryMap) else self.images
+        rows = np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)
+        some = np.ascontiguousarray(images[rows])
+        labels = b"" if self.labels is None else np.asarray(self.labels, "<i8").tobytes()
+        return _short_digest(f"{images.dtype} {images.shape}", some.tobytes(), labels)
+
 
 @dataclasses.dataclass(frozen=True)
 class _MemoryMap:
@@ -452,6 +513,7 @@ class _TfdsRecords:
     examples: Any  # what `as_data_source` gives
     labelled: bool
     channels: int | None  # of the images, which arrive encoded; None: TFDS has decoded them
+    digest: str = ""  # of the files, for `Source.identity`
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -480,6 +542,15 @@ class _TfdsRecords:
         if self.channels is not None:
             image = decode_picture(image, f"{self.name}: record {index}", self.channels)
         return image, int(example["label"]) if self.labelled else 0
+
+
+def _short_digest(*parts: str | bytes) -> str:
+    """Of parts, one after the other, none of which holds the byte 0 where it is text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape"))
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _to_pixels(picture: Image.Image | np.ndarray) -> np.ndarray:

@@ -1,0 +1,352 @@
+"""Making a latent cache: any number of processes, each killed and started again as needed.
+
+While a cache (`latent_cache`) is being made, `encoding.json` stands in for the manifest, and each
+finished shard has its part of it beside it, a .json of its own name. Every file appears whole or
+not at all; a shard that does not have the bytes that its part tells of is unfinished. So whatever
+is interrupted goes on. Each process claims the shards that it is to write, and no other can have
+those while it lives; whichever comes last writes the manifest. Where a damaged shard is found
+later, `encoding.json` takes the manifest's place again, until that shard is made anew.
+
+Claims are locks of bytes of a file, which end with their process. On a file system without locks
+nothing is claimed: then two processes may write one shard, each a file of its own, and the later
+takes the place of the earlier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from mdt_jax.data.latent_cache import ENCODING, MANIFEST, VERSION, Description, read_json
+
+CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
+
+
+def begin(folder: Path, description: Description) -> None:
+    """Makes a folder for a cache, or finds in it the beginning, or the whole, of the same one.
+
+    Raises:
+        FileExistsError: the folder holds other things.
+        ValueError: the folder holds another cache; names the first thing that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = _plain(description)
+    with _state_lock(folder):
+        found = _found(folder)
+        if found is not None:
+            _check_same(folder, found, wanted)
+            return
+        for file in folder.iterdir():
+            if not file.name.startswith("."):
+                raise FileExistsError(
+                    f"{folder}: holds {file.name}, which is no part of a latent cache; remove it, "
+                    "or give another --output"
+                )
+        _write_json(folder / ENCODING, wanted)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iterator[None]:
+    """Holds shards for this process, to write them, while the context lasts.
+
+    Raises:
+        FileExistsError: another process holds one of them; names it.
+    """
+    shards = list(shards)
+    with _lock_file(folder / CLAIMS, lambda file: _lock_shards(file, description, shards)) as held:
+        if held:
+            mine = {description.shard_name(shard) for shard in shards}
+            for left in folder.glob(".*.partial"):  # by processes that were killed
+                if _whole_name(left) in mine:
+                    left.unlink(missing_ok=True)
+        yield
+
+
+def unfinished(folder: Path, description: Description, shards: Iterable[int]) -> list[int]:
+    """Those of a process's shards whose files do not have the bytes that is written of them.
+
+    A manifest that counts one of them as finished is set aside.
+    """
+    with _state_lock(folder):
+        entries = _entries(folder, description)
+    found = [k for k in shards if not _is_whole(folder / description.shard_name(k), entries[k])]
+    if damaged := [shard for shard in found if entries[shard]]:
+        with _state_lock(folder):
+            _forget(folder, description, damaged)
+    return found
+
+
+def bytes_to_come(folder: Path, description: Description, shards: Iterable[int]) -> int:
+    """About what is still to be written: of these shards, and of those that other processes have
+    not finished."""
+    files = map(description.shard_name, range(description.num_shards))
+    missing = (shard for shard, file in enumerate(files) if not (folder / file).exists())
+    needed = sum(map(description.shard_bytes, {*shards, *missing}))
+    for partial in folder.glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            needed -= partial.stat().st_size
+    return max(needed, 0)
+
+
+def write_shard(
+    folder: Path, description: Description, shard: int, records: Iterable[np.ndarray]
+) -> dict[str, Any]:
+    """Writes a shard of records, arrays of `record_type`, and returns its part of the manifest.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    path = folder / description.shard_name(shard)
+    # Of its own name, so that not even two processes with the same shard write one file.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        images = _write_records(aside, records)
+        entry = {
+            "file": path.name,
+            "records": len(images),
+            "left_out": sorted(set(description.shard_images(shard)).difference(images)),
+            "bytes": aside.stat().st_size,
+            "sha256": _digest(aside),
+        }
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _write_json(_part(path), entry)
+    return entry
+
+
+def finish(folder: Path, description: Description) -> bool:
+    """Writes the manifest if every shard is there, and returns whether it is.
+
+    Whichever process comes last does it; of several at once, one after the other.
+    """
+    with _state_lock(folder):
+        entries = _entries(folder, description)
+        if not all(entries):
+            return False
+        found = _found(folder)
+        values = _plain(description) | {key: found[key] for key in ("source", "vae")}  # at first
+        values["records"] = sum(entry["records"] for entry in entries)
+        values["left_out"] = description.num_images - values["records"] // description.versions
+        _write_json(folder / MANIFEST, values | {"shards": entries})
+        (folder / ENCODING).unlink(missing_ok=True)
+        for shard in range(description.num_shards):
+            _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
+        for pattern in (".*.json.*", ".*.partial"):  # left by processes that were killed
+            for left in folder.glob(pattern):
+                left.unlink(missing_ok=True)
+        return True
+
+
+def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
+    """Writes an ArrayRecord file, down to the disk; returns each record's image."""
+    from array_record.python import array_record_module
+
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    images: list[int] = []
+    try:
+        for rows in records:
+            with _disk_errors(path):
+                for row in rows:
+                    writer.write(row.tobytes())
+            images += rows["index"].tolist()
+    finally:
+        with _disk_errors(path):
+            writer.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return images
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # ArrayRecord's only one
+        raise OSError(
+            f"{path.parent / _whole_name(path)}: cannot be written ({str(error).split(';')[0]}); "
+            "make room, and run the same command again, which goes on"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path, lock: Callable[[IO[str]], bool]) -> Iterator[bool]:
+    """A file that `lock` locks, or says that it cannot, removed when nobody holds a part of it."""
+    patience = 3
+    while True:
+        with open(path, "a") as file:
+            try:
+                held = lock(file)
+            except FileExistsError:  # perhaps of one that is just leaving
+                patience -= 1
+                if not patience:
+                    raise
+                time.sleep(0.1)
+                continue
+            if held and not _is_at(file, path):
+                continue  # who held it before has removed it; there may be a new one to lock
+            try:
+                yield held
+            finally:
+                with contextlib.suppress(OSError):
+                    if held:
+                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all of it
+                    path.unlink()
+        return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _state_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:
+    """For a look at what is written about all shards, or a change to it."""
+
+    def lock(file: IO[str]) -> bool:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            return True
+        return False
+
+    return _lock_file(folder / STATE_LOCK, lock)
+
+
+def _lock_shards(file: IO[str], description: Description, shards: Iterable[int]) -> bool:
+    """Locks the byte of each shard."""
+    for shard in shards:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
+        except (BlockingIOError, PermissionError) as error:
+            raise FileExistsError(
+                f"{Path(file.name).with_name(description.shard_name(shard))}: another process is "
+                "to encode it, and is still running; wait for that one or end it, or give each "
+                "process a --process_index of its own and the same --process_count"
+            ) from error
+        except OSError:  # a file system without locks
+            return False
+    return True
+
+
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses, with ValueError, to go on with a cache of other things."""
+    known = found.get("source_digest")
+    for key, value in wanted.items():
+        # A folder may be moved, and a copy of an encoder have another name than "mse".
+        if key == "vae" or (key == "source" and known and known == wanted["source_digest"]):
+            continue
+        if key == "source_digest" and not known:  # begun before there was one
+            continue
+        if found.get(key) != value:
+            before, now = _say(key, found, wanted)
+            raise ValueError(
+                f"{folder}: holds latents of {before}, not of {now}; give another --output, or the "
+                "flags and images that these were begun with, or remove them"
+            )
+
+
+def _say(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, str]:
+    """A difference in words: what was found, and what was wanted."""
+    pair = found, wanted
+    if key == "vae_digest":
+        return tuple(f"the autoencoder {values['vae']} ({values[key]})" for values in pair)
+    if key == "num_images":
+        return f"the {found[key]:,} images that {found['source']} held", f"the {wanted[key]:,} now"
+    if key == "class_names":
+        for label, names in enumerate(zip(*(values[key] for values in pair), strict=False)):
+            if names[0] != names[1]:
+                return tuple(f"{name!r} as class {label}" for name in names)
+        return tuple(f"{len(values[key]):,} classes" for values in pair)
+    if key == "source_digest":
+        return (
+            f"{found['source']} as it was ({found[key]})",
+            f"what it holds now ({wanted[key]}): as many images of the same classes, but others, "
+            "or in another order, or labelled otherwise",
+        )
+    return tuple(f"{key} {values.get(key)}" for values in pair)
+
+
+def _found(folder: Path) -> dict[str, Any] | None:
+    """The cache's beginning, which stands even beside a manifest, or else the manifest."""
+    return read_json(folder / ENCODING) or read_json(folder / MANIFEST)
+
+
+def _entries(folder: Path, description: Description) -> list[dict[str, Any] | None]:
+    """What is written about each shard, beside it or in the manifest."""
+    entries = list((_found(folder) or {}).get("shards") or [None] * description.num_shards)
+    for shard in range(description.num_shards):
+        part = read_json(_part(folder / description.shard_name(shard)))
+        entries[shard] = part or entries[shard]
+    return entries
+
+
+def _forget(folder: Path, description: Description, shards: list[int]) -> None:
+    """What is written about shards; the cache is unfinished from then on."""
+    found = _found(folder)
+    if "shards" in found:
+        for shard in shards:
+            found["shards"][shard] = None
+        _write_json(folder / ENCODING, found)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for shard in shards:
+        _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
+
+
+def _is_whole(path: Path, entry: dict[str, Any] | None) -> bool:
+    """Whether a shard is written about, and has just the bytes that this tells of."""
+    try:
+        return (
+            entry is not None
+            and path.stat().st_size == entry["bytes"]
+            and _digest(path) == entry["sha256"]
+        )
+    except FileNotFoundError:
+        return False
+
+
+def _part(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def _whole_name(partial: Path) -> str:
+    """Of the shard that a .SHARD.ID.partial is to become."""
+    return partial.name[1:].rsplit(".", 2)[0]
+
+
+def _plain(description: Description) -> dict[str, Any]:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(description)}))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Whole or not at all, with several processes at it."""
+    # Processes of other hosts, or containers, may have the same number.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        aside.rename(path)
+    except FileNotFoundError:  # another process has finished, and cleared away
+        if not path.exists():
+            raise
