@@ -18,11 +18,13 @@ from mdt_jax.diffusion import (
     bits_per_dimension,
     ddim_encode,
     guided,
+    run_steps,
     sample_steps,
+    start,
 )
 from mdt_jax.diffusion.gaussian import discretized_gaussian_log_likelihood
 from mdt_jax.diffusion.guidance import combine, power_cosine_scale
-from mdt_jax.diffusion.samplers import ddim_step, ddpm_step
+from mdt_jax.diffusion.samplers import ddim_step, ddpm_step, dpm_solver_step
 from mdt_jax.diffusion.schedules import respace
 
 LINEAR = NoiseSchedule.create("linear", 1000)
@@ -273,31 +275,104 @@ def test_encoding_is_undone_by_ddim():
     assert errors[1] < 0.6 * errors[0]  # a first-order method
 
 
-@pytest.mark.parametrize(("sampler", "options"), [("ddpm", {}), ("ddim", {"eta": 0.5})])
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [("ddpm", {}), ("ddim", {"eta": 0.5}), ("heun", {}), ("dpm++", {}), ("dpm++sde", {})],
+)
 def test_samples_do_not_depend_on_chunks(sampler, options):
     diffusion, key = GaussianDiffusion(LINEAR).respaced("50"), jax.random.key(0)
 
-    @jax.jit
-    def run(x, first, last):
-        return sample_steps(
-            sampler,
-            diffusion,
-            oracle("epsilon"),
-            x,
-            lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape),
-            first,
-            last,
-            **options,
-        )
+    def noise_fn(i):
+        return jax.random.normal(jax.random.fold_in(key, i), (2, 16, 16, 4))
 
-    start = normal(5, 2, 16, 16, 4)
-    whole = run(start, 0, 50)
+    @jax.jit
+    def run(state, first, last):
+        fn = oracle("epsilon")
+        return run_steps(sampler, diffusion, fn, state, noise_fn, first, last, **options)
+
+    noise = normal(5, 2, 16, 16, 4)
+    whole = run(start(noise), 0, 50)
     for chunk in (7, 25, 1):
-        x = start
+        state = start(noise)
         for first in range(0, 50, chunk):
-            x = run(x, first, min(first + chunk, 50))
-        assert np.array_equal(x, whole), chunk
+            state = run(state, first, min(first + chunk, 50))
+        assert np.array_equal(state.x, whole.x), chunk
     assert run._cache_size() == 1
+
+
+@functools.cache
+def ode_error(sampler, respacing):
+    """Relative error of a deterministic sampler against the ODE's closed form."""
+    diffusion = GaussianDiffusion(LINEAR).respaced(respacing)
+    noise = normal(3, 4, 16, 16, 4)
+    silent = jnp.zeros_like(noise)
+    fn = oracle("epsilon")
+    sample = jax.jit(lambda x: sample_steps(sampler, diffusion, fn, x, lambda i: silent))(noise)
+    alpha_bar = diffusion.schedule.alphas_cumprod[-1]
+    scale = STD / np.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
+    return relative_error(sample, MEAN + scale * (noise - np.sqrt(alpha_bar) * MEAN))
+
+
+def test_heun_and_dpm_solver_are_of_second_order_and_ddim_of_first():
+    for sampler, low, high in (("ddim", 1.8, 2.2), ("heun", 3.5, 6), ("dpm++", 3.5, 6)):
+        for n in (20, 40):
+            ratio = ode_error(sampler, f"logsnr{n}") / ode_error(sampler, f"logsnr{2 * n}")
+            assert low < ratio < high, (sampler, n, ratio)
+    assert ode_error("dpm++", "logsnr20") < 0.15 * ode_error("ddim", "logsnr20")
+    assert ode_error("heun", "20") < 0.15 * ode_error("ddim", "20")  # at twice the calls
+
+
+def test_a_dpm_solver_that_forgets_is_ddim():
+    """Without the difference to the x0 before, its ODE step is eta 0, its SDE step eta 1."""
+    diffusion = GaussianDiffusion(LINEAR, variance="fixed_small").respaced("20")
+    x, noise, i = normal(6, 20, 16, 16, 4), normal(7, 20, 16, 16, 4), jnp.arange(20)
+    fn = oracle("epsilon", learned=False)
+    x0 = diffusion.predict(fn, x, i).x0
+    for stochastic in (False, True):
+        step, new_x0 = dpm_solver_step(diffusion, fn, x, x0, i, noise, stochastic=stochastic)
+        assert np.array_equal(new_x0, x0)
+        ddim = one_step_each(ddim_step, diffusion, False, eta=float(stochastic))
+        assert relative_error(step, ddim) < 1e-5
+        looked_back, _ = dpm_solver_step(
+            diffusion, fn, x, x0 + 0.1, i, noise, stochastic=stochastic
+        )
+        changed = [k for k in range(20) if relative_error(looked_back[k], step[k]) > 1e-6]
+        assert changed == list(range(1, 19))  # nothing before the first, no step after the last
+
+
+def test_the_sde_solver_samples_the_datas_distribution():
+    """From pure noise, mean and standard deviation of N(MEAN, STD²), up to second-order errors."""
+    key, shape = jax.random.key(1), (100, 16, 16, 4)
+
+    def moments(sampler, respacing):
+        diffusion = GaussianDiffusion(LINEAR, variance="fixed_small").respaced(respacing)
+        fn = oracle("epsilon", learned=False)
+
+        def noise_fn(i):
+            return jax.random.normal(jax.random.fold_in(key, i), shape)
+
+        run = jax.jit(lambda x: sample_steps(sampler, diffusion, fn, x, noise_fn))
+        sample = run(normal(8, *shape)) - MEAN
+        return float(sample.mean()), float(sample.std()) / STD - 1
+
+    mean, coarse = moments("dpm++sde", "logsnr20")
+    _, fine = moments("dpm++sde", "logsnr40")
+    assert abs(mean) < 0.01
+    assert abs(coarse) < 0.04 and abs(fine) < 0.3 * abs(coarse)
+    assert moments("ddpm", "logsnr20")[1] < -0.15  # of first order
+
+
+def test_respacing_by_snr_is_even_in_its_logarithm():
+    log_snr = np.log(LINEAR.snr)
+    for n in (2, 10, 50, 250, 1000):
+        kept = LINEAR.respaced(f"logsnr{n}").timesteps
+        assert len(kept) == n and kept[0] == 0 and kept[-1] == 999
+        assert (np.diff(kept) > 0).all()
+    kept = LINEAR.respaced("logsnr10").timesteps
+    np.testing.assert_allclose(log_snr[kept], np.linspace(log_snr[0], log_snr[-1], 10), atol=0.25)
+    assert GaussianDiffusion(LINEAR).respaced("logsnr1000").schedule.timesteps.tolist() == [
+        *range(1000)
+    ]
 
 
 def one_step_each(step, diffusion, learned, **options):
@@ -478,6 +553,25 @@ def test_scale_1_runs_the_conditional_pass_alone():
     assert rows == [3] * 4
 
 
+def test_outside_its_interval_the_null_pass_is_not_run():
+    """Seen in the values: both passes run as 2B rows, one alone as B."""
+    x, labels = normal(8, 3, 2, 2, 4), jnp.array([1, 4, 2])
+
+    def rows_model(x, t, labels):  # an output that tells how many rows there were
+        return labelled_model([])(x, t, labels) + x.shape[0]
+
+    fn = labelled_model([])
+    both = guided(fn, labels, 9, scale=3.8, channels=3)
+    within = guided(fn, labels, 9, scale=3.8, channels=3, interval=(0.2, 0.6))
+    counted = guided(rows_model, labels, 9, scale=3.8, channels=3, interval=(0.2, 0.6))
+    for t, acts in ((0, False), (199, False), (200, True), (599, True), (600, False)):
+        t = jnp.full(3, t)
+        expected = both(x, t) if acts else fn(x, t, labels)
+        np.testing.assert_allclose(within(x, t), expected, atol=1e-5)
+        rows = counted(x, t)[..., 4:] - fn(x, t, labels)[..., 4:]
+        np.testing.assert_allclose(rows, 6 if acts else 3, atol=1e-5)
+
+
 def test_the_power_cosine_scale_runs_from_1_at_pure_noise_to_the_full_scale():
     t = jnp.array([0, 250, 500, 1000])
     for power in (0.01, 1.0, 4.0):
@@ -528,8 +622,10 @@ def test_a_constant_scale_interpolates_and_extrapolates():
             lambda: sample_steps(
                 "dpm", GaussianDiffusion(LINEAR), toy_model, jnp.zeros((1, 2, 2, 4)), jnp.zeros_like
             ),
-            "sampler 'dpm' is unknown; known: ddpm, ddim",
+            "sampler 'dpm' is unknown; known: ddpm, ddim, heun",
         ),
+        (lambda: LINEAR.respaced("logsnr1"), "'logsnr1' is not logsnrN with N from 2 to 1000"),
+        (lambda: LINEAR.respaced("logsnrx"), "'logsnrx' is not logsnrN"),
         (lambda: respace(1000, 1001), "'1001' asks for 1001 of the 1000 steps of section 1; 1 to"),
         (lambda: respace(1000, 0), "'0' asks for 0 of the 1000"),
         (lambda: respace(1000, -5), "'-5' asks for -5"),

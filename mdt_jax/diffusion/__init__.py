@@ -3,10 +3,11 @@
 from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, Prediction
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.diffusion.likelihood import bits_per_dimension
-from mdt_jax.diffusion.samplers import ddim_encode, sample_steps
+from mdt_jax.diffusion.samplers import SAMPLERS, ddim_encode, run_steps, sample_steps, start
 from mdt_jax.diffusion.schedules import NoiseSchedule
 
 __all__ = [
+    "SAMPLERS",
     "GaussianDiffusion",
     "ModelFn",
     "NoiseSchedule",
@@ -14,5 +15,7 @@ __all__ = [
     "bits_per_dimension",
     "ddim_encode",
     "guided",
+    "run_steps",
     "sample_steps",
+    "start",
 ]

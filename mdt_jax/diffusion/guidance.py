@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -48,6 +49,7 @@ def guided(
     scale: float,
     power: float | None = None,
     channels: int,
+    interval: tuple[float, float] | None = None,
     num_train_timesteps: int = 1000,
 ) -> ModelFn:
     """The guided model function (x, t) → output for given labels.
@@ -63,16 +65,26 @@ def guided(
       power: α of the power-cosine scale; None keeps the scale constant.
       channels: how many of the output's first channels are guided: all of the mean's, or 3 of
         latents' 4, as the published MDT numbers were made.
+      interval: the part of the process, as fractions of T, low ≤ t/T < high, that is guided
+        (Kynkäänniemi et al., arXiv:2404.07724); all samples are then at one t, and elsewhere the
+        null pass is not run. None guides throughout.
       num_train_timesteps: T of the training process.
     """
-    if scale == 1:
-        return lambda x, t: model_fn(x, t, labels)
 
-    def fn(x: Array, t: Array) -> Array:
+    def plain(x: Array, t: Array) -> Array:
+        return model_fn(x, t, labels)
+
+    def both(x: Array, t: Array) -> Array:
         pairs = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
-        both = model_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), pairs)
-        both = both.reshape(-1, 2, *both.shape[1:])
+        out = model_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), pairs)
+        out = out.reshape(-1, 2, *out.shape[1:])
         s = scale if power is None else power_cosine_scale(scale, power, t, num_train_timesteps)
-        return combine(both[:, 0], both[:, 1], s, channels)
+        return combine(out[:, 0], out[:, 1], s, channels)
 
-    return fn
+    def within(x: Array, t: Array) -> Array:
+        low, high = (fraction * num_train_timesteps for fraction in interval)
+        return jax.lax.cond((low <= t[0]) & (t[0] < high), both, plain, x, t)
+
+    if scale == 1:
+        return plain
+    return both if interval is None else within

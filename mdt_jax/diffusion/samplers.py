@@ -1,4 +1,4 @@
-"""Samplers: one step of DDPM, DDIM and the DDIM encoder, and loops over them.
+"""Samplers: one step of DDPM, DDIM, Heun, DPM-Solver++ and the DDIM encoder, and loops over them.
 
 Jit a loop with its bounds traced, and one compiled program serves every chunk of steps: a progress
 bar can move, and the result's bits cannot depend on where chunks end.
@@ -7,6 +7,7 @@ bar can move, and the result's bits cannot depend on where chunks end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,26 +70,117 @@ def ddim_encode_step(
     return take(np.sqrt(following), i, x) * p.x0 + take(np.sqrt(1 - following), i, x) * p.epsilon
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
-
-
-def sample_steps(
-    sampler: str,
+def heun_step(
     diffusion: GaussianDiffusion,
     model_fn: ModelFn,
     x: Float[Array, "b h w c"],
+    i: Int[Array, " b"],
+    noise: Float[Array, "b h w c"],
+    *,
+    clip: bool = False,
+) -> Float[Array, "b h w c"]:
+    """x_{i−1} from x_i by Heun's method on the probability-flow ODE (EDM algorithm 1).
+
+    d(x/√ᾱ)/ds = ε, s = √(1/ᾱ − 1), taken at both ends of the step: two model calls, one where the
+    step ends at s = 0. Deterministic; all samples are at one index.
+    """
+    del noise
+    s = diffusion.schedule
+    alpha, alpha_to = np.sqrt(s.alphas_cumprod), np.sqrt(s.alphas_cumprod_prev)
+    ds = np.sqrt(1 / s.alphas_cumprod_prev - 1) - np.sqrt(1 / s.alphas_cumprod - 1)
+
+    def advance(slope: Array) -> Array:
+        return take(alpha_to, i, x) * (x / take(alpha, i, x) + take(ds, i, x) * slope)
+
+    def correct(slope: Array) -> Array:
+        following = diffusion.predict(model_fn, advance(slope), i - 1, clip).epsilon
+        return advance((slope + following) / 2)
+
+    slope = diffusion.predict(model_fn, x, i, clip).epsilon
+    return jax.lax.cond(i[0] > 0, correct, advance, slope)
+
+
+def dpm_solver_step(
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Float[Array, "b h w c"],
+    previous_x0: Float[Array, "b h w c"],
+    i: Int[Array, " b"],
+    noise: Float[Array, "b h w c"],
+    *,
+    stochastic: bool = False,
+    clip: bool = False,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """x_{i−1} and x̂_0 from x_i and the step before's x̂_0: DPM-Solver++(2M) (arXiv:2211.01095).
+
+    One model call. Second order in h, the step in λ = log √(ᾱ/(1−ᾱ)) (algorithm 2; its SDE form is
+    the paper's eq. 19 with the same midpoint); first order at the first step, which has nothing
+    before it, and at the last, whose h is infinite: DDIM's, with eta 0, or 1 if stochastic.
+    """
+    x0 = diffusion.predict(model_fn, x, i, clip).x0
+    extrapolated = x0 + take(_midpoint_weights(diffusion), i, x) * (x0 - previous_x0)
+
+    s = diffusion.schedule
+    alpha, sigma = np.sqrt(s.alphas_cumprod), np.sqrt(1 - s.alphas_cumprod)
+    alpha_to, sigma_to = np.sqrt(s.alphas_cumprod_prev), np.sqrt(1 - s.alphas_cumprod_prev)
+    decay = alpha * sigma_to / (sigma * alpha_to)  # e^{−h}, 0 at i = 0
+    power = 2 if stochastic else 1
+    mean = take(sigma_to / sigma * decay ** (power - 1), i, x) * x
+    mean += take(alpha_to * (1 - decay**power), i, x) * extrapolated
+    if stochastic:
+        mean += take(sigma_to * np.sqrt(1 - decay**2), i, x) * noise
+    return mean, x0
+
+
+def _midpoint_weights(diffusion: GaussianDiffusion) -> np.ndarray:
+    """h_i/(2·h_{i+1}) of each index, 0 at both ends."""
+    alpha_bar = diffusion.schedule.alphas_cumprod
+    h = -np.diff(0.5 * np.log(alpha_bar / (1 - alpha_bar)))  # of the steps from 1, 2, … to the last
+    inner = h[:-1] / (2 * h[1:])
+    return np.pad(inner, 1) if diffusion.num_steps > 1 else np.zeros(1)
+
+
+class SamplerState(NamedTuple):
+    """What a sampler carries from step to step.
+
+    Attributes:
+      x: (B, H, W, C), x_i.
+      x0: the last x̂_0 of samplers that look back, zeros for others.
+    """
+
+    x: Array
+    x0: Array
+
+
+def start(x: Float[Array, "b h w c"]) -> SamplerState:
+    """The state before the first step, x being pure noise."""
+    return SamplerState(x, jnp.zeros_like(x))
+
+
+# x_{i−1} from x_i alone.
+SINGLE_STEP = {"ddpm": ddpm_step, "ddim": ddim_step, "heun": heun_step}
+# Whether noise is added.
+DPM_SOLVERS = {"dpm++": False, "dpm++sde": True}
+SAMPLERS = (*SINGLE_STEP, *DPM_SOLVERS)
+
+
+def run_steps(
+    sampler: str,
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    state: SamplerState,
     noise_fn: NoiseFn,
     first: int | Int[Array, ""] = 0,
     last: int | Int[Array, ""] | None = None,
     **options: float | bool,
-) -> Float[Array, "b h w c"]:
+) -> SamplerState:
     """Runs steps `first` to `last` − 1 of a sampler, counted from pure noise; all by default.
 
     Args:
-      sampler: a key of `SAMPLERS`.
+      sampler: one of `SAMPLERS`.
       diffusion: the, respaced, process.
       model_fn: (x, original timesteps) → output.
-      x: the state before step `first`; at 0, standard normal noise.
+      state: before step `first`; `start(noise)` at 0.
       noise_fn: index of the process → the step's noise.
       **options: `clip` of x̂_0 to [−1, 1], and DDIM's `eta`.
 
@@ -98,12 +190,33 @@ def sample_steps(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; known: {', '.join(SAMPLERS)}")
 
-    def body(k: Array, x: Array) -> Array:
+    def body(k: Array, state: SamplerState) -> SamplerState:
         i = diffusion.num_steps - 1 - k
-        batch = jnp.full(x.shape[:1], i, jnp.int32)
-        return SAMPLERS[sampler](diffusion, model_fn, x, batch, noise_fn(i), **options)
+        batch = jnp.full(state.x.shape[:1], i, jnp.int32)
+        common = {"i": batch, "noise": noise_fn(i), **options}
+        if sampler in SINGLE_STEP:
+            x = SINGLE_STEP[sampler](diffusion, model_fn, state.x, **common)
+            return SamplerState(x, state.x0)
+        stochastic = DPM_SOLVERS[sampler]
+        return SamplerState(
+            *dpm_solver_step(diffusion, model_fn, *state, stochastic=stochastic, **common)
+        )
 
-    return jax.lax.fori_loop(first, diffusion.num_steps if last is None else last, body, x)
+    return jax.lax.fori_loop(first, diffusion.num_steps if last is None else last, body, state)
+
+
+def sample_steps(
+    sampler: str,
+    diffusion: GaussianDiffusion,
+    model_fn: ModelFn,
+    x: Float[Array, "b h w c"],
+    noise_fn: NoiseFn,
+    first=0,
+    last=None,  # TRANSITION
+    **options: float | bool,
+) -> Float[Array, "b h w c"]:
+    """Samples from pure noise x: all of `run_steps`."""
+    return run_steps(sampler, diffusion, model_fn, start(x), noise_fn, **options).x
 
 
 def ddim_encode(

@@ -50,7 +50,7 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
         if "respacing" in str(error):
             raise
         raise ValueError(
-            f"respacing {spec!r} is not a count, counts by section (10,15,20) or ddimN"
+            f"respacing {spec!r} is not a count, counts by section (10,15,20), ddimN or logsnrN"
         ) from None
     base, extra = divmod(num_timesteps, len(counts))
     kept, start = [], 0
@@ -69,6 +69,33 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
             position += stride
         start += size
     return np.unique(np.asarray(kept, np.int64))
+
+
+def respace_by_snr(snr: np.ndarray, respacing: str) -> np.ndarray:
+    """The timesteps nearest to N values evenly spaced in log(SNR), both ends among them.
+
+    Where two fall on one timestep, as they do near t = 0, the later moves up to the next.
+
+    Args:
+      snr: ᾱ/(1 − ᾱ) of every timestep.
+      respacing: "logsnrN".
+
+    Raises:
+      ValueError: N is not a number from 2 to as many as there are timesteps.
+    """
+    number = respacing.removeprefix("logsnr")
+    if not (number.isdecimal() and 2 <= int(number) <= len(snr)):
+        raise ValueError(
+            f"respacing {respacing!r} is not logsnrN with N from 2 to {len(snr)}, as in logsnr20"
+        )
+    log_snr = np.log(snr)
+    wanted = np.linspace(log_snr[0], log_snr[-1], int(number))
+    nearest = np.abs(log_snr[:, None] - wanted).argmin(axis=0)
+    rank = np.arange(len(wanted))
+    # kept − rank must not fall: the lowest such sequence that is at least `nearest`, cut so that
+    # the rest still fits below the last timestep.
+    kept = np.maximum.accumulate(nearest - rank) + rank
+    return np.minimum(kept, len(snr) - len(wanted) + rank)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,8 +120,19 @@ class NoiseSchedule:
         return cls(BETAS[name](num_timesteps), np.arange(num_timesteps), num_timesteps)
 
     def respaced(self, respacing: str | int) -> NoiseSchedule:
-        """The process over fewer of its steps, β_i = 1 − ᾱ_i/ᾱ_prev (`respace` has the forms)."""
-        kept = respace(self.num_steps, respacing)
+        """The process over fewer of its steps, β_i = 1 − ᾱ_i/ᾱ_prev.
+
+        Args:
+          respacing: as `respace` has it, or "logsnrN": N steps evenly spaced in log(SNR), for
+            solvers whose error is in it.
+
+        Raises:
+          ValueError: a respacing that this process does not have.
+        """
+        if str(respacing).startswith("logsnr"):
+            kept = respace_by_snr(self.snr, str(respacing))
+        else:
+            kept = respace(self.num_steps, respacing)
         alpha_bars = self.alphas_cumprod[kept]
         betas = 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
         return NoiseSchedule(betas, self.timesteps[kept], self.num_train_timesteps)
