@@ -227,8 +227,9 @@ def _add_place(error: Exception, place: str) -> None:
 
 
 def _mirror(image: UInt8[np.ndarray, "h w c"], out: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes an image's mirror image. `out[:] = image[:, ::-1]` takes three times as long."""
-    np.take(image, np.arange(image.shape[1])[::-1], axis=1, out=out, mode="clip")
+    """Writes an image's mirror image. `out[:] = image[:, ::-1]` takes seven times as long."""
+    for channel in range(image.shape[2]):  # loops over all pixels, not over each one's channels
+        out[:, :, channel] = image[:, ::-1, channel]
 
 
 def check_bad_fraction(source: Source, max_fraction: float, bad: dict[int, str]) -> None:
