@@ -14,4 +14,5 @@ def get_config():
     config = digits()
     config.model.update(patch_size=2, hidden_size=64)
     config.num_steps = 4000
+    config.eval_every = 1000
     return config

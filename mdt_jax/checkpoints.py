@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,28 +28,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
+from mdt_jax.distributed import gather
 from mdt_jax.lazy import LazyArray
+from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
 
 _MANIFEST = "manifest.json"
 _PART = "checksums.{}.json"  # One process's share of the manifest, until there is a manifest.
 _META = "meta"
 _HELD_BYTES = 32 * 2**20  # Of `LazyArray`s being written, beside the last.
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
+_LAST_SECONDS = 15  # What a save in progress is given when the job fails.
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, of another model, or could not be written."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written, the disk being full perhaps; those before it are whole."""
+
+
 class Checkpoints:
     """The checkpoints of a training run, which alone writes and removes them.
 
     All processes make the same calls in the same order, and see the same `workdir`. Call `close`,
-    or use `contextlib.closing`: a save still going on when the interpreter ends is lost.
+    or use it in a `with`: a save still going on when the interpreter ends is lost.
     """
 
     def __init__(
@@ -69,11 +76,12 @@ class Checkpoints:
 
         Raises:
             ValueError: `keep_last` or `keep_every` is below 1, or `workdir` is a URL.
+            CheckpointError: another run has the workdir.
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: give 1 or more")
         _silence_orbax()
-        self._root = _root(workdir)
+        self._root = checkpoint_root(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._async_save = async_save
         self._process, self._n_processes = jax.process_index(), jax.process_count()
@@ -95,14 +103,30 @@ class Checkpoints:
         )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="seal_checkpoint")
         self._pending: Future | None = None
+        self._lock: WorkdirLock | None = None
         if self._process == 0:
             self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = WorkdirLock(self._root.parent)
+            except WorkdirInUse as error:
+                raise CheckpointError(str(error)) from None
             self._remove_leftovers()
         self._barrier("opened")
+        self._latest = max(self._steps(), default=None)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Closes; when a job of several processes fails, leaves without waiting for the others."""
+        if error is None or self._n_processes == 1:
+            self.close()
+        elif self._pending is not None:
+            futures.wait([self._pending], _LAST_SECONDS)
 
     def latest_step(self) -> int | None:
         """The newest sealed step, None if there is none. Only `restore` verifies it."""
-        return max(_sealed_steps(self._root), default=None)
+        return self._latest
 
     def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
         """Saves `items` and `meta`; returns once the arrays are copied to the host.
@@ -117,7 +141,8 @@ class Checkpoints:
             meta: JSON. Floats come back exactly, tuples as lists.
 
         Raises:
-            CheckpointError: the save before failed, or `step` is not later than the last one.
+            SaveError: the save before failed, or this one at once.
+            CheckpointError: `step` is not later than the last one.
             TypeError: `meta` is not JSON.
         """
         self.wait()
@@ -133,7 +158,11 @@ class Checkpoints:
         # Orbax writes JSON in the background; this takes a copy, and fails here if at all.
         args[_META] = ocp.args.JsonSave(json.loads(json.dumps(meta)))
         # `force`: a directory already there has no seal, it is what a failed save left.
-        self._checkpointer.save(self._root / str(step), args=ocp.args.Composite(**args), force=True)
+        directory = self._root / str(step)
+        try:
+            self._checkpointer.save(directory, args=ocp.args.Composite(**args), force=True)
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            raise self._failed(step, error) from error
         self._pending = self._background.submit(self._finish, step)
         if not self._async_save:
             self.wait()
@@ -160,12 +189,12 @@ class Checkpoints:
         """
         self.wait()
         while True:
-            # Process 0 decides: on a network file system another's listing may be older.
-            steps = self._gather(_sealed_steps(self._root))[0]
+            steps = self._steps()
+            self._latest = max(steps, default=None)
             chosen = _choose(self._root, steps, step)
             directory = self._root / str(chosen)
             mine = slice(self._process, None, self._n_processes)
-            problems = sum(self._gather(_problems(directory, share=mine)), [])
+            problems = sum(gather(f"verify {directory}", find_problems(directory, share=mine)), [])
             if not problems:
                 break
             damage = f"checkpoint {directory} is damaged: {'; '.join(problems)}"
@@ -177,10 +206,15 @@ class Checkpoints:
         return chosen, items, _read_meta(directory)
 
     def wait(self) -> None:
-        """Returns when the last save is sealed; raises CheckpointError if it failed."""
+        """Returns when the last save is sealed; raises SaveError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def check(self) -> None:
+        """Raises SaveError if the last save failed; does not wait for one that goes on."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def close(self) -> None:
         """Waits (and raises as `wait` does), then ends the background threads."""
@@ -189,16 +223,29 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._checkpointer.close()
+            if self._lock is not None:
+                self._lock.release()
 
     def _finish(self, step: int) -> None:
         """In the background: waits for Orbax to commit `step`, seals it, removes old steps."""
         try:
             self._checkpointer.wait_until_finished()
             self._seal(step)
-            if self._process == 0:
-                self._remove_old_steps()
         except Exception as error:
-            raise CheckpointError(f"saving {self._root / str(step)} failed: {error!r}") from error
+            raise self._failed(step, error) from error
+        self._latest = step
+        if self._process == 0:
+            try:
+                self._remove_old_steps()
+            except OSError as error:
+                logging.warning("a checkpoint no longer needed could not be removed: %s", error)
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        """What to raise. What was written is in the way of others; alone, we can remove it."""
+        if self._n_processes == 1:
+            for path in self._unsealed(str(step)):
+                shutil.rmtree(path, ignore_errors=True)
+        return SaveError(f"saving {self._root / str(step)} failed: {error!r}")
 
     def _seal(self, step: int) -> None:
         directory = self._root / str(step)
@@ -229,11 +276,17 @@ class Checkpoints:
                 shutil.rmtree(directory)
 
     def _remove_leftovers(self) -> None:
-        for path in sorted(self._root.iterdir()):
-            unsealed = path.name.isdecimal() and not (path / _MANIFEST).exists()
-            if unsealed or ocp.utils.TMP_DIR_SUFFIX in path.name:
-                logging.warning("removing %s: saving (or removing) it was interrupted", path)
-                shutil.rmtree(path)
+        for path in self._unsealed():
+            logging.warning("removing %s: saving (or removing) it was interrupted", path)
+            shutil.rmtree(path)
+
+    def _unsealed(self, step: str | None = None) -> list[Path]:
+        """What saves that were not finished left, of all steps or one."""
+        return [
+            path
+            for path in sorted(self._root.iterdir())
+            if step in (None, path.name.partition(".")[0]) and is_unsealed(path)
+        ]
 
     def _set_aside(self, directory: Path) -> None:
         if self._process == 0:
@@ -247,14 +300,9 @@ class Checkpoints:
         """Waits for all processes, in any thread; returns at once if there is only one."""
         self._barrier_fn(key=f"{self._root} {name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
-    def _gather(self, value: list) -> list[list]:
-        """Every process's `value` (JSON), in order. A collective: not for use while training."""
-        if self._n_processes == 1:
-            return [value]
-        data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        longest = int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
-        padded = np.pad(data, (0, longest - data.size), constant_values=ord(" "))
-        return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    def _steps(self) -> list[int]:
+        """The sealed steps by process 0: a network file system may show others an older list."""
+        return gather(f"steps of {self._root}", _sealed_steps(self._root))[0]
 
 
 def read_meta(workdir: str | Path, step: int | None = None) -> tuple[int, dict]:
@@ -322,7 +370,8 @@ def _read_leaf(path: epath.Path, keys: tuple[str, ...], saved: PyTree) -> np.nda
     return jax.tree.leaves(_tree_handler().restore(path, args=args))[0]
 
 
-def _root(workdir: str | Path) -> Path:
+def checkpoint_root(workdir: str | Path) -> Path:
+    """The folder of a run's checkpoints; ValueError for a URL."""
     if "://" in str(workdir):
         raise ValueError(f"workdir {workdir} is a URL: mount it (gcsfuse), and give the path")
     return Path(workdir).absolute() / "checkpoints"
@@ -332,6 +381,12 @@ def _sealed_steps(root: Path) -> list[int]:
     """Ascending."""
     names = (path.parent.name for path in root.glob(f"*/{_MANIFEST}"))
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def is_unsealed(path: Path) -> bool:
+    """Whether a folder is a save that is going on, or that was interrupted."""
+    step = path.name.isdecimal() and not (path / _MANIFEST).exists()
+    return step or ocp.utils.TMP_DIR_SUFFIX in path.name
 
 
 def _choose(root: Path, steps: list[int], step: int | None) -> int:
@@ -367,7 +422,9 @@ def _write_json(path: str | Path, value: dict) -> None:
     os.replace(aside, path)
 
 
-def _problems(directory: Path, item: str | None = None, share: slice | None = None) -> list[str]:
+def find_problems(
+    directory: Path, item: str | None = None, share: slice | None = None
+) -> list[str]:
     """What is wrong with a step, or with one item of it, in words; empty if nothing is.
 
     `share` limits which files are read, not which names are compared.
@@ -401,10 +458,12 @@ def _problems(directory: Path, item: str | None = None, share: slice | None = No
 
 def _verified(workdir: str | Path, step: int | None, item: str) -> Path:
     """The directory of a sealed step, `item` of which is sound."""
-    root = _root(workdir)
+    root = checkpoint_root(workdir)
     steps = _sealed_steps(root)
+    if step is not None and step not in steps and (root / str(step) / _MANIFEST).exists():
+        steps.append(step)  # which an older listing of a network file system did not have
     directory = root / str(_choose(root, steps, step))
-    if problems := _problems(directory, item):
+    if problems := find_problems(directory, item):
         damage = f"{item!r} of checkpoint {directory} is damaged: {'; '.join(problems)}"
         raise CheckpointError(f"{damage}; sealed steps: {steps}")
     return directory
@@ -514,3 +573,9 @@ def _is_worth_reading(record) -> bool:
     kind = record.levelname == "INFO" or record.exc_info
     chatter = kind and "orbax/checkpoint" in record.pathname
     return not chatter or logging.get_absl_logger().isEnabledFor(logging.converter.STANDARD_DEBUG)
+
+
+if __name__ == "__main__":
+    from mdt_jax import checkpoint_list
+
+    checkpoint_list.run()

@@ -106,6 +106,7 @@ def default_config() -> ConfigDict:
     config.data.read_ahead = 4
 
     config.log_every = 100
+    config.profile_steps = ()  # (100, 105): a trace of these steps for XProf, in WORKDIR/profile
     config.checkpoint_every = 5_000
     config.keep_last = 3
     config.keep_every = integer()  # steps kept for ever are its multiples
@@ -240,6 +241,13 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
     if not 0 <= config.label_dropout <= 1:
         raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
+    if config.profile_steps:
+        first, last = [*config.profile_steps, 0, 0][:2]
+        if len(config.profile_steps) != 2 or not 1 <= first < last:
+            raise ValueError(
+                f"profile_steps {tuple(config.profile_steps)} is not two steps, the first before "
+                "the last, such as (100, 105)"
+            )
     choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}
     for key, known in choices.items():
         if config.data[key] not in known:

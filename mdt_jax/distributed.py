@@ -1,22 +1,43 @@
-"""Joining the other processes of a job, where there is a job of several."""
+"""The processes of a job: joining them, agreeing among them, and ending all when one fails.
+
+JAX ends every process within `HEARTBEAT_TIMEOUT` of one falling silent. Here is what it leaves to
+its users: that a process which fails, but could say why, says so to the others.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
+from absl import logging as absl_logging
 
 # Seconds after which a silent peer counts as dead; JAX's default of 100 is slow to notice one.
 HEARTBEAT_TIMEOUT = 30
+_GATHER_TIMEOUT_MS = 20 * 60 * 1000  # One process may verify a large checkpoint meanwhile.
+_FAILURE = "mdt_jax/failure"  # The key under which the first process to fail says why.
+_WATCH_SECONDS = 1.0
+_gathers = Counter()  # How often each name was used: a key can be written once.
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
     """Whether the environment says that this process is one of several."""
-    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
+    for variable in ("OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
         if int(environment.get(variable) or 1) > 1:
             return True
+    # Inside an allocation, but not started by srun, a command is alone.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1:
+        return True
     # Cloud TPU slices of several hosts, single or several slices.
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
@@ -46,3 +67,156 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
             "process_id": int(environment["JAX_PROCESS_ID"]),
         }
     jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    _start_watching()
+
+
+def gather(name: str, value: Any) -> list[Any]:
+    """Every process's `value` (JSON), in the processes' order; `[value]` if there is only one.
+
+    All processes call it with the same name, equally often. It meets at JAX's coordination
+    service: nothing is compiled, and any thread may wait here.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, count = _client(), jax.process_count()
+    key = f"mdt_jax/gather/{name}/{_gathers[name]}"
+    _gathers[name] += 1
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    client.wait_at_barrier(key, _GATHER_TIMEOUT_MS)
+    values = {path.rpartition("/")[2]: text for path, text in client.key_value_dir_get(key)}
+    return [json.loads(values[str(process)]) for process in range(count)]
+
+
+def check_agreement(value: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, processes of one job that would not train the same.
+
+    Args:
+      value: what must be equal everywhere, JSON; nested mappings are compared key by key.
+    """
+    first, *others = gather("agreement", _flat(value))
+    differences = [
+        f"{key} is {_short(other.get(key))} on process {process}, {_short(first.get(key))} on "
+        "process 0"
+        for process, other in enumerate(others, start=1)
+        for key in sorted(first.keys() | other.keys())
+        if first.get(key) != other.get(key)
+    ]
+    if differences:
+        more = f" ({len(differences)} differences)" if len(differences) > 3 else ""
+        raise ValueError(
+            f"the processes of this job differ: {'; '.join(differences[:3])}{more}; start all of "
+            "them with the same flags, and give each the same data"
+        )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """The body of a command: in a job of several processes, an error on one ends them all.
+
+    The others may be waiting for it in a collective, which nothing could interrupt, and it would
+    wait for them to leave: so it tells them why, and goes at once, with status 1.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # `sys.exit()` and `sys.exit(0)` are no failure.
+        if not _joined() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        if isinstance(error, SystemExit):
+            message = str(error.code).removeprefix("error: ")
+        else:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _fail(message)
+
+
+def leave() -> NoReturn:
+    """Ends this process with status 0, from any thread, once all the others are here as well."""
+    if _joined():
+        jax.distributed.shutdown()
+    _exit(0)
+
+
+def _joined() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _client() -> Any:
+    """JAX's client of its coordination service, which has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _fail(message: str) -> NoReturn:
+    me, others = jax.process_index(), jax.process_count() - 1
+    if _is_about_a_peer(message):
+        # What made the peer go may be on its way here; the watching thread then ends us.
+        time.sleep(3 * _WATCH_SECONDS)
+        message = f"lost another process of the job, which died or failed before ({message})"
+    with contextlib.suppress(Exception):  # another was first, or the service is gone
+        _client().key_value_set(_FAILURE, f"{me} {message}")
+    print(f"error: process {me}: {message}; ending the {others} other(s)", file=sys.stderr)
+    if me == 0:
+        # The service ends with this process: let the others read first.
+        time.sleep(3 * _WATCH_SECONDS)
+    _exit(1)
+
+
+def _is_about_a_peer(message: str) -> bool:
+    """Whether an error tells that another process went away, as far as its text can say."""
+    signs = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "UNAVAILAB")
+    return any(sign in message for sign in signs)
+
+
+def _start_watching() -> None:
+    """Starts a thread that ends this process when another fails; it ends before Python does."""
+    done = threading.Event()
+    thread = threading.Thread(
+        target=_end_with_the_others, args=(done,), name="watch_for_failure", daemon=True
+    )
+
+    def stop_watching() -> None:
+        done.set()
+        thread.join()
+
+    thread.start()
+    atexit.register(stop_watching)
+
+
+def _end_with_the_others(done: threading.Event) -> None:
+    # A waiting read would be simpler, but nothing can end it when this process is to end.
+    while not done.wait(_WATCH_SECONDS):
+        try:
+            failure = _client().key_value_try_get(_FAILURE)
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the service has ended, and JAX ends this process
+        process, _, message = failure.partition(" ")
+        if int(process) != jax.process_index():
+            print(f"error: process {process} of the job failed: {message}", file=sys.stderr)
+            _exit(1)
+        return
+
+
+def _exit(status: int) -> NoReturn:
+    """Without waiting for threads or for other processes, as `sys.exit` would."""
+    absl_logging.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

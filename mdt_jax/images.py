@@ -4,19 +4,24 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped, UInt8
+from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
-def to_uint8(x: Float[Array | np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
+def to_uint8(
+    x: Float[Array | np.ndarray, "n h w c"], first_index: int = 0
+) -> UInt8[np.ndarray, "n h w c"]:
     """(x + 1) * 127.5 in float32, clamped to 0..255 and truncated, as DiT and MDT save samples.
 
     Args:
         x: (N, H, W, C) images in [-1, 1]; values beyond are clamped.
+        first_index: what the first of them is called in an error, where they are part of more.
 
     Returns:
         (N, H, W, C) in 0..255.
@@ -28,8 +33,9 @@ def to_uint8(x: Float[Array | np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h 
     is_bad = np.isnan(x).any(axis=(1, 2, 3))
     if is_bad.any():
         raise ValueError(
-            f"{is_bad.sum()} of {len(x)} images hold NaN, the first at index {is_bad.argmax()}: "
-            "the model's output is not finite; sample an earlier checkpoint, or in float32"
+            f"{is_bad.sum()} of {len(x)} images hold NaN, the first at index "
+            f"{first_index + is_bad.argmax()}: the model's output is not finite; sample an earlier "
+            "checkpoint, or in float32"
         )
     return np.clip((x + 1) * np.float32(127.5), 0, 255).astype(np.uint8)
 
@@ -87,7 +93,7 @@ def provenance(
     step: int | None = None,
     seed: int | None = None,
     labels: Sequence[int] | Integer[Array | np.ndarray, "n"] | None = None,
-    **settings: str | int | float | bool | None,
+    **settings: str | int | float | bool | tuple[float, ...] | None,
 ) -> dict[str, str]:
     """What a file of samples says about itself, for `save_png` and `save_npz`.
 
@@ -137,7 +143,7 @@ def save_png(
     text = PngInfo()
     for key, value in metadata.items():
         text.add_text(key, value)  # tEXt, or iTXt where Latin-1 cannot hold the value
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
             file, format="PNG", pnginfo=text
         )
@@ -164,15 +170,48 @@ def save_npz(
     Raises:
         ValueError: there are not as many labels as images.
     """
-    if len(images) != len(labels):
-        raise ValueError(f"{path}: {len(images)} images need as many labels, not {len(labels)}")
-    with _whole_file(path) as file:
-        np.savez(
-            file,
-            arr_0=images,
-            arr_1=np.asarray(labels).astype(np.int64),
-            metadata=np.array(json.dumps(dict(metadata))),
-        )
+    rows = [np.ascontiguousarray(images).data]
+    stream_npz(path, images.shape, images.dtype, rows, labels, {"metadata": metadata})
+
+
+def stream_npz(
+    path: str | os.PathLike,
+    shape: tuple[int, int, int, int],
+    dtype: np.dtype | type,
+    pieces: Iterable[bytes | memoryview],
+    labels: Integer[Array | np.ndarray, "n"],
+    texts: Mapping[str, Mapping],
+) -> None:
+    """`save_npz` of images that never are in memory together.
+
+    Args:
+        path: of the file.
+        shape, dtype: of the images.
+        pieces: their bytes in C order, cut anywhere.
+        labels: (N,) class labels.
+        texts: further members by name, each written as JSON.
+
+    Raises:
+        ValueError: there are not as many labels as images, or not as many bytes as the shape says.
+    """
+    if shape[0] != len(labels):
+        raise ValueError(f"{path}: {shape[0]} images need as many labels, not {len(labels)}")
+    dtype = np.dtype(dtype)
+    header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    left = math.prod(shape) * dtype.itemsize
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            write_array_header_1_0(member, header)
+            for piece in pieces:
+                left -= memoryview(piece).nbytes
+                member.write(piece)
+        if left:
+            raise ValueError(f"{path}: images of {shape} and {dtype} lack {left} bytes")
+        small = {"arr_1": np.asarray(labels).astype(np.int64)}
+        small |= {name: np.array(json.dumps(dict(text))) for name, text in texts.items()}
+        for name, array in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                write_array(member, array, allow_pickle=False)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -196,7 +235,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator:
+def whole_file(path: str | os.PathLike) -> Iterator:
     """A binary file that takes the place of `path` when all is written, and is removed if not."""
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -204,6 +243,8 @@ def _whole_file(path: str | os.PathLike) -> Iterator:
     try:
         with open(aside, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

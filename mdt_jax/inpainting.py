@@ -47,7 +47,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdt_jax import sampling, sharding
 from mdt_jax.data.decoding import decode_image
-from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer, MDTv2
 
 # What a draw of noise is for: the first state, a reverse step, the known pixels, going back a step.
@@ -159,11 +159,15 @@ def prepare(
     if share and masked_share and not model.network.supports_masking:
         raise ValueError(f"masked_share {share}: {model.name} has no masked pass; 0 works")
     ids_keep = known_tokens(model.network, mask)
+    resolved = sampling.resolve_options(model, **options)
+    if resolved.sampler not in SINGLE_STEP:
+        known = ", ".join(SINGLE_STEP)
+        raise ValueError(f"sampler {resolved.sampler!r} does not inpaint; these do: {known}")
     return Task(
         images,
         mask,
         labels,
-        sampling.resolve_options(model, **options),
+        resolved,
         resamples,
         float(share) if len(ids_keep) else 0.0,
         ids_keep,
@@ -286,7 +290,7 @@ class CompiledInpainter(sampling.CompiledBatch):
     ):
         super().__init__(model, mesh, batch_size, options)
         self.resamples = resamples
-        diffusion, step_fn = self.diffusion, SAMPLERS[options.sampler]
+        diffusion, step_fn = self.diffusion, SINGLE_STEP[options.sampler]
         betas = jnp.asarray(diffusion.schedule.betas, jnp.float32)
 
         def chunk(

@@ -1,16 +1,17 @@
 """What a run reports while it trains: logged metrics, a progress bar, and utilisation.
 
-`WORKDIR/metrics.jsonl` is the record: one JSON object per logged step, which survives kills and
-resumes without gaps or duplicates. `WORKDIR/tensorboard` holds the same numbers, and images, for
-looking at.
+`WORKDIR/metrics.jsonl` is the record: one JSON object per logged step, and one per judgement of
+samples, which survives kills and resumes without gaps or duplicates. `WORKDIR/tensorboard` holds
+the same numbers, and images, for looking at.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -20,13 +21,19 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 Number = float | int
+FILE = "metrics.jsonl"  # in the workdir
+# Metrics that the clock and the machine decide: all others are the same in every run of a config.
+CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
+         "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
+         "device_memory_bytes", "device_memory_peak_bytes", "mfu")  # fmt: skip
 
 
 class MetricsWriter:
     """Writes metrics to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`, from process 0 only.
 
     On the other processes of a run every method does nothing. A line of metrics.jsonl holds "step"
-    and then the metrics in the order given; floats read back to the same bits, and non-finite ones,
+    and then the metrics in the order given; steps never go down, and lines of different metrics may
+    share one; floats read back to the same bits, and non-finite ones,
     which JSON cannot hold, are the strings "nan", "inf" and "-inf" (`float` reads all three).
     Every `write` has reached the operating system when it returns; TensorBoard's events, which a
     thread writes, follow within a second.
@@ -69,7 +76,7 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         os.makedirs(workdir, exist_ok=True)
-        path = os.path.join(workdir, "metrics.jsonl")
+        path = os.path.join(workdir, FILE)
         kept, dropped = _keep_until(path, resume_step)
         self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._events = SummaryWriter(
@@ -91,23 +98,30 @@ class MetricsWriter:
             dropped,
         )
 
-    def write(self, step: int, metrics: Mapping[str, ScalarLike]) -> None:
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, ScalarLike],
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
         """Logs `metrics` of `step`, as one line and as TensorBoard scalars.
 
         Args:
-            step: number of steps done, 1 after the first. One call per step: call it with all the
-                metrics of that step.
+            step: number of steps done, 1 after the first, and no less than the last call's.
             metrics: names and scalars (Python's, NumPy's or JAX's), written as float64.
+            texts: what the line says beside, last, for metrics.jsonl alone.
 
         Raises:
             ValueError: a metric is called "step".
         """
         if self._lines is None:
             return
-        if "step" in metrics:
+        texts = texts or {}
+        if "step" in metrics or "step" in texts:
             raise ValueError(f'a metric at step {step} is named "step", the line\'s own key')
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": int(step)} | {name: _json_number(value) for name, value in values.items()}
+        line |= texts
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -130,6 +144,30 @@ class MetricsWriter:
             self._lines.close()
             self._events.close()
             self._lines = self._events = None
+
+
+def read_lines(path: str | os.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl; one that cannot be read, as the torn last one, is left out.
+
+    Raises:
+        OSError: the file is not there, or cannot be read.
+    """
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and "step" in line:
+                    lines.append(line)
+    return lines
+
+
+def steps_with(path: str | os.PathLike, metric: str) -> set[int]:
+    """Steps at which a metrics.jsonl has a metric; none where there is no file."""
+    try:
+        return {line["step"] for line in read_lines(path) if metric in line}
+    except FileNotFoundError:
+        return set()
 
 
 def _keep_until(path: str, last_step: int) -> tuple[int, int]:
@@ -226,6 +264,79 @@ class Window:
             window._sums[name] = float(total)
             window._counts[name] = int(count)
         return window
+
+
+class Stopwatch:
+    """Seconds of wall-clock time, without those spent in `paused`; it runs from construction."""
+
+    def __init__(self, seconds: float = 0.0):
+        """seconds: what is on it already."""
+        self._seconds, self._since = seconds, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What is on it now, or was when the pause began."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._seconds + running
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops it while the context is open."""
+        self._seconds, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+class StepTimes:
+    """Seconds of single steps, and of waiting for their input, between two log lines.
+
+    They are the host's: what passed between one step's metrics arriving there and the next's. While
+    the devices are what takes the time, that is how long they took for a step.
+    """
+
+    def __init__(self, watch: Stopwatch):
+        """watch: what is measured by; steps may not straddle its pauses."""
+        self._watch = watch
+        self.reset()
+        self._since = watch.seconds
+
+    def reset(self) -> None:
+        """Starts the next window."""
+        self._steps: list[float] = []
+        self._waited = 0.0
+
+    def step(self) -> None:
+        """A step's metrics have arrived."""
+        now = self._watch.seconds
+        self._steps.append(now - self._since)
+        self._since = now
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around taking the next batch."""
+        began = self._watch.seconds
+        yield
+        self._waited += self._watch.seconds - began
+
+    def metrics(self) -> dict[str, float]:
+        """Median and 99th percentile of the window's steps, and the mean wait for input."""
+        if not self._steps:
+            return {}
+        median, slow = np.percentile(self._steps, (50, 99))
+        return {
+            "step_seconds_p50": float(median),
+            "step_seconds_p99": float(slow),
+            "input_wait_seconds": self._waited / len(self._steps),
+        }
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes in use on this process's first device, now and at most; nothing where it cannot say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
+    return {name: stats[key] for key, name in names.items() if key in stats}
 
 
 class Progress:

@@ -1,17 +1,20 @@
-"""What a run shows of itself between its steps: logged metrics, and grids of samples."""
+"""What a run shows of itself between its steps: metrics, judgements and grids of samples."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mdt_jax import images, metrics, sampling, sharding
-from mdt_jax.checkpoints import Checkpoints
+from mdt_jax.checkpoints import Checkpoints, SaveError
+from mdt_jax.preemption import Stop
 from mdt_jax.run import Run
+from mdt_jax.run_evaluation import RunEvaluator
 from mdt_jax.train_step import TrainState
 
 
@@ -24,9 +27,24 @@ class StepLog:
 
     Keeps the means since the last log line, writes them, and stops the run at a loss or gradient
     norm that is not finite.
+
+    Attributes:
+      watch: seconds of the training loop over all its resumptions: waiting for data, the steps and
+        their logging. To be paused for all else, once what was handed over is settled.
+      times: of single steps; the loop tells it when it waits for data.
+      skipped_images: bad images that others took the place of, in this process since its start.
     """
 
-    def __init__(self, run: Run, first_step: int, window: metrics.Window, store: Checkpoints):
+    def __init__(
+        self,
+        run: Run,
+        first_step: int,
+        window: metrics.Window,
+        store: Checkpoints,
+        train_seconds: float = 0.0,
+        compile_seconds: float | None = None,
+    ):
+        """compile_seconds: what the first line says that compiling took."""
         c = run.config
         self._run, self._window, self._store = run, window, store
         self._writer = metrics.MetricsWriter(
@@ -34,7 +52,11 @@ class StepLog:
         )
         self._progress = metrics.Progress(c.num_steps, first_step=first_step)
         self._pending: tuple[int, Any] | None = None
-        self._since, self._logged_step = time.perf_counter(), first_step
+        self.watch = metrics.Stopwatch(train_seconds)
+        self._since, self._logged_step = train_seconds, first_step
+        self.times = metrics.StepTimes(self.watch)
+        self._once = {} if compile_seconds is None else {"compile_seconds": compile_seconds}
+        self.skipped_images = 0
 
     def add(self, step: int, values: Any) -> None:
         """Hands over a step's metrics, still on their way, and takes the step before's."""
@@ -50,6 +72,22 @@ class StepLog:
         """Puts a picture into the TensorBoard events."""
         self._writer.image(step, name, image)
 
+    def judge(self, step: int, evaluator: RunEvaluator, state: TrainState, stop: Stop) -> bool:
+        """Has a step's samples judged and writes what came of it, as a line of its own.
+
+        Returns whether it came to an end before the run was asked to stop.
+        """
+        self.settle()
+        with self.watch.paused():
+            found = evaluator.judge(state, stop.requested)
+            if found is None:
+                return False
+            line = found.metrics | {"train_seconds": self.watch.seconds}
+            self._writer.write(step, line, {"evaluator": found.evaluator})
+        if jax.process_index() == 0:
+            logging.info("step %d: %s", step, found.describe())
+        return True
+
     def close(self) -> None:
         """Closes the files and the bar."""
         self._progress.close()
@@ -62,7 +100,8 @@ class StepLog:
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                self._store.wait()  # the last good step may still be being written
+                with contextlib.suppress(SaveError):
+                    self._store.wait()  # the last good step may still be being written
                 last = self._store.latest_step()
                 good = "there is no checkpoint yet" if last is None else f"step {last} is saved"
                 raise NonFiniteLoss(
@@ -71,13 +110,14 @@ class StepLog:
                     "or --config.model.dtype=float32"
                 )
         self._window.add(values)
+        self.times.step()
         self._progress.advance(step)
         c = self._run.config
         if step % c.log_every == 0 or step == c.num_steps:
             self._log(step, values["learning_rate"])
 
     def _log(self, step: int, learning_rate: float) -> None:
-        now, run = time.perf_counter(), self._run
+        now, run = self.watch.seconds, self._run
         seconds = (now - self._since) / max(step - self._logged_step, 1)
         self._since, self._logged_step = now, step
         # A quartile in which no sample of the window fell has no mean.
@@ -85,6 +125,12 @@ class StepLog:
         line["learning_rate"] = learning_rate
         self._window.reset()
         line |= {"seconds_per_step": seconds, "images_per_second": run.config.batch_size / seconds}
+        line |= self.times.metrics() | metrics.device_memory() | self._once
+        self.times.reset()
+        self._once = {}
+        line["train_seconds"] = now
+        if run.config.data.on_bad_image == "skip":
+            line["skipped_images"] = self.skipped_images
         device = run.mesh.devices.flat[0].device_kind
         dtype = np.dtype(run.model.dtype).name
         used = metrics.mfu(run.step_flops(), seconds, run.mesh.size, device, dtype)

@@ -124,27 +124,35 @@ class Run:
             compiled = pool.map(lambda step: step.compile(), lowered)
             return dict(zip(self.counts, compiled, strict=True))
 
-    def restore(self, store: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, store: Checkpoints, autoencoder: str | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint that verifies, or a fresh state and empty meta data.
 
-        Raises ValueError if the checkpoint is of a run with other settings.
+        Args:
+          store: the run's checkpoints.
+          autoencoder: digest of the encoder whose latents are trained on, None if not known.
+
+        Raises:
+          ValueError: a checkpoint of a run with other settings, or weights of `init_from` that do
+            not fit.
         """
         if store.latest_step() is None:
-            return self._fresh_state(), {}
-        items = self._saved_items()
+            return self._fresh_state(autoencoder), {}
+        items = self._saved_items(store)
         try:
             return self._restore_items(store, items)
         except CheckpointError:
             # The newest may have been damaged and set aside, and the one before it converted.
-            if (before := self._saved_items()) == items:
+            if (before := self._saved_items(store)) == items:
                 raise
             return self._restore_items(store, before)
 
-    def _saved_items(self) -> list[str]:
+    def _saved_items(self, store: Checkpoints) -> list[str]:
         """What the newest checkpoint holds of a state, once its settings are found to be ours."""
         # Before any array: those of another model would not fit. Damage is `store.restore`'s.
         with contextlib.suppress(CheckpointError):
-            meta = checkpoints.read_meta(self.workdir)[1]
+            meta = checkpoints.read_meta(self.workdir, store.latest_step())[1]
             self._check_settings(meta)
             if "weights" in meta:
                 return meta["weights"]["items"]
@@ -171,11 +179,12 @@ class Run:
         logging.info("starting from converted weights (%s)", meta["weights"]["source"])
         return self.trainer.start_from(params, restored[average], step), meta
 
-    def _fresh_state(self) -> TrainState:
+    def _fresh_state(self, autoencoder: str | None) -> TrainState:
         """The state at step 0: as initialised, or from the weights that `init_from` names."""
         if not self.config.init_from:
             return self.trainer.create_state()
-        params = initial_parameters(self.config, self.model, self.trainer.create_parameters)
+        create = self.trainer.create_parameters
+        params = initial_parameters(self.config, self.model, create, autoencoder)
         return self.trainer.start_from(pretrained.place(params, self.abstract.params))
 
     def _check_settings(self, meta: dict[str, Any]) -> None:

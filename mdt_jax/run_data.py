@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax.data import Source, create_source
+from mdt_jax.distributed import check_agreement
 
 
 def autoencoder_digest(source: Source) -> str | None:
@@ -44,6 +45,18 @@ def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
             len(source),
             count,
         )
+
+
+def check_processes(config: ConfigDict, source: Source) -> None:
+    """Refuses, with ValueError, processes of one job that would train on different things.
+
+    Each may find the data at a path of its own, and read with as many workers as it likes.
+    """
+    settings = config_lib.to_json(config)
+    for key in ("path", "num_workers", "read_ahead"):
+        del settings["data"][key]
+    names = {str(label): name for label, name in enumerate(source.class_names)}
+    check_agreement({"config": settings, "class": names, "data": source.identity()})
 
 
 def image_size(config: ConfigDict, source: Source) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,16 @@ from tqdm import tqdm
 
 from mdt_jax import checkpoints, pretrained, sharding, weight_files
 from mdt_jax import config as config_lib
-from mdt_jax.diffusion import GaussianDiffusion, guided, sample_steps
-from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.diffusion import SAMPLERS, GaussianDiffusion, guided, run_steps, start
+from mdt_jax.diffusion.samplers import SamplerState
 from mdt_jax.models import LatentTransformer
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
+# Under a sample's key, the number of the draw of its label; those of noise count up from 0.
+_LABEL = np.uint32(2**32 - 1)
+_LABEL_BLOCK = 1024
+# tqdm's own bar, but a batch that is half done is half its samples, always in samples a second.
+_BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +46,7 @@ class DiffusionModel:
       class_names: names of the classes, empty if it has none.
       step: training steps behind the parameters.
       defaults: `sample`'s arguments where the caller gives none: sampler, steps, cfg_scale,
-        cfg_power, guided_channels, clip.
+        cfg_power, cfg_interval, guided_channels, clip.
     """
 
     name: str
@@ -54,7 +59,8 @@ class DiffusionModel:
     @classmethod
     def from_config(cls, config: Any, class_names: Sequence[str] = (), step: int = 0):
         """The model of a run's config."""
-        keys = ("sampler", "steps", "cfg_scale", "cfg_power", "guided_channels", "clip")
+        keys = ("sampler", "steps", "cfg_scale", "cfg_power", "cfg_interval", "guided_channels",
+                "clip")  # fmt: skip
         return cls(
             name=config.model.name,
             network=config_lib.create_network(config),
@@ -140,6 +146,7 @@ def sample(
     key: Array | int | np.integer = 0,
     cfg_scale: float | None = None,
     cfg_power: float | None | str = "default",
+    cfg_interval: Sequence[float | int] | None = None,
     guided_channels: int | None | str = "default",
     sampler: str | None = None,
     steps: int | str | None = None,
@@ -160,9 +167,12 @@ def sample(
       key: PRNG key or seed; sample i's noise depends on it and i alone.
       cfg_scale: guidance scale, 1 for none; always 1 if unconditional.
       cfg_power: exponent of the power-cosine scale, None for a constant scale.
+      cfg_interval: (low, high), the fractions of the process that are guided, low ≤ t/T < high;
+        (0, 1) for all of it. Outside, a step costs half.
       guided_channels: how many channels of the mean are guided, None for all.
-      sampler: "ddpm" or "ddim".
-      steps: a count of steps, or any respacing ("10,15,20", "ddim50").
+      sampler: "ddpm", "ddim", "heun" (two model calls a step), "dpm++" (DPM-Solver++(2M)) or
+        "dpm++sde".
+      steps: a count of steps, or any respacing ("10,15,20", "ddim50", "logsnr20").
       eta: DDIM's, 0 deterministic to 1 ancestral.
       clip: whether x̂0 is clipped to [−1, 1].
       batch_size: samples at a time, over all devices; rounded up to fill them.
@@ -174,7 +184,7 @@ def sample(
     """
     chosen = resolve_labels(model, labels, num_samples)
     options = resolve_options(
-        model, cfg_scale, cfg_power, guided_channels, sampler, steps, eta, clip
+        model, cfg_scale, cfg_power, cfg_interval, guided_channels, sampler, steps, eta, clip
     )
     return run_in_batches(
         lambda mesh, size: compile_sampler(model, mesh, size, options),
@@ -211,22 +221,65 @@ def run_in_batches(
     Raises:
       ValueError: a batch size below 1.
     """
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    size = global_batch_size(batch_size, count, mesh)
+    run = compile_batch(mesh, size)
+    batches = in_batches(run, params, count, inputs, key=key, progress=progress)
+    return np.concatenate([rows for _, rows in batches])
+
+
+def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
+    """Samples in a batch over all devices: no more than there are to make, rounded up to fill them.
+
+    Raises:
+      ValueError: a batch size below 1.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1")
-    mesh = sharding.create_mesh() if mesh is None else mesh
-    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
     shards = sharding.batch_shards(mesh)
-    batch_size = -(-min(batch_size, count) // shards) * shards
-    run = compile_batch(mesh, batch_size)
-    params = on_mesh(params, mesh)
+    return -(-min(batch_size, count) // shards) * shards
 
-    total = run.num_steps * -(-count // batch_size)
-    with tqdm(total=total, unit="step", disable=not progress or jax.process_index() > 0) as bar:
-        batches = []
-        for first in range(0, count, batch_size):
-            rows = np.arange(first, min(first + batch_size, count))
-            batches.append(run(params, *inputs(rows), key, first, bar.update))
-    return np.concatenate(batches)
+
+def in_batches(
+    run: CompiledBatch,
+    params: Any,
+    count: int,
+    inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
+    *,
+    key: Array | int | np.integer,
+    progress: bool,
+    done: Container[int] = (),
+) -> Iterator[tuple[int, Float[np.ndarray, "n h w c"]]]:
+    """Batches of samples as they are made, each after the index of its first.
+
+    Args:
+      run: the compiled sampler.
+      params: the network's, moved to its mesh if they are not there.
+      count, inputs, key, progress: as `run_in_batches` has them.
+      done: first indices of batches to leave out.
+    """
+    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
+    params = on_mesh(params, run.mesh)
+    size = run.shape[0]
+    batches = [(first, min(first + size, count)) for first in range(0, count, size)]
+    there = sum(last - first for first, last in batches if first in done)
+    with tqdm(
+        total=count,
+        initial=there,
+        unit=" images",
+        bar_format=_BAR,
+        smoothing=0.05,
+        disable=not progress or jax.process_index() > 0,
+    ) as bar:
+        for first, last in batches:
+            if first in done:
+                continue
+            rows = np.arange(first, last)
+
+            def advance(steps: int, share: float = len(rows) / run.num_steps) -> None:
+                bar.update(steps * share)
+
+            yield first, run(params, *inputs(rows), key, first, advance)
 
 
 def on_mesh(params: Any, mesh: Mesh) -> Any:
@@ -247,6 +300,7 @@ class SamplerOptions:
     steps: int | str
     cfg_scale: float
     cfg_power: float | None
+    cfg_interval: tuple[float, float] | None
     guided_channels: int
     eta: float
     clip: bool
@@ -282,22 +336,25 @@ class CompiledBatch:
 
         return jax.vmap(draw)(keys)
 
-    def _compile(self, chunk: Callable, *first_noise: int) -> tuple[Callable, Callable]:
+    def _compile(
+        self, chunk: Callable, *first_noise: int, initial: Callable[[Array], Any] = lambda x: x
+    ) -> tuple[Callable, Callable]:
         """Jitted: a batch's keys and first state, of the noise that is named, and its steps.
 
         Args:
-          chunk: (params, x, keys, …) → x some steps on, in place of the first.
+          chunk: (params, state, keys, …) → the state some steps on, in place of the first.
           first_noise: path of the first state's noise.
+          initial: the first state of that noise, rows of samples throughout.
         """
 
-        def start(key: Array, first: Array) -> tuple[Array, Array]:
+        def begin(key: Array, first: Array) -> tuple[Array, Any]:
             indices = first + jnp.arange(self.shape[0])
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-            return keys, self._noise(keys, *first_noise)
+            return keys, initial(self._noise(keys, *first_noise))
 
         batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
         return (
-            jax.jit(start, in_shardings=(whole, whole), out_shardings=(batch, batch)),
+            jax.jit(begin, in_shardings=(whole, whole), out_shardings=(batch, batch)),
             jax.jit(chunk, out_shardings=batch, donate_argnums=1),
         )
 
@@ -310,6 +367,7 @@ class CompiledBatch:
             scale=self._options.cfg_scale,
             power=self._options.cfg_power,
             channels=self._options.guided_channels,
+            interval=self._options.cfg_interval,
             num_train_timesteps=self._model.diffusion.schedule.num_train_timesteps,
         )
 
@@ -339,35 +397,40 @@ class CompiledSampler(CompiledBatch):
         super().__init__(model, mesh, batch_size, options)
 
         def chunk(
-            params: Any, x: Array, keys: Array, labels: Array, first: Array, last: Array
-        ) -> Array:
+            params: Any,
+            state: SamplerState,
+            keys: Array,
+            labels: Array,
+            first: Array,
+            last: Array,
+        ) -> SamplerState:
             def apply(x: Array, t: Array, y: Array) -> Array:
                 return model.network.apply({"params": params}, x, t, y)
 
             with sharding.activations(mesh):
-                return sample_steps(
+                return run_steps(
                     options.sampler,
                     self.diffusion,
                     self._guided(apply, labels),
-                    x,
+                    state,
                     lambda i: self._noise(keys, i),
                     first,
                     last,
                     **self._step_settings(),
                 )
 
-        self._start, self._chunk = self._compile(chunk, self.num_steps)
+        self._start, self._chunk = self._compile(chunk, self.num_steps, initial=start)
         self._run: Callable = self._chunk
 
     def warm_up(self, params: Any) -> None:
         """Compiles all that a run needs, for parameters of just these dtypes and shardings."""
         key = jax.random.key(0)
-        keys, x = self._start(key, np.int32(0))
+        keys, state = self._start(key, np.int32(0))
         labels = self._place(np.zeros(self.shape[0], np.int32))
         step = np.int32(0)
-        self._run = self._chunk.lower(params, x, keys, labels, step, step).compile()
+        self._run = self._chunk.lower(params, state, keys, labels, step, step).compile()
         if jax.process_count() > 1:
-            multihost_utils.process_allgather(x, tiled=True)
+            multihost_utils.process_allgather(state.x, tiled=True)
 
     def __call__(
         self,
@@ -378,14 +441,14 @@ class CompiledSampler(CompiledBatch):
         advance: Callable[[int], Any] = lambda steps: None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
-        keys, x = self._start(key, np.int32(first_index))
+        keys, state = self._start(key, np.int32(first_index))
         placed = self._place(labels.astype(np.int32))
         for first in range(0, self.num_steps, CHUNK_STEPS):
             last = min(first + CHUNK_STEPS, self.num_steps)
-            x = self._run(params, x, keys, placed, np.int32(first), np.int32(last))
-            x.block_until_ready()
+            state = self._run(params, state, keys, placed, np.int32(first), np.int32(last))
+            state.x.block_until_ready()
             advance(last - first)
-        return self._gather(x, len(labels))
+        return self._gather(state.x, len(labels))
 
 
 @lru_cache(maxsize=8)
@@ -400,6 +463,7 @@ def resolve_options(
     model: DiffusionModel,
     cfg_scale: float | None = None,
     cfg_power: float | None | str = "default",
+    cfg_interval: Sequence[float | int] | None = None,
     guided_channels: int | None | str = "default",
     sampler: str | None = None,
     steps: int | str | None = None,
@@ -414,6 +478,9 @@ def resolve_options(
     channels = (
         model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
     )
+    interval = cfg_interval or model.defaults.get("cfg_interval") or (0.0, 1.0)
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"cfg_interval {tuple(interval)} is not (low, high), 0 <= low < high <= 1")
     if chosen["sampler"] not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
@@ -431,6 +498,7 @@ def resolve_options(
     return SamplerOptions(
         **{**chosen, "cfg_scale": float(chosen["cfg_scale"])},
         cfg_power=power,
+        cfg_interval=None if tuple(interval) == (0, 1) else tuple(map(float, interval)),
         guided_channels=channels,
         eta=eta,
     )
@@ -440,17 +508,54 @@ def resolve_labels(
     model: DiffusionModel, labels: Any = None, num_samples: int | None = None
 ) -> Int[np.ndarray, " n"]:
     """Labels as numbers, repeated or in turn to `num_samples`; zeros if unconditional."""
+    given = labels is not None and len(labels) > 0
+    classes = resolve_classes(model, labels)
+    return np.resize(classes, _count(num_samples, len(classes) if given else 16))
+
+
+def draw_labels(
+    model: DiffusionModel,
+    labels: Any = None,
+    num_samples: int | None = None,
+    key: Array | int | np.integer = 0,
+) -> Int[np.ndarray, " n"]:
+    """`resolve_labels`, but each is drawn of the classes uniformly, by (key, index) alone."""
+    given = labels is not None and len(labels) > 0
+    classes = resolve_classes(model, labels)
+    count = _count(num_samples, len(classes) if given else 16)
+    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
+    # In blocks of one size, so that it compiles once.
+    blocks = range(0, count, _LABEL_BLOCK)
+    drawn = [np.asarray(_draw(key, np.int32(first), np.int32(len(classes)))) for first in blocks]
+    return classes[np.concatenate(drawn)[:count]]
+
+
+@jax.jit
+def _draw(key: Array, first: Array, num_classes: Array) -> Array:
+    """Uniform integers below `num_classes` of the `_LABEL_BLOCK` samples from `first` on."""
+
+    def draw(index: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, index), _LABEL)
+        return jax.random.randint(own, (), 0, num_classes)
+
+    return jax.vmap(draw)(first + jnp.arange(_LABEL_BLOCK))
+
+
+def resolve_classes(model: DiffusionModel, labels: Any = None) -> Int[np.ndarray, " n"]:
+    """The classes that labels name, as numbers: all of them without any, 0 if unconditional.
+
+    Raises:
+      ValueError: a class that the model does not have.
+    """
+    count = model.network.num_classes
+    if labels is None or not len(labels):
+        return np.arange(max(count, 1), dtype=np.int32)
+    if count == 0:
+        raise ValueError("the model is unconditional; it takes no labels")
+    return np.array([model.label(name) for name in np.asarray(labels).tolist()], np.int32)
+
+
+def _count(num_samples: int | None, default: int) -> int:
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples {num_samples} is below 1")
-    count = model.network.num_classes
-    if count == 0:
-        if labels is not None and len(labels):
-            raise ValueError("the model is unconditional; it takes no labels")
-        return np.zeros(num_samples or 16, np.int32)
-    if labels is None or not len(labels):
-        chosen = np.arange(count)
-        num_samples = num_samples or 16
-    else:
-        chosen = np.array([model.label(name) for name in np.asarray(labels).tolist()])
-        num_samples = num_samples or len(chosen)
-    return np.resize(chosen, num_samples).astype(np.int32)
+    return num_samples or default

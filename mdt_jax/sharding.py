@@ -7,6 +7,7 @@ splits heads and hidden units. `jax.jit` with these shardings does the rest.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,8 @@ def create_mesh(
     """A mesh (data, fsdp, tensor) over the devices, -1 on one axis standing for the rest.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices, saying what would.
+      ValueError: sizes that do not multiply to the number of devices, or axes other than `data`
+        across TPU slices, saying what would do.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
@@ -61,8 +63,41 @@ def create_mesh(
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    shape = tuple(sizes.values())
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), MESH_AXES)
+    return Mesh(arrange_devices(tuple(sizes.values()), devices), MESH_AXES)
+
+
+def arrange_devices(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of a mesh's shape, neighbours in it near each other in the network.
+
+    TPU slices are joined by a slow network, so only the first axis crosses them. (GPUs of all nodes
+    are ordered by node, and any axis may cross those.)
+
+    Raises:
+      ValueError: slices of different sizes, or a first axis that they do not divide.
+    """
+    # A torus' axis is cut between two axes of a mesh only where nothing else fits.
+    arrange = partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
+    is_tpu = devices[0].platform == "tpu"
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices if is_tpu)
+    if len(slices) < 2:
+        return arrange(shape, devices)
+    per_slice = max(slices.values())
+    if min(slices.values()) != per_slice:
+        raise ValueError(f"the TPU slices have {sorted(slices.values())} devices, not all the same")
+    data, *inner = shape
+    if data % len(slices):
+        fitting = [n for n in range(1, per_slice + 1) if per_slice % n == 0]
+        raise ValueError(
+            f"mesh.data {data} is not a multiple of the {len(slices)} TPU slices, which only it "
+            f"can cross; mesh.fsdp × mesh.tensor is {np.prod(inner)}, and within a slice of "
+            f"{per_slice} devices it can be {', '.join(map(str, fitting))}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // len(slices), *inner),
+        (len(slices), 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -75,25 +110,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which block of a global batch's rows this process holds, and how many blocks there are.
+def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which parts of a global batch this process holds, in order, and how many parts there are.
 
-    Processes of one tensor-parallel group hold, and so read, the same block.
+    A process's chips are a square of a TPU's torus, and so not always next to each other in the
+    mesh. Processes of one tensor-parallel group hold, and so read, the same parts.
 
     Raises:
-      ValueError: a mesh whose processes do not hold contiguous blocks of one size.
+      ValueError: a mesh in which a part is shared by processes that do not share all of theirs.
     """
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    ranges = {rows.indices(batch_size)[:2] for (rows,) in held}
-    first, size = min(start for start, _ in ranges), sum(stop - start for start, stop in ranges)
-    contiguous = max(stop for _, stop in ranges) - first == size
-    if not contiguous or first % size or batch_size % size:
-        raise ValueError(
-            f"process {jax.process_index()} holds the rows {sorted(ranges)} of a batch of "
-            f"{batch_size}, not one block: make mesh.tensor divide a process's devices or be a "
-            "multiple of them"
-        )
-    return first // size, batch_size // size
+    shards, sharding_ = batch_shards(mesh), batch_sharding(mesh)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding_.devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
+    mine = held[jax.process_index()]
+    for process, theirs in held.items():
+        if len(theirs) != len(mine) or (theirs & mine and theirs != mine):
+            raise ValueError(
+                f"process {jax.process_index()} holds the parts {sorted(mine)} of a batch, process "
+                f"{process} {sorted(theirs)}: make mesh.tensor divide a process's devices or be a "
+                "multiple of them"
+            )
+    parts = sorted(mine)
+    # As few parts as can be, so that as much as can be is read at once.
+    for size in range(len(parts), 1, -1):
+        firsts = parts[::size]
+        whole = [first + i for first in firsts for i in range(size)]
+        if whole == parts and not any(n % size for n in (shards, *firsts)):
+            return tuple(first // size for first in firsts), shards // size
+    return tuple(parts), shards
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -249,16 +249,19 @@ class Trainer:
             grads, losses = self._gradients(
                 state.params, (images, labels, t, weights, draws), num_kept
             )
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            with jax.named_scope("optimizer"):
+                updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+                params = optax.apply_updates(state.params, updates)
+            with jax.named_scope("ema"):
+                averages = {
+                    rate: _update_ema(float(rate), ema, params, self.model.frozen)
+                    for rate, ema in state.ema.items()
+                }
             new_state = TrainState(
                 step=state.step + 1,
                 params=params,
                 opt_state=opt_state,
-                ema={
-                    rate: _update_ema(float(rate), ema, params, self.model.frozen)
-                    for rate, ema in state.ema.items()
-                },
+                ema=averages,
                 loss_history=timesteps.update_history(
                     state.loss_history, t, sum(pass_["loss"] for pass_ in losses.values())
                 ),
@@ -289,10 +292,12 @@ class Trainer:
                 noise,
             )
 
-        losses = {"full": run(draws.full_noise, draws.full_label_drop)}
+        with jax.named_scope("full_pass"):
+            losses = {"full": run(draws.full_noise, draws.full_label_drop)}
         if num_kept is not None:
-            ids_keep = masking.ids_to_keep(draws.mask, num_kept)
-            losses["masked"] = run(draws.masked_noise, draws.masked_label_drop, ids_keep)
+            with jax.named_scope("masked_pass"):
+                ids_keep = masking.ids_to_keep(draws.mask, num_kept)
+                losses["masked"] = run(draws.masked_noise, draws.masked_label_drop, ids_keep)
         total = sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())
         return total, losses
 

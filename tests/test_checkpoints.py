@@ -1,6 +1,9 @@
 """Checkpoints come back bit for bit or say what is wrong; a kill loses one save at most."""
 
+import contextlib
+import functools
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -16,8 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import flags
 
-from mdt_jax.checkpoints import CheckpointError, Checkpoints, read_meta, restore_item
+from mdt_jax import checkpoint_list
+from mdt_jax.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    SaveError,
+    read_meta,
+    restore_item,
+)
+from mdt_jax.workdir_lock import WorkdirLock
 
 
 @flax.struct.dataclass
@@ -416,6 +428,108 @@ def test_a_failed_background_save_is_reported_and_can_be_repeated(tmp_path, monk
     store.save(1, {"state": make_state()}, {})
     store.close()
     assert read_meta(tmp_path) == (1, {})
+
+
+@contextlib.contextmanager
+def full_disk(size=4096):
+    """Writing a file beyond `size` bytes fails, as it does on a disk without space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_fails_a_save_and_leaves_those_before_it_whole(workdir):
+    store = Checkpoints(workdir)
+    rows = {"x": jnp.asarray(np.random.default_rng(0).random((256, 256)))}
+    with full_disk(), pytest.raises(SaveError, match="/3 failed.*File too large"):
+        store.save(3, {"state": rows}, {})
+        store.wait()
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+    assert store.restore({"state": abstract(make_state())})[0] == 2
+    store.save(3, {"state": rows}, {})
+    store.close()
+    assert read_meta(workdir)[0] == 3
+
+
+def test_another_run_in_the_workdir_is_refused(workdir, monkeypatch):
+    code = """
+        import sys, time
+        from mdt_jax.checkpoints import Checkpoints
+        store = Checkpoints(sys.argv[1])
+        print("opened", flush=True)
+        time.sleep(100)
+        """
+    impatient = functools.partial(WorkdirLock, patience=0.0)
+    monkeypatch.setattr("mdt_jax.checkpoints.WorkdirLock", impatient)
+    other = start_python(code, workdir)
+    try:
+        assert other.stdout.readline() == "opened\n"
+        with pytest.raises(CheckpointError, match=f"{workdir} is in use by process {other.pid} "):
+            Checkpoints(workdir)
+    finally:
+        other.kill()
+        other.communicate()
+    Checkpoints(workdir).close()
+
+
+CONFIG = {
+    "model": {"name": "MDT-S/2", "input_size": 32, "in_channels": 4, "num_classes": 10},
+    "optimizer": {"name": "adamw"},
+    "data": {"name": "npy", "path": "cats"},
+    "batch_size": 256,
+    "seed": 3,
+    "num_steps": 1000,
+}
+
+
+def test_the_list_tells_what_is_sound_what_is_damaged_and_what_is_no_checkpoint(workdir, capsys):
+    store = Checkpoints(workdir)
+    store.save(10, {"state": make_state(10)}, {"config": CONFIG})
+    store.close()
+    root = workdir / "checkpoints"
+    shutil.copytree(root / "1", root / "damaged-1")
+    shutil.copytree(root / "1", root / "11.orbax-checkpoint-tmp")
+    complaint = flip_bit_of_largest(root / "2")
+    before = sorted(workdir.rglob("*"))
+    entries = checkpoint_list.list_checkpoints(workdir)
+    said = {entry.name: entry.condition.partition(":")[0] for entry in entries}
+    assert list(said.items()) == [
+        ("1", "verified"),
+        ("2", "DAMAGED"),
+        ("10", "verified"),
+        ("damaged-1", "set aside"),
+        ("11.orbax-checkpoint-tmp", "unsealed"),
+    ]
+    assert [entry.name for entry in entries if entry.damaged] == ["2"]
+    assert complaint in entries[1].condition
+    assert not any(entry.damaged for entry in checkpoint_list.list_checkpoints(workdir, False))
+    size = sum(path.stat().st_size for path in (root / "10").rglob("*") if path.is_file())
+    assert entries[2].size == size
+    flags.FLAGS.mark_as_parsed()
+    with pytest.raises(SystemExit, match="1"):
+        checkpoint_list.main(["", str(workdir)])
+    table = capsys.readouterr().out
+    assert f"{workdir}: MDT-S/2, 32×32×4, 10 classes; adamw, batch 256, seed 3; 1,000" in table
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_the_command_lists_a_sound_run(two_steps):
+    done = subprocess.run(
+        [sys.executable, "-m", "mdt_jax.checkpoints", str(two_steps)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verified") == 2 and "settings unknown" in done.stdout
+
+
+def test_a_folder_without_a_run_has_no_list(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no run"):
+        checkpoint_list.list_checkpoints(tmp_path)
 
 
 def test_a_killed_run_loses_at_most_the_save_in_progress(tmp_path):

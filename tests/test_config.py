@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import imagenet256, imagenet256_step_decay
+from configs import digits, imagenet256, imagenet256_step_decay
 from mdt_jax import config as config_lib
 
 
@@ -44,6 +44,13 @@ def test_a_setting_newer_than_a_run_is_no_difference():
     del old["diffusion"]["timestep_sampler"]
     filled = config_lib.to_json(config_lib.from_json(old))
     assert config_lib.differences(filled, now) == []
+
+
+def test_the_digits_baseline_differs_in_its_network_alone():
+    mdt, dit = (config_lib.to_json(digits.get_config(name)) for name in ("MDTv2", "DiT"))
+    assert (mdt["model"].pop("name"), dit["model"].pop("name")) == ("MDTv2", "DiT")
+    assert (mdt["model"].pop("decoder_depth"), dit["model"].pop("decoder_depth")) == (2, None)
+    assert mdt == dit
 
 
 def test_differences_name_what_changes_a_runs_meaning_and_nothing_else():

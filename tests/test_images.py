@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax.images import image_grid, provenance, read_metadata, save_npz, save_png, to_uint8
+from mdt_jax.images import (
+    image_grid,
+    provenance,
+    read_metadata,
+    save_npz,
+    save_png,
+    stream_npz,
+    to_uint8,
+)
 
 METADATA = {"Content": "synthetic", "model": "MDT-S/2", "note": "größer 数字", "line": "a\nb"}
 
@@ -37,6 +45,8 @@ def test_to_uint8_names_the_image_that_is_nan():
     x[2, 0, 1] = np.nan
     with pytest.raises(ValueError, match="1 of 4 images hold NaN, the first at index 2"):
         to_uint8(x)
+    with pytest.raises(ValueError, match="the first at index 102"):
+        to_uint8(x, first_index=100)
 
 
 def test_a_grid_shows_images_row_by_row_on_white():
@@ -97,6 +107,25 @@ def test_an_npz_has_the_layout_of_adms_evaluator_and_metadata(tmp_path, channels
         np.testing.assert_array_equal(arrays["arr_0"], images)
         np.testing.assert_array_equal(arrays["arr_1"], range(4))
     assert read_metadata(path) == METADATA
+
+
+def test_an_npz_can_be_written_in_pieces_cut_anywhere(tmp_path):
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    data, cuts = images.tobytes(), [0, 1, 70, 70, 2000, images.nbytes]
+    pieces = (data[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False))
+    labels, path = np.arange(4), tmp_path / "pieces.npz"
+    stream_npz(path, images.shape, images.dtype, pieces, labels, {"metadata": METADATA})
+    save_npz(tmp_path / "whole.npz", images, labels, METADATA)
+    assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    np.testing.assert_array_equal(np.load(path)["arr_0"], images)
+
+
+@pytest.mark.parametrize("missing", [1, -1])
+def test_an_npz_in_pieces_that_lacks_a_byte_is_not_written(tmp_path, missing):
+    with pytest.raises(ValueError, match=f"lack {missing} bytes"):
+        pieces = [bytes(4 - missing)]
+        stream_npz(tmp_path / "a.npz", (4, 1, 1, 1), np.dtype("u1"), pieces, np.arange(4), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_npz_needs_a_label_per_image(tmp_path):

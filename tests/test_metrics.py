@@ -11,7 +11,15 @@ import pytest
 from absl import logging
 from tensorboardX.proto import event_pb2
 
-from mdt_jax.metrics import MetricsWriter, Progress, Window, mfu, peak_flops
+from mdt_jax.metrics import (
+    MetricsWriter,
+    Progress,
+    Stopwatch,
+    Window,
+    mfu,
+    peak_flops,
+    steps_with,
+)
 
 
 def run(workdir, steps, resume_step=0):
@@ -258,3 +266,28 @@ def test_peak_flops_of_an_unknown_dtype_is_an_error():
 def test_mfu_is_the_share_of_all_devices_peak():
     assert mfu(275e12, 0.5, 8, "TPU v4", "bfloat16") == pytest.approx(0.25)
     assert mfu(1, 1.0, 1, "cpu", "bfloat16") is None
+
+
+def test_texts_stand_last_in_a_line_and_not_in_tensorboard(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=10)
+    writer.write(5, {"loss": 0.5})
+    writer.write(5, {"eval_fid": 2.0}, {"evaluator": "classifier 1a"})
+    with pytest.raises(ValueError, match='"step"'):
+        writer.write(5, {}, {"step": "six"})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.splitlines()[1] == '{"step": 5, "eval_fid": 2.0, "evaluator": "classifier 1a"}'
+    assert steps_with(tmp_path / "metrics.jsonl", "eval_fid") == {5}
+    assert "evaluator" not in str(events_in(tmp_path))
+
+
+def test_a_stopwatch_goes_on_from_what_is_on_it_and_stands_still_in_a_pause(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch(7.0)
+    now[0] += 2
+    with watch.paused():
+        now[0] += 50
+        assert watch.seconds == 9
+    now[0] += 1
+    assert watch.seconds == 10

@@ -135,6 +135,30 @@ def test_ddim_is_deterministic_but_for_its_start(loaded, twelve):
     assert not np.allclose(first, twelve[:8], atol=1e-3)
 
 
+@pytest.mark.parametrize("sampler", ["heun", "dpm++", "dpm++sde"])
+def test_every_sampler_runs_in_chunks_on_devices(loaded, sampler, monkeypatch):
+    def draw():
+        return mdt_jax.sample(*loaded, num_samples=8, key=3, sampler=sampler, steps="logsnr6")
+
+    whole = draw()
+    assert np.isfinite(whole).all()
+    monkeypatch.setattr(sampling, "CHUNK_STEPS", 4)
+    np.testing.assert_array_equal(draw(), whole)
+
+
+def test_guidance_can_be_kept_to_an_interval(loaded, twelve):
+    def draw(**options):
+        return mdt_jax.sample(*loaded, num_samples=12, key=3, **options)
+
+    np.testing.assert_array_equal(draw(cfg_interval=(0, 1)), twelve)
+    part = draw(cfg_interval=(0.3, 0.6))
+    for other in (twelve, draw(cfg_scale=1.0)):
+        assert np.abs(part - other).max() > 1e-3
+    for wrong in ((0.6, 0.3), (0, 2), (0.1, 0.2, 0.3)):
+        with pytest.raises(ValueError, match=r"is not \(low, high\), 0 <= low < high <= 1"):
+            draw(cfg_interval=wrong)
+
+
 def test_labels_are_numbers_or_names(loaded):
     model, _ = loaded
     resolve = sampling.resolve_labels
@@ -303,6 +327,8 @@ def test_an_autoencoder_turns_latents_into_images(latent_model, tmp_path):
     decoded = mdt_jax.Autoencoder.load(vae).decode(latents)
     assert np.array_equal(np.load(npz)["arr_0"], images.to_uint8(decoded))
     assert images.read_metadata(png)["vae"] == str(vae)
+    with pytest.raises(ValueError, match="--vae_batch_size 0 is below 1"):
+        command(*settings, f"--vae={vae}", "--vae_batch_size=0")
 
 
 @pytest.fixture
@@ -351,28 +377,29 @@ def spy_on_decode(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "labels", "cfg_scale"),
+    ("flags", "said"),
     [
-        ((), "4", "1.0"),
-        (("--labels=2",), "2", "3.8"),
-        (("--labels=2", "--cfg_scale=2"), "2", "2.0"),
+        ((), {"labels": "4", "cfg_scale": "1.0"}),
+        (("--labels=2",), {"labels": "2", "cfg_scale": "3.8"}),
+        (
+            ("--labels=2", "--cfg_scale=2", "--resamples=1", "--masked_share=0"),
+            {"labels": "2", "cfg_scale": "2.0", "resamples": "1", "masked_share": "0.0"},
+        ),
     ],
-    ids=["without a class", "with one", "with a scale"],
+    ids=["without a class", "with one", "with settings"],
 )
-def test_a_painting_says_how_it_was_made(paint, latent_model, tmp_path, flags, labels, cfg_scale):
+def test_a_painting_says_how_it_was_made(paint, latent_model, tmp_path, flags, said):
     expected = {
-        "labels": labels,
-        "cfg_scale": cfg_scale,
         "steps": "2",
         "resamples": "4",
         "masked_share": "0.5",
         "inpainted": str(tmp_path / "photo.png"),
         "mask": str(tmp_path / "mask.png"),
         "vae": str(latent_model / "vae"),
-    }
+    } | said
     for file in paint(*flags):
-        said = images.read_metadata(file)
-        assert {key: said.get(key) for key in expected} == expected
+        found = images.read_metadata(file)
+        assert {key: found.get(key) for key in expected} == expected
 
 
 def test_pictures_that_do_not_fit_are_refused_before_any_work(paint, pictures, tmp_path):

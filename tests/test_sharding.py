@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 from fixtures import make_trainer, reference, start
 from flax import linen as nn
+from jobs import outcomes, start_job
 
 from mdt_jax import sharding
 from mdt_jax.train_step import Trainer
@@ -167,8 +169,101 @@ def test_no_device_computes_the_whole_batch():
     assert [shape for shape in collectives if re.match(r"f32\[56,\d+,", shape)] == []
 
 
-def test_one_process_holds_the_one_block_of_rows():
-    assert sharding.batch_rows(sharding.create_mesh(2, 2, 2), 8) == (0, 1)
+def test_one_process_holds_the_whole_batch():
+    assert sharding.batch_parts(sharding.create_mesh(2, 2, 2)) == ((0,), 1)
+
+
+# Prints what each process's devices hold of a batch that it read the parts of.
+MEMBER = """
+import jax, numpy as np
+from mdt_jax.distributed import initialize_distributed
+initialize_distributed()
+from mdt_jax import sharding
+from mdt_jax.data import Source, create_batches, prefetch_to_device
+# Processes 0 and 1 in turn, twice next to each other: as the chips of a TPU slice may be.
+devices = [jax.devices()[i] for i in ORDER]
+mesh = jax.sharding.Mesh(np.array(devices).reshape(4, 2, 1), sharding.MESH_AXES)
+parts, count = sharding.batch_parts(mesh)
+records = [(np.full((1, 1, 1), i, np.uint8), i) for i in range(64)]
+source = Source("numbers", records, (1, 1, 1), tuple(map(str, range(64))))
+batches = create_batches(source, global_batch_size=16, seed=0, process_index=parts,
+                         process_count=count, flip=False)
+whole = create_batches(source, global_batch_size=16, seed=0, process_index=0, process_count=1,
+                       flip=False)
+with prefetch_to_device(batches, sharding.batch_sharding(mesh)) as on_device:
+    for _ in range(2):
+        expected, batch = next(whole), next(on_device)
+        for name in ("image", "label"):
+            assert batch[name].shape == expected[name].shape
+            for shard in batch[name].addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[name][shard.index])
+print(parts, count)
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "parts"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], ["(0,) 2", "(1,) 2"]),
+        ([0, 1, 4, 5, 2, 3, 6, 7], ["(0, 2) 4", "(1, 3) 4"]),
+        ([4, 0, 1, 5, 6, 2, 3, 7], ["(1, 2, 5, 6) 8", "(0, 3, 4, 7) 8"]),
+    ],
+)
+def test_every_device_gets_its_rows_in_whatever_order_the_mesh_has_them(order, parts):
+    code = MEMBER.replace("ORDER", str(order))
+    job = outcomes(start_job([sys.executable, "-c", code], 2, devices=4), timeout=120)
+    assert [status for status, _ in job] == [0, 0], job
+    assert [text.splitlines()[-1] for _, text in job] == parts
+
+
+# ---- The order of devices ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX says of a TPU chip and its place."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    core_on_chip: int = 0
+    device_kind: str = "TPU v4"
+    platform: str = "tpu"
+
+
+def pod(x, y, z, slices=1):
+    """The chips of slices of x × y × z."""
+    places = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    return [
+        Chip(s * len(places) + i, place, s) for s in range(slices) for i, place in enumerate(places)
+    ]
+
+
+def test_a_mesh_axis_may_cut_an_axis_of_the_torus():
+    """v4-512 is 8 × 8 × 4 chips: no product of its axes is 16."""
+    chips = pod(8, 8, 4)
+    devices = sharding.arrange_devices((16, 16, 1), chips)
+    assert devices.shape == (16, 16, 1)
+    assert {chip.id for chip in devices.flat} == set(range(256))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (4, 16, 1), (8, 2, 4), (64, 1, 1)])
+def test_only_the_data_axis_crosses_slices(shape):
+    devices = sharding.arrange_devices(shape, pod(4, 4, 1, slices=4))
+    assert devices.shape == shape
+    slice_of = np.vectorize(lambda chip: chip.slice_index)(devices)
+    assert all(len(set(row.flat)) == 1 for row in slice_of)
+    assert list(dict.fromkeys(slice_of[:, 0, 0].tolist())) == [0, 1, 2, 3]
+
+
+def test_a_mesh_that_crosses_slices_is_refused():
+    with pytest.raises(ValueError, match="mesh.data 2 .* 4 TPU slices.* is 32, .*1, 2, 4, 8, 16$"):
+        sharding.arrange_devices((2, 32, 1), pod(4, 4, 1, slices=4))
+
+
+def test_slices_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"\[15, 16\] devices"):
+        sharding.arrange_devices((31, 1, 1), pod(4, 4, 1, slices=2)[:-1])
 
 
 # ---- Meshes that cannot work -------------------------------------------------------------------

@@ -5,10 +5,12 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,7 +18,17 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import checkpoints, data, distributed, images, metrics, run_data, sampling, train
+from mdt_jax import (
+    checkpoints,
+    data,
+    distributed,
+    images,
+    metrics,
+    run_data,
+    run_evaluation,
+    sampling,
+    train,
+)
 from mdt_jax.config import default_config, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -110,8 +122,7 @@ def bits(workdir, items):
 def logged(workdir):
     """The lines of metrics.jsonl, without what the clock decides."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    return [{k: v for k, v in line.items() if k not in metrics.CLOCK} for line in lines]
 
 
 def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_config, tmp_path):
@@ -123,6 +134,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     flags += ["--config.diffusion.schedule=squared_cosine", "--config.diffusion.num_timesteps=4"]
     flags += ["--config.sample.steps=4"]
     flags += ["--config.schedule.name=cosine", "--config.optimizer.learning_rate=1e-2"]
+    flags += ["--config.eval_every=10", "--config.eval.num_samples=8", "--config.eval.steps=2"]
     environment = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         # Restarts are fast, and the killed run's programs are the other's.
@@ -154,7 +166,8 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     last = run_command([*TRAIN, *flags, "--workdir", killed], **environment)
     assert last.returncode == 0, last.stderr
     assert logged(killed) == logged(whole), moments
-    assert [line["step"] for line in logged(whole)] == [3, 6, 9, 12, 15, 18, 20]
+    assert [line["step"] for line in logged(whole)] == [3, 6, 9, 10, 12, 15, 18, 20, 20]
+    assert [line["step"] for line in logged(whole) if "eval_fid" in line] == [10, 20]
     items = ["state", "ema_0.9", "ema_0.99"]
     expected, found = bits(whole, items), bits(killed, items)
     different = [name for name in expected if expected[name] != found[name]]
@@ -180,7 +193,7 @@ def changed(config, **settings):
 
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory):
-    """A run of 12 steps in this process, with two counts of kept tokens and two grids of samples.
+    """A run of 12 steps in this process, with two counts of kept tokens, grids and judgements.
 
     Its attributes: config, workdir; steps, what `Run.compile_steps` gave; compiled, what was being
     compiled after the first step.
@@ -188,6 +201,7 @@ def finished(tiny_config, tmp_path_factory):
     config = changed(load_config(tiny_config), model__patch_size=2, masking__ratio_span=0.06)
     config.num_steps, config.log_every, config.checkpoint_every = 12, 4, 4
     config.sample.update(every=6, steps=2, num_samples=8)
+    config.eval_every, config.eval.num_samples, config.eval.batch_size = 6, 12, 8
     workdir, steps = tmp_path_factory.mktemp("finished"), {}
     compile_steps = train.Run.compile_steps
 
@@ -242,7 +256,7 @@ def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path,
     warm_up = sampling.CompiledSampler.warm_up
     monkeypatch.setattr(train.Run, "compile_steps", compile_only_first)
     monkeypatch.setattr(sampling.CompiledSampler, "warm_up", warm_up_when_used)
-    config = changed(finished.config, num_steps=6)
+    config = changed(finished.config, num_steps=6, eval_every=0)
     run = train.Run(config, "")
     assert run.kept(0) == run.counts[0] and run.counts[1] in map(run.kept, range(6))
     heard = compiled_after_first_step(monkeypatch, config, tmp_path)
@@ -252,10 +266,11 @@ def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path,
 @pytest.mark.smoke
 def test_metrics_hold_the_losses_and_the_speed(finished):
     lines = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").open()]
+    lines = [line for line in lines if "eval_fid" not in line]
     assert [line["step"] for line in lines] == [4, 8, 12]
     quartiles = [f"{name}_loss_q{q}" for name in ("full", "masked") for q in range(4)]
     promised = ["loss", "full_loss", "masked_loss", *quartiles, "grad_norm", "learning_rate"]
-    promised += ["seconds_per_step", "images_per_second"]
+    promised += ["seconds_per_step", "images_per_second", "train_seconds"]
     for line in lines:
         assert set(promised) <= line.keys()
         assert line["loss"] == pytest.approx(line["full_loss"] + line["masked_loss"], rel=1e-5)
@@ -264,6 +279,59 @@ def test_metrics_hold_the_losses_and_the_speed(finished):
         assert "mfu" not in line  # of a CPU no peak is known
     events = list((finished.workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert events and b"masked_loss" in events[0].read_bytes()
+
+
+def test_judgements_are_lines_that_say_by_what_and_of_how_many(finished):
+    lines = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").open()]
+    found = [line for line in lines if "eval_fid" in line]
+    assert [line["step"] for line in found] == [6, 12]
+    digests = {line["evaluator"] for line in found}
+    assert len(digests) == 1 and digests.pop().startswith("classifier ")
+    for line in found:
+        assert line["eval_samples"] == 12 and line["eval_fid"] > 0
+        assert {"eval_inception_score", "eval_precision", "eval_recall"} <= line.keys()
+    seconds = [line["train_seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    # Both were written before another step: the clock stood still while samples were judged.
+    assert lines[-1]["step"] == lines[-2]["step"] == 12
+    assert lines[-1]["train_seconds"] - lines[-2]["train_seconds"] < lines[-1]["eval_seconds"]
+
+
+class Judge(run_evaluation.RunEvaluator):
+    """In the place of `RunEvaluator`; gives up at the steps in `stopped`, once each."""
+
+    stopped: list = []
+
+    def __init__(self, run, source):
+        self.due = functools.partial(run_evaluation.is_due, run.config)
+
+    def compile(self):
+        pass
+
+    def judge(self, state, should_stop):
+        if (step := int(state.step)) in self.stopped:
+            return self.stopped.remove(step)
+        return run_evaluation.Judgement(
+            {"eval_fid": 1 / step, "eval_samples": 8.0, "eval_seconds": 0.0}, "judge"
+        )
+
+
+def test_a_judgement_that_was_cut_short_is_made_up_for_when_the_run_goes_on(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(train, "RunEvaluator", Judge)
+    config = changed(finished.config, sample__every=0, checkpoint_every=20)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.train(config, whole)
+    monkeypatch.setattr(Judge, "stopped", [6, 12])
+    for reached, judged in ((6, []), (12, [6]), (12, [6, 12])):
+        assert int(train.train(config, stopped).step) == reached
+        assert sorted(metrics.steps_with(stopped / "metrics.jsonl", "eval_fid")) == judged
+    assert logged(stopped) == logged(whole)
+    before = files(stopped)
+    train.train(config, stopped)
+    assert files(stopped) == before
 
 
 def test_grids_say_what_made_them(finished):
@@ -291,10 +359,12 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
 def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished.workdir, tmp_path / "longer")
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
-    state = train.train(changed(finished.config, num_steps=15, sample__every=0), workdir)
+    state = train.train(
+        changed(finished.config, num_steps=15, sample__every=0, eval_every=0), workdir
+    )
     assert int(state.step) == 15
     before, after = logged(finished.workdir), logged(workdir)
-    assert after[:3] == before and [line["step"] for line in after[3:]] == [15]
+    assert after[:-1] == before and after[-1]["step"] == 15
     step, meta = checkpoints.read_meta(workdir)
     assert step == 15 and meta["position"] == 15 * finished.config.batch_size
 
@@ -304,14 +374,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
 
     def poisoned(step_fn):
         def step(state, batch):
-            nan = np.nan if int(state.step) == 5 else 1.0
-            return step_fn(state, batch | {"image": batch["image"] * np.float32(nan)})
+            factor = np.float32(np.nan if int(state.step) == 5 else 1)
+            params = jax.tree.map(lambda leaf: leaf * factor, state.params)
+            return step_fn(state.replace(params=params), batch)
 
         return step
 
     steps = {count: poisoned(step) for count, step in finished.steps.items()}
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
-    config = changed(finished.config, sample__every=0)
+    config = changed(finished.config, sample__every=0, eval_every=0)
     with pytest.raises(train.NonFiniteLoss) as error:
         train.train(config, tmp_path)
     assert "loss is nan at step 6; step 4 is saved" in str(error.value)
@@ -323,6 +394,74 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
     assert sealed_steps(tmp_path) == [4]
 
 
+def before_step(monkeypatch, actions):
+    """Calls what `actions` has for a step once its metrics are there, and waits a moment."""
+    add = train.StepLog.add
+
+    def act(log, step, values):
+        if step in actions:
+            actions[step]()
+            time.sleep(1)
+        add(log, step, values)
+
+    monkeypatch.setattr(train.StepLog, "add", act)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
+    finished, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+        before_step(patch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        state = train.train(config, tmp_path)
+    assert int(state.step) == 5 and sealed_steps(tmp_path) == [4, 5]
+    assert "stopped at step 5, saved; the same command resumes" in caplog.text
+    train.train(config, tmp_path)
+    items = ["state", *(f"ema_{rate}" for rate in config.ema_rates)]
+    assert bits(tmp_path, items) == bits(finished.workdir, items)
+    assert logged(tmp_path) == [line for line in logged(finished.workdir) if "loss" in line]
+
+
+@pytest.fixture
+def file_size_limit():
+    """Sets the size beyond which no file can be written, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# TensorStore's other writes then report to an event loop that is closed.
+disk_may_be_full = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@disk_may_be_full
+def test_a_run_outlives_a_full_disk(finished, tmp_path, monkeypatch, caplog, file_size_limit):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    actions = {4: lambda: file_size_limit(2**14), 7: file_size_limit}
+    actions |= dict.fromkeys([5, 6], lambda: None)  # the save fails meanwhile
+    before_step(monkeypatch, actions)
+    train.train(config, tmp_path)
+    assert sealed_steps(tmp_path) == [8, 12]
+    assert "checkpoints/4 failed" in caplog.text and "training goes on" in caplog.text
+    items = ["state"]
+    assert bits(tmp_path, items) == bits(finished.workdir, items)
+
+
+@disk_may_be_full
+def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
+    finished, tmp_path, monkeypatch, file_size_limit
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    actions = dict.fromkeys([9, 10], lambda: None)  # step 8 is written meanwhile
+    before_step(monkeypatch, actions | {11: lambda: file_size_limit(2**14)})
+    with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
+        train.train(config, tmp_path)
+    assert sealed_steps(tmp_path) == [4, 8]
+
+
 def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
     def diverged(state, batch):
         state, values = finished.steps[train.Run(finished.config, "").kept(0)](state, batch)
@@ -331,7 +470,7 @@ def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monke
     steps = dict.fromkeys(finished.steps, diverged)
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     with pytest.raises(SystemExit, match="^error: grad_norm is inf at step 1; there is no checkpo"):
-        command(monkeypatch, changed(finished.config, sample__every=0), tmp_path)
+        command(monkeypatch, changed(finished.config, sample__every=0, eval_every=0), tmp_path)
 
 
 KEPT = {  # tokens: (input_size, patch_size)
@@ -418,7 +557,7 @@ def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
 
 def command(monkeypatch, config, workdir=None, dry_run=False):
     """The command's main, with its flags parsed."""
-    parsed = types.SimpleNamespace(config=config, workdir=workdir, dry_run=dry_run)
+    parsed = types.SimpleNamespace(config=config, workdir=workdir, dry_run=dry_run, max_hours=None)
     monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=parsed))
     train.main([])
 
@@ -513,7 +652,8 @@ EXPLICIT = {"coordinator_address": "host:1234", "num_processes": 4, "process_id"
 ENVIRONMENTS = {
     "a workstation": ({}, None),
     "SLURM, one task": ({"SLURM_NTASKS": "1"}, None),
-    "SLURM": ({"SLURM_NTASKS": "8"}, {}),
+    "SLURM": ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a[1-8]"}, {}),
+    "SLURM, without srun": ({"SLURM_NTASKS": "8"}, None),
     "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
     "a TPU slice of one host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     "a TPU slice": ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, {}),

@@ -259,20 +259,28 @@ def example_spec(source: Source, image_size: int | None) -> dict[str, jax.ShapeD
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """One process's rows of global batch k, by k: what Grain shares out to threads and workers."""
+    """One process's rows of global batch k, by k: what Grain shares out to threads and workers.
+
+    A batch is of `parts` equal parts of `rows` rows, of which the process has those in `mine`.
+    """
 
     stream: ExampleStream
     position: int
     rows: int
-    process_index: int
-    process_count: int
+    mine: tuple[int, ...]
+    parts: int
 
     def __len__(self) -> int:
-        return (sys.maxsize - self.position) // (self.rows * self.process_count)  # never reached
+        return (sys.maxsize - self.position) // (self.rows * self.parts)  # never reached
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
-        block = batch * self.process_count + self.process_index
-        return self.stream.block(self.position + block * self.rows, self.rows)
+        first = self.position + batch * self.parts * self.rows
+        blocks = [self.stream.block(first + part * self.rows, self.rows) for part in self.mine]
+        if len(blocks) == 1:
+            return blocks[0]
+        joined = {name: np.concatenate([b[name] for b in blocks]) for name in ("image", "label")}
+        bad = {"bad": [pair for b in blocks for pair in b["bad"]]} if "bad" in blocks[0] else {}
+        return joined | bad
 
 
 def _records(seed: int, indices: range, count: int) -> Int64[np.ndarray, "n"]:
@@ -407,7 +415,7 @@ def create_batches(
     *,
     global_batch_size: int,
     seed: int,
-    process_index: int,
+    process_index: int | Sequence[int],
     process_count: int,
     flip: bool,
     image_size: int | None = None,
@@ -428,8 +436,9 @@ def create_batches(
         source: what to read.
         global_batch_size: examples in a batch of all processes together.
         seed: of order, crops and mirroring, 0 <= seed < 2**64.
-        process_index: which rows to read, 0 <= process_index < process_count. Processes that hold
-            the same rows (replicas, or parts of one tensor-parallel group) pass the same index.
+        process_index: which rows to read, 0 <= process_index < process_count, or several such
+            indices, in whose order the rows then are. Processes that hold the same rows (replicas,
+            or parts of one tensor-parallel group) pass the same.
         process_count: into how many parts the rows are divided; with pure data parallelism
             `jax.process_index()` and `jax.process_count()`.
         flip: mirror each example with probability 1/2.
@@ -447,7 +456,8 @@ def create_batches(
         ValueError: a number out of range, a batch that the processes cannot share equally, an
             image size that the source needs or cannot have, or an unknown word.
     """
-    if process_count < 1 or not 0 <= process_index < process_count:
+    mine = (process_index,) if isinstance(process_index, int) else tuple(process_index)
+    if process_count < 1 or not mine or not all(0 <= part < process_count for part in mine):
         raise ValueError(
             f"process_index is {process_index} of process_count {process_count}; it must be "
             "0 ... process_count - 1"
@@ -468,7 +478,7 @@ def create_batches(
     rows = global_batch_size // process_count
 
     def open_at(position: int) -> grain.DatasetIterator:
-        blocks = _Blocks(stream, position, rows, process_index, process_count)
+        blocks = _Blocks(stream, position, rows, mine, process_count)
         return _read(grain.MapDataset.source(blocks), num_workers, read_ahead)
 
     return BatchIterator(stream, open_at, position, global_batch_size)

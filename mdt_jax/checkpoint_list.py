@@ -1,0 +1,115 @@
+"""The table of a run's checkpoints: `python -m mdt_jax.checkpoints runs/digits`.
+
+Every file is read and compared with its checksum; `--noverify` only lists. Nothing is changed, so
+it may be used beside a running job, whose save in progress it calls unsealed. Exit status 1 if a
+checkpoint is damaged.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from mdt_jax import checkpoints
+
+_VERIFY = flags.DEFINE_bool("verify", True, "Read every file and compare its checksum.")
+
+
+class Entry(NamedTuple):
+    """One folder of WORKDIR/checkpoints.
+
+    Attributes:
+      name: the step, or what else it is called.
+      size: of its files, in bytes.
+      saved: when it was sealed or, unsealed, last changed; seconds since 1970.
+      condition: in a few words.
+      damaged: whether it should be whole, and is not.
+    """
+
+    name: str
+    size: int
+    saved: float
+    condition: str
+    damaged: bool = False
+
+
+def list_checkpoints(workdir: str | Path, verify: bool = True) -> list[Entry]:
+    """The checkpoints of a run, ascending, then what is no checkpoint (any more).
+
+    Raises:
+      CheckpointError: there is no folder of checkpoints.
+    """
+    root = checkpoints.checkpoint_root(workdir)
+    if not root.is_dir():
+        raise checkpoints.CheckpointError(f"{root} is no folder: {workdir} holds no run")
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: (not path.name.isdecimal(), len(path.name), path.name))
+    return [_entry(folder, verify) for folder in folders]
+
+
+def _entry(folder: Path, verify: bool) -> Entry:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    saved = max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime)
+    if not folder.name.isdecimal() and not checkpoints.is_unsealed(folder):
+        return Entry(folder.name, size, saved, "set aside: damaged when a run was resumed")
+    if checkpoints.is_unsealed(folder):
+        return Entry(folder.name, size, saved, "unsealed: being saved, or interrupted")
+    if not verify:
+        return Entry(folder.name, size, saved, "sealed, not verified")
+    if problems := checkpoints.find_problems(folder):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return Entry(folder.name, size, saved, f"DAMAGED: {problems[0]}{more}", True)
+    return Entry(folder.name, size, saved, "verified")
+
+
+def describe(config: dict[str, Any]) -> str:
+    """What a run trains, in a line."""
+    model, data = config["model"], config["data"]
+    return (
+        f"{model['name']}, {model['input_size']}×{model['input_size']}×{model['in_channels']}, "
+        f"{model['num_classes']} classes; {config['optimizer']['name']}, batch "
+        f"{config['batch_size']}, seed {config['seed']}; {config['num_steps']:,} steps on "
+        f"{data['name']}{' ' + data['path'] if data['path'] else ''}"
+    )
+
+
+def table(workdir: str | Path, entries: list[Entry]) -> str:
+    """For a person."""
+    try:
+        heading = describe(checkpoints.read_meta(workdir)[1]["config"])
+    except (checkpoints.CheckpointError, KeyError) as error:
+        heading = f"settings unknown: {error}"
+    rows = [
+        (
+            entry.name,
+            f"{entry.size / 2**20:,.1f} MiB",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.saved)),
+            entry.condition,
+        )
+        for entry in entries
+    ]
+    width = max((len(row[0]) for row in rows), default=0)
+    lines = [f"{name:>{width}}  {size:>13}  {saved}  {said}" for name, size, saved, said in rows]
+    return "\n".join([f"{workdir}: {heading}", *(lines or ["no checkpoint yet"])])
+
+
+def main(arguments: list[str]) -> None:
+    """The command."""
+    if len(arguments) != 2:
+        sys.exit("error: give one workdir: python -m mdt_jax.checkpoints WORKDIR")
+    try:
+        entries = list_checkpoints(arguments[1], _VERIFY.value)
+    except (checkpoints.CheckpointError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(table(arguments[1], entries))
+    sys.exit(1 if any(entry.damaged for entry in entries) else 0)
+
+
+def run() -> None:
+    """Parses the command line and calls `main`."""
+    app.run(main)

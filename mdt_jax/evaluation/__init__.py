@@ -1,0 +1,1 @@
+"""Judging samples: features of images, and the distances between sets of them."""

@@ -1,0 +1,372 @@
+"""Where the images to judge are: npz files of ADM's layout, folders, arrays; read in batches.
+
+`open_images` recognises them. Nothing is loaded whole: the member `arr_0` of an npz is read from
+the zip piece by piece, compressed or not, and its checksum verified on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from mdt_jax.data.decoding import decode_image
+from mdt_jax.data.folders import IMAGE_SUFFIXES, read_folder
+
+# What a zip file or member that is cut off or altered raises, in zipfile, zlib and NumPy.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images of one size, in an order, with or without labels.
+
+    Attributes:
+      name: how messages call them.
+      count: how many.
+      labels: (count,) integers; None where there are none.
+    """
+
+    name: str
+    count: int
+    labels: np.ndarray | None
+
+    def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """Images start to stop − 1 in order, uint8 (≤ batch_size, h, w, 1 or 3)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images in memory."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Integer[np.ndarray, "n"] | None = None
+    name: str = "array"
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """As `Images.read`."""
+        for first in range(start, stop, batch_size):
+            yield self.images[first : min(first + batch_size, stop)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NpzImages:
+    """`arr_0` of an npz, with `arr_1` as labels where it is there; `open` makes one.
+
+    Attributes:
+      path: the file.
+      shape: of `arr_0`, (n, h, w, c).
+      labels: `arr_1`, or None.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    labels: np.ndarray | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> NpzImages:
+        """Reads the headers, and the labels.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: a damaged file, one without `arr_0`, or images that cannot be judged.
+        """
+        path = Path(path)
+        names = npz_members(path)
+        if "arr_0" not in names:
+            raise ValueError(
+                f"{path}: no arr_0; it holds {', '.join(names) or 'nothing'}. Images are to be "
+                "saved as arr_0, uint8 (n, height, width, 3), as `mdt_jax.sample` writes them"
+            )
+        with _arr_0(path) as member:
+            shape, dtype = _read_header(path, member)
+            _check_dtype(path, member, shape, dtype)
+        if len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape):
+            raise ValueError(
+                f"{path}: arr_0 has the shape {shape}; images are (n, height, width, 3), or 1 "
+                "channel for gray, channels last"
+            )
+        labels = read_npz(path, "arr_1") if "arr_1" in names else None
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{path}: arr_1 is {labels.dtype} {labels.shape}, which is not a label for each of "
+                f"the {shape[0]} images of arr_0; save integers ({shape[0]},) or leave arr_1 out"
+            )
+        return cls(path, shape, labels)
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.shape[0]
+
+    def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """As `Images.read`.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        image_bytes = int(np.prod(self.shape[1:]))
+        with _arr_0(self.path) as member:
+            _read_header(self.path, member)
+            _read_bytes(self.path, member, start * image_bytes, keep=False)
+            for first in range(start, stop, batch_size):
+                count = min(batch_size, stop - first)
+                read = _read_bytes(self.path, member, count * image_bytes)
+                yield np.frombuffer(read, np.uint8).reshape(count, *self.shape[1:])
+            if stop == self.count:  # the end of the member, where its checksum is compared
+                _read_bytes(self.path, member, 1, at_end=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderImages:
+    """Image files in a folder, decoded in threads.
+
+    Attributes:
+      path: the folder.
+      files: paths in it, in order.
+      labels: of each file, by classes as `data.folders.read_folder` finds them; or None.
+    """
+
+    path: Path
+    files: Sequence[str]
+    labels: np.ndarray | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> FolderImages:
+        """Lists a folder. Raises as `read_folder`."""
+        folder = read_folder(path)
+        return cls(folder.path, folder.files, folder.labels)
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.files)
+
+    def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """As `Images.read`, always RGB.
+
+        Raises:
+          BadImage: a file that cannot be decoded.
+          ValueError: images of two sizes.
+        """
+
+        def load(index: int) -> np.ndarray:
+            path = str(self.path / self.files[index])
+            return decode_image(path, path)
+
+        shape = load(0).shape  # the first of all, so that every process compares with the same
+        with ThreadPoolExecutor() as pool:
+            for first in range(start, stop, batch_size):
+                indices = range(first, min(first + batch_size, stop))
+                images = list(pool.map(load, indices))
+                for index, image in zip(indices, images, strict=True):
+                    if image.shape != shape:
+                        raise ValueError(
+                            f"{self.path / self.files[index]} is {_size(image.shape)} pixels, "
+                            f"{self.files[0]} is {_size(shape)}: all images must be of one size; "
+                            "crop them as the reference was"
+                        )
+                yield np.stack(images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JoinedImages:
+    """Several of them, one after the other."""
+
+    parts: Sequence[Images]
+    name: str
+
+    @property
+    def count(self) -> int:
+        """How many in all."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Of all, None where a part has none."""
+        labels = [part.labels for part in self.parts]
+        return None if any(part is None for part in labels) else np.concatenate(labels)
+
+    def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """As `Images.read`; a batch does not reach from one part into the next."""
+        before = 0
+        for part in self.parts:
+            first, last = max(start - before, 0), min(stop - before, part.count)
+            if first < last:
+                yield from part.read(first, last, batch_size)
+            before += part.count
+
+
+def open_images(place: str | Path) -> Images:
+    """The images that a path names.
+
+    Args:
+      place: an npz of ADM's layout, several of them joined by commas, a folder of such files
+        (shards, in the order of their names), or a folder of images.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: neither npz nor folder, a damaged file, or images that cannot be judged.
+    """
+    places = [Path(part) for part in str(place).split(",") if part]
+    if len(places) > 1:
+        return _joined(places, str(place))
+    path = Path(place)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        shards = [file for file in files if file.suffix == ".npz"]
+        if shards and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+            return _joined(shards, str(path))
+        return FolderImages.open(path)
+    if path.exists() and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: one image; give a folder of them, or an npz")
+    return NpzImages.open(path)
+
+
+def _joined(paths: Sequence[Path], name: str) -> Images:
+    parts = [NpzImages.open(path) for path in paths]
+    for part in parts:
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"{part.path} holds images of {_size(part.shape[1:])}, {parts[0].path} of "
+                f"{_size(parts[0].shape[1:])}: all must be of one size"
+            )
+    return parts[0] if len(parts) == 1 else JoinedImages(parts, name)
+
+
+def npz_members(path: str | Path) -> list[str]:
+    """Names of the arrays in an npz.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no zip file, or a damaged one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give an npz, or a folder of images")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def read_npz(path: str | Path, name: str) -> np.ndarray:
+    """One small array of an npz, whole.
+
+    Raises:
+      ValueError: the file is damaged, or the array a pickle.
+    """
+    try:
+        with np.load(path) as arrays:
+            return arrays[name]
+    except (*_DAMAGE, ValueError) as error:  # ValueError: a pickle, or a damaged header
+        raise _damaged(Path(path), error) from error
+
+
+def share(count: int, index: int, processes: int) -> range:
+    """The images of one of several processes: consecutive, and as many as the others' or one less.
+
+    Raises:
+      ValueError: fewer images than processes.
+    """
+    if count < processes:
+        raise ValueError(f"{count} images cannot be shared by {processes} processes; use fewer")
+    return range(count * index // processes, count * (index + 1) // processes)
+
+
+@contextlib.contextmanager
+def _arr_0(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The .npy file of the images inside an npz; damage met on the way is a ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            yield member
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _read_header(path: Path, member: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an .npy member, which is then at its first number."""
+    try:
+        version = np.lib.format.read_magic(member)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(member)
+    except (ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    if fortran:
+        raise ValueError(
+            f"{path}: arr_0 is in Fortran order, which cannot be read image by image; save "
+            "np.ascontiguousarray of it"
+        )
+    return shape, dtype
+
+
+def _check_dtype(
+    path: Path, member: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype
+) -> None:
+    """Refuses all but uint8, telling from the first numbers what the images seem to be."""
+    if dtype == np.uint8:
+        return
+    advice = "save uint8 in 0 ... 255"
+    if dtype.kind == "f" and len(shape) == 4 and shape[-1] not in (1, 3):
+        advice = f"these are latents of {shape[-1]} channels; sample with --vae to get images"
+    elif dtype.kind == "f" and all(shape):
+        count = min(int(np.prod(shape)), 1 << 16)
+        values = np.frombuffer(_read_bytes(path, member, count * dtype.itemsize), dtype)
+        low, high = float(values.min()), float(values.max())
+        span = next((s for s in ((0, 1), (-1, 1)) if s[0] <= low and high <= s[1]), None)
+        convert = {(0, 1): "255·x", (-1, 1): "127.5·(x + 1)"}.get(span)
+        advice = f"its first values are {low:.3g} to {high:.3g}; " + (
+            f"save {convert} as uint8" if convert else advice
+        )
+    raise ValueError(f"{path}: arr_0 is {dtype}, images must be uint8 in 0 ... 255: {advice}")
+
+
+def _read_bytes(
+    path: Path, member: io.BufferedIOBase, count: int, *, keep: bool = True, at_end: bool = False
+) -> bytearray:
+    """The next `count` bytes; none of them with `keep` False; none are left if `at_end`."""
+    read = bytearray()
+    left = count
+    while left and (piece := member.read(min(left, 1 << 24))):
+        left -= len(piece)
+        if keep:
+            read += piece
+    if left and not at_end:
+        raise _damaged(path, f"arr_0 ends {left} bytes early")
+    return read
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(f"{path}: cannot be read as npz ({reason}); it is damaged or no npz at all")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} × {shape[0]}"

@@ -1,0 +1,51 @@
+"""A trace of a few training steps for XProf: `config.profile_steps=(100, 105)`, WORKDIR/profile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import logging
+from jaxtyping import PyTree
+
+
+class StepProfiler:
+    """Traces the steps from the first to the last of two, both included, on process 0.
+
+    Every process runs the same program, so one's trace shows them all. A run that starts after the
+    first of the steps is not traced. The step's parts are the scopes "full_pass", "masked_pass",
+    "optimizer" and "ema".
+    """
+
+    def __init__(self, workdir: Path, steps: Sequence[int] = ()):
+        """steps: (first, last), counted from 1; () for no trace."""
+        self._folder = workdir / "profile"
+        self._first, self._last = steps or (0, 0)
+        self._tracing = False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the call of a step: traces from here on if it is the first, and names it."""
+        if number == self._first and jax.process_index() == 0:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def ends(self, number: int) -> bool:
+        """Whether the trace is to be written after this step."""
+        return self._tracing and number == self._last
+
+    def write(self, values: PyTree) -> None:
+        """Ends the trace once `values`, of the last step, are there, and writes it."""
+        jax.block_until_ready(values)
+        self._tracing = False
+        jax.profiler.stop_trace()
+        logging.info("traced steps %d to %d: %s", self._first, self._last, self._folder)
+
+    def close(self) -> None:
+        """Writes the trace of a run that ends among its steps."""
+        if self._tracing:
+            self.write(())

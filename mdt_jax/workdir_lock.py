@@ -1,0 +1,82 @@
+"""One run to a workdir: a lock that goes when the process that holds it does, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from absl import logging
+
+_NAME = ".lock"  # Says who holds the lock. What counts is the lock, not the file.
+_POLL_SECONDS = 0.5
+
+
+class WorkdirInUse(RuntimeError):
+    """Another run has the workdir."""
+
+
+class WorkdirLock:
+    """A lock on a folder, held from the constructor until `release` or the end of the process.
+
+    It is a POSIX lock (`fcntl`), which NFS carries from host to host, and child processes do not
+    inherit. The folder must not be locked twice within one process: a process's locks are one.
+    """
+
+    def __init__(self, folder: Path, patience: float = 10.0):
+        """Locks `folder`, which must exist.
+
+        Args:
+            folder: what to lock.
+            patience: seconds to wait for one that holds it: a killed job may still be ending.
+
+        Raises:
+            WorkdirInUse: it is locked; says by which host and process.
+        """
+        self._file = open(folder / _NAME, "a+", encoding="utf-8")  # noqa: SIM115 - see release
+        try:
+            self._lock(folder, patience)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self, folder: Path, patience: float) -> None:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    logging.warning(
+                        "%s cannot be locked (%s): nothing keeps two runs out of it", folder, error
+                    )
+                    return
+            if time.monotonic() > until:
+                raise WorkdirInUse(
+                    f"{folder} is in use by {self._holder()}; two runs cannot share a folder: end "
+                    "that one, or give this one another --workdir"
+                )
+            time.sleep(_POLL_SECONDS)
+        self._file.truncate(0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
+        self._file.write(json.dumps(holder))
+        self._file.flush()
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+            return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (ValueError, KeyError):  # caught while it writes
+            return "another process"
+
+    def release(self) -> None:
+        """Lets others have the folder; again is harmless."""
+        if not self._file.closed:
+            self._file.truncate(0)
+            self._file.close()

@@ -1,0 +1,55 @@
+"""Jobs of several processes on this machine, as a cluster would start them."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start_job(command: Sequence, processes: int, devices: int = 1, **environment: str) -> list:
+    """Starts `processes` times the same command, as one job; returns the subprocess.Popen's.
+
+    Each has `devices` CPU devices, and its output in one text, standard error included.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "PYTHONPATH": str(ROOT),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    return [
+        subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=os.environ | settings | {"JAX_PROCESS_ID": str(process)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+
+
+def outcomes(job: Sequence[subprocess.Popen], timeout: float) -> list[tuple[int, str]]:
+    """Every process's exit status and output; raises TimeoutExpired, and leaves none running."""
+    try:
+        texts = [process.communicate(timeout=timeout)[0] for process in job]
+    finally:
+        for process in job:
+            process.kill()
+            process.wait()
+    return [(process.returncode, text) for process, text in zip(job, texts, strict=True)]
+
+
+def finish(job: Sequence[subprocess.Popen], timeout: float = 600) -> None:
+    """Waits for a job that should succeed; an AssertionError shows what failed ones printed."""
+    failed = [text[-3000:] for status, text in outcomes(job, timeout) if status]
+    assert not failed, "\n".join(failed)

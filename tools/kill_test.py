@@ -1,0 +1,327 @@
+"""Kills a small run of several processes again and again, and looks at what it ends with.
+
+    python tools/kill_test.py --workdir /tmp/kills --kills 20 --processes 2 --seed 0
+
+Every start of the run is killed (SIGKILL) or preempted (SIGTERM), one process of it or all: while
+it compiles, restores, trains, or while a checkpoint is being written. After the last kill it runs
+to its end, and must then hold the bits of a run that nothing happened to: parameters, optimiser,
+averages, data position, logged losses. No process may outlive a kill by 60 s, or a SIGTERM by 30 s.
+The signals are drawn by the seed; their moments are as the machine has it. Exit status 1 if
+anything differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from mdt_jax import checkpoints, metrics
+
+CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
+START_SECONDS = 300  # until its signal, or its end
+END_SECONDS = {"SIGKILL": 60, "SIGTERM": 30}  # from the first signal to the last exit
+CONFIG = """
+from mdt_jax.config import apply_recipe, default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(name="DiT", input_size=8, in_channels=1, num_classes=4, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    apply_recipe(config)
+    config.optimizer.update(name="adan", learning_rate=1e-2)
+    config.schedule.name = "cosine"
+    # Few timesteps, so that the losses seen decide which are drawn before the run ends.
+    config.diffusion.update(schedule="squared_cosine", num_timesteps=4)
+    config.diffusion.timestep_sampler = "loss_second_moment"
+    config.ema_rates = (0.9, 0.99)
+    config.data.update(name="npy", path={data!r})
+    config.mesh.fsdp = 2
+    config.num_steps, config.batch_size, config.log_every = {steps}, 8, 3
+    config.checkpoint_every, config.keep_last = {every}, 2
+    config.sample.update(every=0, guided_channels=None, steps=4)
+    return config
+"""
+# `python -m mdt_jax.train` that signals itself at the moment that its first argument describes.
+DRIVER = """
+import importlib, json, os, runpy, signal, sys, threading, time
+from pathlib import Path
+plan = json.loads(sys.argv.pop(1))
+calls = {}
+
+def strike():
+    root = Path(plan["workdir"]) / "checkpoints"
+    steps = [path for path in root.glob("*") if path.name[0].isdecimal()]
+    seen = {"time": time.time(), "step": calls.get("Window.add", 0)}
+    seen["writing"] = [p.name for p in steps if not (p / "manifest.json").exists()]
+    Path(plan["log"] + os.environ["JAX_PROCESS_ID"]).write_text(json.dumps(seen))
+    os.kill(os.getpid(), getattr(signal, plan["signal"]))
+
+def wrap(module, method, when, count, pause=0.0):
+    owner = getattr(importlib.import_module(module), method.split(".")[0])
+    name = method.split(".")[1]
+    original = getattr(owner, name)
+
+    def note():
+        calls[method] = calls.get(method, 0) + 1
+        if calls[method] == count:
+            threading.Timer(plan["delay"], strike).start() if plan["delay"] else strike()
+
+    def wrapped(*args, **kwargs):
+        time.sleep(pause)
+        if when == "began":
+            note()
+        result = original(*args, **kwargs)
+        if when == "returned":
+            note()
+        return result
+
+    setattr(owner, name, wrapped)
+
+mine = plan["who"] in ("all", os.environ["JAX_PROCESS_ID"])
+moments = {
+    "compiling": ("mdt_jax.run", "Run.compile_steps", "began"),
+    "restoring": ("mdt_jax.checkpoints", "Checkpoints.restore", "began"),
+    "saving": ("mdt_jax.checkpoints", "Checkpoints.save", "returned"),
+    "training": ("mdt_jax.metrics", "Window.add", "began"),
+}
+for phase, moment in moments.items():
+    count = plan["count"] if mine and phase == plan["phase"] else None
+    # Steps take their time, so that a run has not ended before a signal is acted on.
+    wrap(*moment, count, pause=0.1 if phase == "training" else 0.0)
+runpy.run_module("mdt_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A folder to work in, new or empty.", required=True)
+_KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes it has.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the kills.")
+_JSON = flags.DEFINE_string("json", None, "A file for the kills and the outcome.")
+
+
+def plan_kills(number: int, processes: int, seed: int) -> list[dict[str, Any]]:
+    """What is done to each start of the run, those before the first checkpoint first."""
+    rng = random.Random(seed)
+    first = [("compiling", "SIGTERM"), ("training", "SIGKILL")]
+    rest = ["saving"] * 7 + ["restoring"] * 4 + ["training"] * 5 + ["compiling"] * 2
+    if number < 5:  # too few for all of it
+        first, rest = [], ["saving", "training", "restoring", "compiling"][:number]
+    while len(first) + len(rest) < number:
+        rest.append(rng.choice(["saving", "restoring", "training", "compiling"]))
+    rest = rest[: number - len(first)]
+    signals = [("SIGKILL", "SIGTERM")[i % 2] for i in range(len(rest))]
+    kills = [*first, *zip(rest, signals, strict=True)]
+    if number >= 5:
+        later = kills[len(first) :]
+        rng.shuffle(later)
+        kills = [*first, *later]
+    who = [str(process) for process in range(processes)] + ["all"]
+    return [
+        {
+            "phase": phase,
+            "signal": name,
+            "who": rng.choice(who),
+            # Before the first checkpoint, for those that come first; then anywhere between two.
+            "count": rng.randint(1, CHECKPOINT_EVERY - 1) if phase == "training" else 1,
+            "delay": 0.0 if phase == "training" else rng.uniform(0, 0.03),
+        }
+        for phase, name in kills
+    ]
+
+
+def start(command: Sequence[str], processes: int, cache: Path, log: Path) -> list[subprocess.Popen]:
+    """Starts one job of `processes`, whose output is appended to `log` and the process's number."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    job = []
+    for process in range(processes):
+        with open(f"{log}.{process}", "a") as output:
+            environment["JAX_PROCESS_ID"] = str(process)
+            job.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            )
+    return job
+
+
+def wait(job: Sequence[subprocess.Popen], until: float) -> list[int | None]:
+    """The exit statuses, None for a process that had to be killed at a time (`time.time`)."""
+    statuses = []
+    for process in job:
+        try:
+            statuses.append(process.wait(max(until - time.time(), 0.1)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            statuses.append(None)
+    return statuses
+
+
+def sealed(workdir: Path) -> int | None:
+    """The newest sealed step."""
+    seals = workdir.glob("checkpoints/*/manifest.json")
+    return max((int(s.parent.name) for s in seals if s.parent.name.isdecimal()), default=None)
+
+
+def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) -> dict[str, Any]:
+    """One start of the run and its end, as a row of the table; "problem" if it was not as due."""
+    seen = folder / "seen."
+    for old in folder.glob("seen.*"):
+        old.unlink()
+    before = sealed(workdir)
+    plan = kill | {"workdir": str(workdir), "log": str(seen)}
+    command = [sys.executable, "-c", DRIVER, json.dumps(plan), *run]
+    job = start(command, _PROCESSES.value, folder / "cache", folder / "log")
+    until = time.time() + START_SECONDS
+    while not list(folder.glob("seen.*")) and any(p.poll() is None for p in job):
+        if time.time() > until:
+            break
+        time.sleep(0.05)
+    limit = END_SECONDS[kill["signal"]]
+    statuses = wait(job, time.time() + limit)
+    ended = time.time()
+    struck = [json.loads(path.read_text()) for path in sorted(folder.glob("seen.*"))]
+    row = {
+        **kill,
+        "before": before,
+        "after": sealed(workdir),
+        "writing": sorted({name for one in struck for name in one["writing"]}),
+        "statuses": statuses,
+        "seconds": round(ended - min((one["time"] for one in struck), default=ended), 1),
+    }
+    victims = range(len(job)) if kill["who"] == "all" else [int(kill["who"])]
+    if not struck:
+        row["problem"] = "the run ended before its signal"
+    elif None in statuses:
+        row["problem"] = f"a process was still there {limit} s after the signal"
+    elif kill["signal"] == "SIGTERM" and any(statuses):
+        row["problem"] = "a process did not exit with status 0"
+    elif kill["signal"] == "SIGKILL" and (
+        0 in statuses or any(statuses[victim] != -signal.SIGKILL for victim in victims)
+    ):
+        row["problem"] = "a process did not fail"
+    elif (row["after"] or 0) < (before or 0):
+        row["problem"] = "a checkpoint went"
+    return row
+
+
+def contents(workdir: Path) -> dict[str, Any]:
+    """What a finished run holds, by name: arrays as bytes, logged lines, without the clock's."""
+    step, meta = checkpoints.read_meta(workdir)
+    found = {"step": step, "meta": {k: v for k, v in meta.items() if k not in metrics.CLOCK}}
+    for name in ("state", "ema_0.9", "ema_0.99"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            checkpoints.restore_item(workdir, name)
+        ):
+            found[name + jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+    for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
+        found[f"log {line['step']}"] = {k: v for k, v in line.items() if k not in metrics.CLOCK}
+    return found
+
+
+def table_line(number: int, row: dict[str, Any]) -> str:
+    """A row for a person."""
+    who = "all" if row["who"] == "all" else f"process {row['who']}"
+    phase = row["phase"]
+    if row["before"] is None and row["after"] is None:
+        phase += ", nothing saved yet"
+    if row["writing"]:
+        phase += f" ({row['writing'][-1]} being written)"
+    steps = f"{row['before'] or '-'} -> {row['after'] or '-'}"
+    statuses = " ".join(map(str, row["statuses"]))
+    return (
+        f"{number:>3}  {row['signal']}  {who:<9}  {steps:<12} {row['seconds']:>5.1f} s  "
+        f"{statuses:<10} {phase}{'  PROBLEM: ' + row['problem'] if 'problem' in row else ''}"
+    )
+
+
+def finish(run: list[str], workdir: Path, folder: Path, processes: int) -> None:
+    """Runs to the end; RuntimeError if that fails."""
+    command = [sys.executable, "-m", "mdt_jax.train", *run, "--workdir", str(workdir)]
+    job = start(command, processes, folder / "cache", folder / f"log.{workdir.name}")
+    statuses = wait(job, time.time() + START_SECONDS)
+    if statuses != [0] * processes:
+        raise RuntimeError(f"{workdir} ended with {statuses}; see {folder}/log.{workdir.name}.*")
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    folder = Path(_WORKDIR.value).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"error: --workdir {folder} is not empty; give a new folder")
+    rng = np.random.default_rng(0)
+    np.save(folder / "images.npy", rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8))
+    np.save(folder / "labels.npy", np.arange(20) % 4)
+    kills = plan_kills(_KILLS.value, _PROCESSES.value, _SEED.value)
+    settings = {"data": str(folder), "every": CHECKPOINT_EVERY}
+    config = CONFIG.format(steps=STEPS_PER_KILL * (len(kills) + 1), **settings)
+    (folder / "config.py").write_text(config)
+    run = ["--config", str(folder / "config.py")]
+
+    whole, killed = folder / "whole", folder / "killed"
+    finish(run, whole, folder, _PROCESSES.value)
+    print("  #  signal   to         checkpoints     ended  statuses   while", flush=True)
+    rows = []
+    for number, kill in enumerate(kills, start=1):
+        rows.append(strike(kill, [*run, "--workdir", str(killed)], killed, folder))
+        print(table_line(number, rows[-1]), flush=True)
+    finish(run, killed, folder, _PROCESSES.value)
+    expected, found = contents(whole), contents(killed)
+    different = [k for k in expected | found if expected.get(k) != found.get(k)]
+    problems = [row["problem"] for row in rows if "problem" in row]
+    print(summary(rows, expected, different, problems))
+    if _JSON.value:
+        outcome = {"kills": rows, "different": different, "problems": problems}
+        Path(_JSON.value).write_text(json.dumps(outcome, indent=1))
+    sys.exit(1 if different or problems else 0)
+
+
+def summary(rows: list, expected: dict, different: list, problems: list) -> str:
+    """The outcome for a person."""
+    phases = [row["phase"] for row in rows]
+    early = sum(row["before"] is None and row["after"] is None for row in rows)
+    slowest = {
+        name: max((row["seconds"] for row in rows if row["signal"] == name), default=0.0)
+        for name in END_SECONDS
+    }
+    arrays = sum(isinstance(value, bytes) for value in expected.values())
+    lines = sum(key.startswith("log ") for key in expected)
+    return "\n".join(
+        [
+            f"{len(rows)} kills: {sum(bool(row['writing']) for row in rows)} while a checkpoint "
+            f"was being written, {phases.count('restoring')} while restoring, {early} before the "
+            "first checkpoint",
+            "all processes ended within "
+            + ", ".join(f"{seconds} s of a {name}" for name, seconds in slowest.items()),
+            f"problems: {'; '.join(problems) or 'none'}",
+            f"final bits ({arrays} arrays, {lines} logged lines, position): "
+            + (f"DIFFERENT in {different[:5]}" if different else "those of the undisturbed run"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
