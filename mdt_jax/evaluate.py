@@ -1,0 +1,203 @@
+"""FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them.
+
+    python -m mdt_jax.evaluate --reference REF.npz --samples S.npz --inception DIR \\
+        --output report.json
+
+`--samples` is an npz in ADM's layout, several joined by commas, a folder of npz files or of images,
+or a run's workdir. With a workdir (there or as `--workdir`), or with PyTorch weights as
+`--checkpoint`, it samples first, 50,000 images unless `--num_samples` says otherwise, with the
+flags of `mdt_jax.sample`; the same command again goes on with samples that were interrupted, and
+evaluates those that are there. Latents are decoded with `--vae ema` by default.
+
+Prints a table, and writes the same and more as JSON: each class's precision, power spectra, what
+could not be computed and why. Further metrics, not ADM's: precision by class of the sample and
+within the class's own reference images, and the distance between radially averaged power spectra
+(`evaluation/spectrum.py`). Several processes share the images.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from mdt_jax import checkpoints, sharding
+from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.distributed import ending_together, initialize_distributed, leave
+from mdt_jax.evaluation import evaluator, extractors
+from mdt_jax.evaluation.batches import open_images
+from mdt_jax.images import whole_file
+from mdt_jax.sample_parts import by_first_process
+
+# By name: `mdt_jax.sample` is also the package's function.
+sample_command = importlib.import_module("mdt_jax.sample")
+
+# Flags of `mdt_jax.sample` that mean nothing here.
+_NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
+# Those that change where and how fast samples are made, not which.
+_RUNNING = ("workdir", "checkpoint", "mesh_fsdp", "mesh_tensor", "vae_batch_size", "step")
+SAMPLING_FLAGS = tuple(flag for flag in sample_command.FLAGS if flag[1] not in _NOT_SAMPLING)
+FLAGS = (
+    (flags.DEFINE_string, "reference", None, "An npz in ADM's layout, or images as --samples."),
+    (flags.DEFINE_string, "samples", None, "Npz (several: A,B), folder of them or images, run."),
+    (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
+    (flags.DEFINE_string, "output", None, "Where the JSON goes; nowhere by default."),
+    (flags.DEFINE_integer, "feature_batch_size", 64, "Images through Inception at a time."),
+    (flags.DEFINE_integer, "split_size", evaluator.SPLIT_SIZE, "Of the Inception Score."),
+    (flags.DEFINE_integer, "neighbours", 3, "k of precision and recall."),
+    (flags.DEFINE_bool, "recompute_reference", False, "Pass over stored mu and sigma."),
+)
+
+
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    for define, name, default, text in (*FLAGS, *SAMPLING_FLAGS):
+        define(name, default, help=text, flag_values=f)
+
+
+def run(f: flags.FlagValues) -> dict[str, Any]:
+    """Samples if asked to, evaluates, prints the table and writes --output; returns the JSON.
+
+    Every process must call it; process 0 prints and writes.
+
+    Raises:
+      ValueError, OSError, CheckpointError: what a user can mend, in one line.
+    """
+    workdir = _check_flags(f)
+    extractor = extractors.load_inception(f.inception, f.feature_batch_size)
+    # What is wrong with the files shows before hours of sampling.
+    _check_output(f.output)
+    how = {"batch_size": f.feature_batch_size, "split_size": f.split_size, "progress": True}
+    reference = evaluator.describe_reference(
+        f.reference, extractor, recompute=f.recompute_reference, **how
+    )
+    place = make_samples(f, workdir) if workdir or f.checkpoint else f.samples
+    samples = evaluator.describe(open_images(place), extractor, **how)
+    return by_first_process(lambda: _finish(f, reference, samples))
+
+
+def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
+    """The npz that `mdt_jax.sample` makes of the sampling flags, or made before.
+
+    Raises:
+      ValueError, CheckpointError: as `sample.generate` does.
+    """
+    given = flags.FlagValues()
+    sample_command.define_flags(given)
+    given.mark_as_parsed()
+    for _, name, _, _ in SAMPLING_FLAGS:
+        setattr(given, name, getattr(f, name))
+    given.workdir = workdir
+    given.num_samples = f.num_samples or evaluator.PUBLISHED_SAMPLES
+    if f.vae is None and _samples_latents(f, workdir):
+        given.vae = "ema"
+    given.output = str(_sample_stem(f, workdir))
+    mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
+    sample_command.generate(given, mesh)
+    return sample_command.outputs(given.output)[0]
+
+
+def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
+    """Whether the model's samples need a decoder: published PyTorch weights' always do."""
+    if not workdir:
+        return True
+    _, meta = checkpoints.read_meta(workdir, f.step)
+    return meta["config"]["model"]["in_channels"] not in (1, 3)
+
+
+def _sample_stem(f: flags.FlagValues, workdir: str | None) -> Path:
+    """Where samples go: named by step and by the flags given, so that settings do not collide."""
+    named = [name for _, name, _, _ in SAMPLING_FLAGS if f[name].present and name not in _RUNNING]
+    settings = "".join(f"_{name}-{_plain(f[name].value)}" for name in sorted(named))
+    if workdir:
+        step, _ = checkpoints.read_meta(workdir, f.step)
+        return Path(workdir) / "evaluation" / f"step{step:07d}{settings}"
+    beside = Path(f.output).parent if f.output else Path()
+    return beside / f"{_plain(Path(f.checkpoint).stem)}{settings}"
+
+
+def _plain(value: Any) -> str:
+    """A flag's value as part of a file's name."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.,+-]+", "-", text)
+
+
+def _check_flags(f: flags.FlagValues) -> str | None:
+    """Refuses, with ValueError, flags that do not go together; returns the workdir to sample."""
+    for name in ("reference", "inception"):
+        if not getattr(f, name):
+            raise ValueError(f"--{name} is missing")
+    is_run = bool(f.samples) and (Path(f.samples) / "checkpoints").is_dir()
+    if sum(map(bool, (f.samples, f.workdir, f.checkpoint))) != 1:
+        raise ValueError("give one of --samples, --workdir, a run, and --checkpoint")
+    if f.samples and not is_run:
+        for _, name, _, _ in SAMPLING_FLAGS:
+            if f[name].present:
+                raise ValueError(
+                    f"--{name} is a setting of sampling, and --samples {f.samples} is no run's "
+                    "workdir: its samples are there already"
+                )
+    return f.samples if is_run else f.workdir
+
+
+def _check_output(output: str | None) -> None:
+    if output:
+        if Path(output).is_dir():
+            raise ValueError(f"--output {output} is a folder; name a .json file")
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _finish(
+    f: flags.FlagValues, reference: evaluator.Description, samples: evaluator.Description
+) -> dict[str, Any]:
+    report = evaluator.evaluate(reference, samples, k=f.neighbours, progress=True)
+    settings = {name: getattr(f, name) for _, name, _, _ in (*FLAGS, *SAMPLING_FLAGS)}
+    found = report.as_json()
+    found["about"] = found["about"] | {"split_size": f.split_size, "flags": settings}
+    found["about"] |= {"versions": _versions(), "date": datetime.date.today().isoformat()}
+    print(f"{samples.count:,} samples of {samples.name} against {reference.name}\n")
+    print(evaluator.table(report))
+    if f.output:
+        text = json.dumps(found, indent=2, allow_nan=False)
+        with whole_file(f.output) as file:
+            file.write(text.encode() + b"\n")
+        print(f"\n{f.output}")
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mdt_jax": importlib.metadata.version("mdt-jax"),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def main(_: list[str]) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    f = flags.FLAGS
+    with ending_together():
+        try:
+            initialize_distributed()
+            run(f)
+        except (ValueError, OSError, CheckpointError) as error:
+            if logging.level_debug():
+                raise
+            sys.exit(f"error: {' '.join(str(error).split())}")
+    if jax.process_count() > 1:
+        leave()
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)

@@ -1,0 +1,138 @@
+"""Times and weighs the arithmetic of evaluation on random, correlated features, 2,048 by default.
+
+    python tools/benchmark_evaluation.py --output benchmarks/evaluation.json
+
+Moments and Fréchet distance of 50,000 × 2048 features, precision and recall against 10,000 and
+50,000 reference features. Memory is anonymous memory (RssAnon; Linux only) at its peak, the
+features of both sets included. No images and no network: their part is `mdt_jax.evaluate`'s, and
+depends on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mdt_jax.evaluation import manifold
+from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+
+
+def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    """(count, size) float32 normal numbers, mixed so that variances fall off as 1/rank."""
+    mixing = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    mixing *= np.arange(1, size + 1, dtype=np.float32)[:, None] ** -0.5
+    rng = np.random.default_rng(seed)
+    found = np.empty((count, size), np.float32)
+    for first in range(0, count, 4096):
+        rows = found[first : first + 4096]
+        rows[:] = rng.standard_normal(rows.shape, np.float32) @ mixing + np.float32(shift)
+    return found
+
+
+@contextlib.contextmanager
+def measured(rows: list[dict], **what: str | int) -> Iterator[dict]:
+    """Adds a row with the seconds and the peak of anonymous bytes of what is done inside."""
+    row, done, peak = dict(what), threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began, worked = time.perf_counter(), time.process_time()
+    try:
+        yield row
+    finally:
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        row["cpu_seconds"] = round(time.process_time() - worked, 1)
+        done.set()
+        watcher.join()
+    row["peak_anonymous_bytes"] = max(peak, _anonymous_bytes())
+    rows.append(row)
+    values = ", ".join(f"{key} {value}" for key, value in row.items())
+    print(values, flush=True)
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def moments(features: np.ndarray) -> Gaussian:
+    """Mean and covariance, in batches as images come."""
+    found = Moments(features.shape[1])
+    for first in range(0, len(features), 64):
+        found.update(features[first : first + 64])
+    return found.gaussian()
+
+
+def benchmark(samples: int, references: list[int], size: int) -> list[dict]:
+    """One row for each part."""
+    rows: list[dict] = []
+    generated = random_features(samples, size, seed=1, shift=0.01)
+    reference = random_features(max(references), size, seed=2)
+    with measured(rows, part="moments", samples=samples, features=size):
+        ours = moments(generated)
+    theirs = moments(reference)
+    with measured(rows, part="Fréchet distance", samples=samples, features=size) as row:
+        row["value"] = round(frechet_distance(theirs, ours), 4)
+    for count in references:
+        known = reference[:count]
+        with measured(
+            rows, part="precision and recall", samples=samples, reference=count, features=size
+        ) as row:
+            found = manifold.compare(known, generated)
+            row["value"] = [found.precision, found.recall]
+    return rows
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = next((line for line in lines if line.startswith("model name")), "")
+    return found.partition(": ")[2] or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--references", type=int, nargs="*", default=[10_000, 50_000])
+    parser.add_argument("--features", type=int, default=2048)
+    parser.add_argument("--output", help="where the JSON goes")
+    args = parser.parse_args()
+    rows = benchmark(args.samples, args.references, args.features)
+    print("| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6)
+    for row in rows:
+        reference = f"{row['reference']:,}" if "reference" in row else ""
+        print(
+            f"| {row['part']} | {row['samples']:,} | {reference} | {row['seconds']:.0f} | "
+            f"{row['cpu_seconds']:.0f} | "
+            f"{row['peak_anonymous_bytes'] / 2**30:.2f} GiB |"
+        )
+    if args.output:
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "device": _processor(),
+            "cores": os.cpu_count(),
+            "load_average": [round(load, 1) for load in os.getloadavg()],
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "command": "python tools/benchmark_evaluation.py",
+        }
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
