@@ -1,0 +1,209 @@
+"""Compiles a run for TPUs that are not there: does it fit, how long will it take, what bounds it.
+
+    python tools/compile_tpu.py --config configs/imagenet256.py:MDTv2-XL/2 --topology v5e:4x4 \\
+        --config.mesh.fsdp=16 --config.model.remat=dots
+    python tools/compile_tpu.py --config configs/imagenet256.py:MDT-XL/2 --topology v4-512 --advise
+    python tools/compile_tpu.py --topology v5p-32 --calibrate
+    python tools/compile_tpu.py --all
+
+The training step (one program for each number of kept tokens) and the sampler's are what
+`mdt_jax.train` and `mdt_jax.sample` run; the compiler, libtpu (pip install "mdt_jax[tpu]"), is the
+TPU's own. No data and no TPU are needed; XL/2 takes minutes and some gigabytes of memory.
+
+--topology takes v4-512 and v5p-32 (TensorCores, two a chip), v5litepod-16 and v6e-16 (chips), and
+grids (v5e:4x4, v5p:2x2x4), each also "x 4 slices". The time is the compiler's own expectation: its
+estimated cycles over the clock, loops' bodies as often as they run. Transfers between chips have
+none there; they stand beside it, by their bytes over the links' bandwidth, as if nothing hid them.
+Beside each MFU stands what a lone 8192³ product gets by the same arithmetic, and where that is not
+0.85 to 1 the line says UNCALIBRATED. The last line is everything as JSON. Exit status: 0 if all
+was compiled, whether it fits or not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mdt_jax.config import apply_recipe, default_config
+from mdt_jax.tpu import advice, programs, topologies
+from mdt_jax.tpu.programs import Program, TrainingJob
+from mdt_jax.tpu.report import Report, create_report, is_calibrated
+from mdt_jax.tpu.topologies import GIB, Topology
+from mdt_jax.train import parse_flags
+
+ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
+ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
+
+
+def compile_job(job: TrainingJob, arguments: Any) -> Report:
+    """Compiles a job's programs and reports on them."""
+    counts, probabilities = chosen_counts(job, arguments.quick)
+    steps: list[Program] = []
+    for count in sorted(counts, key=lambda n: -(n or 0)):  # the largest first: it may not fit
+        progress(f"compiling the step{f' that keeps {count} tokens' if count else ''}")
+        steps.append(job.compile_step(count))
+        if not steps[-1].fits:
+            break
+    by_count = dict(zip(counts, probabilities, strict=True))
+    chances = [by_count[n] for n in sorted(counts, key=lambda n: -(n or 0))][: len(steps)]
+    size = arguments.sample_batch_size or job.config.batch_size
+    sampler = None
+    if arguments.sampler and all(step.fits for step in steps):
+        progress("compiling the sampler")
+        sampler = job.compile_sampler(size)
+    progress("compiling a lone product")
+    calibration = programs.calibrate(job.topology) if arguments.calibration else None
+    told: list[str] = []
+    refused = next((p for p in (*steps, sampler) if p is not None and not p.fits), None)
+    if refused is not None:
+        told = advice.in_numbers(job, refused)
+    return create_report(
+        job,
+        tuple(steps),
+        tuple(chances),
+        sampler=sampler,
+        calibration=calibration,
+        sample_batch=size,
+        advice=tuple(told),
+    )
+
+
+def chosen_counts(
+    job: TrainingJob, quick: bool
+) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
+    """The numbers of kept tokens to compile for, and their probabilities.
+
+    Quickly: only the one nearest to the mean from above, which stands for all of them.
+    """
+    if not quick or job.counts[0] is None:
+        return job.counts, job.probabilities
+    mean = sum(n * p for n, p in zip(job.counts, job.probabilities, strict=True))
+    return (min(n for n in job.counts if n >= mean),), (1.0,)
+
+
+def find_fitting(job: TrainingJob, arguments: Any) -> tuple[TrainingJob, list[str]]:
+    """The job, or the first with other settings, whose largest step fits; and what was tried."""
+    before, tried = advice.Levers.of(job), []
+    count = max(job.counts, key=lambda n: n or 0)
+    candidates = [(before, job)]
+    for levers, candidate in (*candidates, *advice.attempts(job)):
+        progress(f"trying {levers.changes(before) or 'the settings as they are'}")
+        program = candidate.compile_step(count)
+        peak = program.memory.peak
+        known = "?" if peak is None else f"{peak / GIB:.2f} GiB"
+        flags_ = levers.changes(before) or "as given"
+        tried.append(f"{flags_}: {'fits' if program.fits else 'does not fit'}, {known} a chip")
+        jax.clear_caches()
+        if program.fits:
+            return candidate, tried
+    return job, tried
+
+
+def markdown_row(report: Report) -> str:
+    """A line of `--all`'s table."""
+    c, peak = report.config, report.largest.memory.peak
+    mesh = f"fsdp {report.mesh['fsdp']}, remat {c.model.remat}, {c.accumulation_steps} micro"
+    cells = [c.model.name, str(report.topology), mesh, f"{(peak or 0) / GIB:.1f}"]
+    seconds = report.step_seconds
+    if seconds is None:
+        cells += ["does not fit", "", "", "", ""]
+    else:
+        mark = "" if report.calibrated else " (uncalibrated)"
+        cells += [
+            f"{1e3 * seconds:.0f} + {1e3 * report.wire_seconds:.0f}",
+            f"{report.mfu(seconds):.2f}{mark}",
+            f"{report.calibration:.2f}" if report.calibration else "",
+            f"{seconds * c.num_steps / 86_400:.1f}",
+            f"{seconds * c.num_steps / 3600 * report.topology.num_chips:,.0f}",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def compile_all(arguments: Any) -> list[dict[str, Any]]:
+    """S to XL over the four generations, each with the first settings that fit."""
+    print("| model | chips | settings | GiB a chip | ms a step + transfers | MFU | lone product "
+          "| days | chip-hours |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    records = []
+    for name in arguments.models:
+        for topology in map(topologies.parse, arguments.topologies):
+            job = TrainingJob(imagenet_config(name, topology), topology)
+            job, _ = find_fitting(job, arguments)
+            report = compile_job(job, arguments)
+            print(markdown_row(report), flush=True)
+            records.append(report.as_json())
+            jax.clear_caches()
+    return records
+
+
+def imagenet_config(model: str, topology: Topology) -> ConfigDict:
+    """The recipe of a family on ImageNet's latents, its state in as many shards as can be."""
+    config = default_config()
+    config.model.name = model
+    apply_recipe(config)
+    config.num_steps = 2_000_000 if "XL" in model else 400_000
+    config.mesh.fsdp = min(16, topology.chips_per_slice)
+    return config
+
+
+def progress(line: str) -> None:
+    print(f"… {line}", file=sys.stderr, flush=True)
+
+
+def run(arguments: Any) -> Any:
+    """What the command prints last, as plain values."""
+    topologies.check_compiler()
+    if arguments.all:
+        return compile_all(arguments)
+    if not arguments.topology:
+        raise ValueError("--topology is missing: such as v4-512, v5litepod-16, v5p:2x2x4")
+    topology = topologies.parse(arguments.topology, arguments.num_slices)
+    if arguments.calibrate:
+        share = programs.calibrate(topology)
+        mark = "" if is_calibrated(share) else "  UNCALIBRATED"
+        print(f"{topology.chip.name}: a lone 8192³ product gets {share:.3f} of the peak{mark}")
+        return {"chip": topology.chip.name, "calibration": share}
+    if arguments.config is None:
+        raise ValueError("--config is missing: such as configs/imagenet256.py:MDTv2-XL/2")
+    job = TrainingJob(arguments.config, topology)
+    tried: list[str] = []
+    if arguments.advise:
+        job, tried = find_fitting(job, arguments)
+    report = compile_job(job, arguments)
+    for line in tried:
+        print(f"tried          {line}")
+    print("\n".join(report.lines()))
+    return report.as_json() | {"tried": tried}
+
+
+def main(_: list[str]) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    try:
+        result = run(flags.FLAGS)
+    except (ValueError, OSError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # which traces; the TPU's compiler compiles
+    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+    flags.DEFINE_string("topology", None, "Such as v4-512, v5litepod-16, v5p:2x2x4.")
+    flags.DEFINE_integer("num_slices", None, "Slices of that size, joined by the network.")
+    flags.DEFINE_bool("advise", False, "Try other settings until one fits, and report on that.")
+    flags.DEFINE_bool("quick", False, "Compile one number of kept tokens for all of them.")
+    flags.DEFINE_bool("sampler", True, "Compile the sampler too.")
+    flags.DEFINE_integer("sample_batch_size", None, "Of the sampler; config.batch_size if none.")
+    flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.")
+    flags.DEFINE_bool("calibrate", False, "Only that; needs no --config.")
+    flags.DEFINE_bool("all", False, "A table of the MDTv2 models over four kinds of chip.")
+    flags.DEFINE_list("models", list(ALL_MODELS), "Of --all.")
+    flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "Of --all.")
+    app.run(main, flags_parser=parse_flags)
