@@ -17,7 +17,7 @@ from mdt_jax.convert.transformers import from_torch
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.models import LatentTransformer, create_model
 from mdt_jax.optimizers import create_optimizer, create_schedule
-from mdt_jax.train_step import Trainer, TrainState
+from mdt_jax.train_step import Trainer, TrainState, scale_pixels
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}
@@ -120,3 +120,15 @@ def start(trainer, params):
     return jax.tree.map(
         lambda x, like: jax.device_put(np.array(x), like.sharding), fresh, trainer.abstract_state()
     )
+
+
+def on_pixels(steps):
+    """Compiled steps that were made for float32 images, for a run whose source has bytes."""
+
+    def adapt(step):
+        def run(state, batch):
+            return step(state, batch | {"image": scale_pixels(batch["image"])})
+
+        return run
+
+    return {count: adapt(step) for count, step in steps.items()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fixtures import FAMILIES, reference, relative_error
+from fixtures import FAMILIES, on_pixels, reference, relative_error
 
 import mdt_jax
 from mdt_jax import config as config_lib
@@ -383,7 +383,8 @@ def trainable(torch_run, tmp_path, monkeypatch):
     config.data.update(name="npy", path=str(data))
     config.num_steps = 5
     config.log_every = 1
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: compiled_steps("dit"))
+    steps = on_pixels(compiled_steps("dit"))
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     return types.SimpleNamespace(config=config, workdir=workdir)
 
 

@@ -445,6 +445,7 @@ def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image
             {"name": "folder", "path": "x", "labels": "all"},
             "data.labels is 'all'; known are 'auto'",
         ),
+        ({"name": "latents", "path": "gs://bucket/latents"}, "gs://bucket/latents is a URL: copy"),
     ],
 )
 def test_a_configuration_that_names_no_data_is_refused(config, message):

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from fixtures import FAMILIES, reference, start
+from fixtures import FAMILIES, on_pixels, reference, start
 
 from mdt_jax import pretrained, sharding, train, transfer, weight_files
 from mdt_jax.checkpoints import Checkpoints
@@ -285,7 +285,8 @@ def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypat
 
 
 def test_a_finetuned_run_goes_on_without_its_source(weights, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: compiled_steps())
+    steps = on_pixels(compiled_steps())
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     source = shutil.copy(weights / "dit.safetensors", tmp_path / "source.safetensors")
     config, workdir = config_for("dit", source, data), tmp_path / "run"
     assert int(train.train(config, workdir).step) == 1

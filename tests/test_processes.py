@@ -17,6 +17,8 @@ from mdt_jax.config import to_json
 from mdt_jax.run import Run
 from mdt_jax.train_step import Trainer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 from mdt_jax.config import apply_recipe, default_config
 

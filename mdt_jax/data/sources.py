@@ -430,6 +430,11 @@ def _check_use(data_config: ml_collections.ConfigDict, key: str, default: str) -
 def _named_source(data_config: ml_collections.ConfigDict) -> Source:
     name = data_config.name
     split, path = data_config.get("split") or "train", data_config.get("path")
+    if "://" in (path or ""):
+        raise ValueError(
+            f"data.path {path} is a URL: copy the data to this host's disk, or mount the bucket, "
+            "and give the path"
+        )
     if name == "digits":
         return digits(split)
     contents = {
