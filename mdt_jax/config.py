@@ -15,14 +15,15 @@ from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models import LatentTransformer, create_model
+from mdt_jax.models.attention import choose_kernels
 
 # What a run's parameters mean: changing one of these needs another workdir.
 IDENTITY = (
     "seed", "init_from", "model", "diffusion", "masking", "label_dropout", "ema_rates", "data",
 )  # fmt: skip
 # Parts of those that only say how something is computed or read.
-FREE = ("model.dtype", "model.remat", "model.scan_unroll", "data.num_workers", "data.read_ahead",
-        "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
+FREE = ("model.dtype", "model.kernels", "model.remat", "model.scan_unroll", "data.num_workers",
+        "data.read_ahead", "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
 EVALUATORS = ("auto", "inception", "classifier")
 
 
@@ -54,6 +55,7 @@ def default_config() -> ConfigDict:
     config.model.mlp_ratio = number()
     config.model.decoder_depth = integer()
     config.model.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
+    config.model.kernels = "auto"  # "pallas" on TPU where it can be; "plain" elsewhere
     config.model.remat = "none"  # "dots", "full": less memory, more work
     config.model.scan_unroll = 1
 
@@ -182,8 +184,19 @@ def create_network(config: ConfigDict) -> LatentTransformer:
     learned = config.diffusion.variance == "learned_range"
     # Without label dropout a null class would be an untrained one.
     null = config.label_dropout > 0
-    dtype = jnp.dtype(dtype)
-    return create_model(name, **settings, dtype=dtype, learn_variance=learned, null_class=null)
+    settings |= {"dtype": jnp.dtype(dtype), "learn_variance": learned, "null_class": null}
+    if settings["kernels"] == "auto":
+        model = create_model(name, **settings | {"kernels": "plain"})
+        settings["kernels"] = best_kernels(model, jax.default_backend())
+    return create_model(name, **settings)
+
+
+def best_kernels(model: LatentTransformer, platform: str) -> str:
+    """What computes a model's blocks best on a platform, as `model.kernels` has it."""
+    if not model.relative_bias:
+        return "plain"
+    head_width = model.hidden_size // model.num_heads
+    return choose_kernels(platform, model.grid_size, model.num_heads, head_width)
 
 
 def create_diffusion(config: ConfigDict) -> GaussianDiffusion:

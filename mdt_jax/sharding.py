@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mdt_jax.models import layers
+from mdt_jax.models import placement
+from mdt_jax.models.placement import Axes, Placement
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -203,12 +204,49 @@ def constrain_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
 
 @contextlib.contextmanager
 def activations(mesh: Mesh) -> Iterator[None]:
-    """Puts the models' activation constraints into force; for the body of a jitted function."""
-    token = layers.activation_constraint.set(partial(constrain_batch, mesh))
+    """Puts the mesh's placement of the models' arrays in force; for the body of a jitted function.
+
+    Batches are divided over `data` and `fsdp`. Parameters are gathered over `fsdp`, not over
+    `tensor`, whose devices compute each with its own part.
+    """
+    rules = dict(RULES) | {"batch": BATCH_AXES, None: None}
+    whole = rules | {axis: None for axis, to in RULES if to == "fsdp"}
+
+    def spec(axes: Axes, rules: dict = rules) -> PartitionSpec:
+        return PartitionSpec(*(rules[axis] for axis in axes))
+
+    def partition(function: Callable, inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]):
+        specs = {"in_specs": tuple(map(spec, inputs)), "out_specs": tuple(map(spec, outputs))}
+        return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
+
+    def lay_out(x: jax.Array, axes: Axes, rules: dict) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
+
+    token = placement.current.set(
+        Placement(
+            batch=partial(constrain_batch, mesh),
+            gather=partial(lay_out, rules=whole),
+            shard=partial(lay_out, rules=rules),
+            merges=mesh.shape["tensor"] == 1,
+            partition=partition,
+        )
+    )
     try:
         yield
     finally:
-        layers.activation_constraint.reset(token)
+        placement.current.reset(token)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler of a mesh's devices is told beyond its defaults.
+
+    The TPU's would turn a product whose result is to be divided into a ring of small products, one
+    for each device's part, that read their operands from copies: slower than the whole product,
+    beside which the other kernels' results travel anyway (docs/performance.md).
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def bytes_per_device(abstract: Any) -> int:

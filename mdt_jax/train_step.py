@@ -228,6 +228,7 @@ class Trainer:
             in_shardings=(state, {"image": batch, "label": batch}),
             out_shardings=(state, sharding.replicated(self.mesh)),
             donate_argnums=0,
+            compiler_options=sharding.compiler_options(self.mesh),
         )
 
     def step(

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mdt_jax.models import layers
+from mdt_jax.models import attention_kernel, layers
+from mdt_jax.models.linear import Linear, matmul_precision
+
+KERNELS = ("plain", "pallas")
+
+
+def choose_kernels(platform: str, grid_size: int, num_heads: int, head_width: int) -> str:
+    """How blocks with a bias are best computed: one of KERNELS.
+
+    On a TPU by Pallas kernels, where they take these sizes; elsewhere by what the compiler makes of
+    the plain form (docs/performance.md has the measurements).
+
+    Args:
+      platform: "tpu", "gpu" or "cpu".
+    """
+    fits = attention_kernel.supports(grid_size, num_heads, head_width)
+    return "pallas" if platform == "tpu" and fits else "plain"
 
 
 def kept_position_index(
@@ -27,63 +45,80 @@ class Attention(nn.Module):
     Attributes:
       num_heads: number of heads; must divide the width.
       grid_size: side G of the token grid, or None for no relative-position bias (DiT).
+      kernels: one of KERNELS; "pallas" needs a bias.
       dtype: compute dtype; the softmax is float32 whatever it is.
     """
 
     num_heads: int
     grid_size: int | None
+    kernels: str
     dtype: DTypeLike
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch n width"],
-        bias_index: Int[Array, "*batch n n"] | None,
-    ) -> Float[Array, "batch n width"]:
+        self, x: Float[Array, "batch n width"], positions: Int[Array, "*where"] | None
+    ) -> Array | tuple[Array, Array]:
+        """Attends.
+
+        Args:
+          x: tokens.
+          positions: where they are: for "plain" the bias-table rows of all pairs, (N, N) or
+            (batch, kept, kept); for "pallas" the kept ids (batch, kept), None for all tokens.
+
+        Returns:
+          (batch, n, width), with "pallas" also the last bias, which then has its gradient of who
+          takes both.
+        """
         width = x.shape[-1]
-        head_width = width // self.num_heads
-        precision = layers.matmul_precision(self.dtype)
+        pallas = self.kernels == "pallas"
+        linear = partial(
+            Linear, dtype=self.dtype, kernel_init=layers.xavier, bias_gradient=not pallas
+        )
         # (D, 3, heads, head width): a fused 3D axis cut contiguously by a tensor mesh axis would
         # cut across q, k and v. The fans are those of the fused (D, 3D) matrix.
-        qkv = nn.DenseGeneral(
-            (3, self.num_heads, head_width),
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=layers.partitioned(layers.xavier, "embed", None, "heads", None),
-            bias_init=layers.partitioned(layers.zeros, None, "heads", None),
-            name="qkv",
-        )(x)
-        # (3, batch, heads, tokens, head width): batched matmuls over the two last axes, several
-        # times faster on a CPU than contractions with the heads in the middle.
-        q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        logits = jnp.einsum(
-            "bhqe,bhke->bhqk",
-            q * head_width**-0.5,
-            k,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        if self.grid_size is not None:
-            logits += self._relative_bias(bias_index)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
-        return nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=layers.partitioned(layers.xavier, "heads", None, "embed"),
-            bias_init=layers.partitioned(layers.zeros, None),
-            name="proj",
-        )(jnp.transpose(out, (0, 2, 1, 3)))
+        features = (3, self.num_heads, width // self.num_heads)
+        axes = ("embed", None, "heads", None)
+        qkv = linear(features, axes, name="qkv")(x)
+        table = self._bias_table() if self.grid_size is not None else None
+        if pallas:
+            strips = attention_kernel.bias_strips(table, self.grid_size)
+            qkv, bias = jnp.transpose(qkv[0], (0, 2, 3, 4, 1)), qkv[1]
+            out = attention_kernel.attention(qkv, bias, strips, positions)
+            out = jnp.transpose(out, (0, 3, 1, 2))
+        else:
+            bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)
+            out = self._plain(qkv, bias)
+        # With Pallas kernels it costs less to compute attention and this again than to keep it.
+        return linear((width,), ("heads", None, "embed"), kept=not pallas, name="proj")(out)
 
-    def _relative_bias(self, bias_index: Array) -> Array:
+    def _bias_table(self) -> Float[Array, "rows heads"]:
         # Three more rows than offsets: BEiT kept them for a class token, so checkpoints hold them.
         rows = (2 * self.grid_size - 1) ** 2 + 3
-        table = self.param(
+        return self.param(
             "relative_bias",
             layers.partitioned(layers.normal, None, "heads"),
             (rows, self.num_heads),
             jnp.float32,
         )
-        return jnp.moveaxis(table[bias_index], -1, -3)
+
+    def _plain(
+        self,
+        qkv: Float[Array, "batch n 3 heads width"],
+        bias: Float[Array, "*batch heads n n"] | None,
+    ) -> Float[Array, "batch n heads width"]:
+        precision = matmul_precision(self.dtype)
+        # (3, batch, heads, tokens, head width): batched matmuls over the two last axes, several
+        # times faster on a CPU than contractions with the heads in the middle.
+        q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
+        logits = jnp.einsum(
+            "bhqe,bhke->bhqk",
+            q * q.shape[-1] ** -0.5,
+            k,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        if bias is not None:
+            logits += bias
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
+        return jnp.transpose(out, (0, 2, 1, 3))

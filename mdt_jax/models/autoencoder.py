@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mdt_jax.models.layers import matmul_precision
+from mdt_jax.models.linear import matmul_precision
 
 GROUP_NORM_EPSILON = 1e-6
 

@@ -9,8 +9,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mdt_jax.models import layers
-from mdt_jax.models.attention import kept_position_index
+from mdt_jax.models import attention_kernel, layers, placement
+from mdt_jax.models.attention import KERNELS, kept_position_index
 from mdt_jax.models.blocks import Block, BlockStack
 from mdt_jax.positions import relative_position_index, sincos_position_table
 
@@ -31,8 +31,9 @@ class LatentTransformer(nn.Module):
         guidance. An unconditional model has that row alone, and always uses it.
       learn_variance: whether C more output channels give the learned-range variance.
       dtype: compute dtype; parameters are float32. float32 also asks for float32 products.
+      kernels: what computes the blocks, one of `attention.KERNELS`.
       remat: rematerialisation of the blocks, a key of `layers.REMAT_POLICIES`.
-      scan_unroll: layers per turn of the scanned stacks. Neither changes a parameter's name.
+      scan_unroll: layers per turn of the scanned stacks. None of these changes a parameter's name.
 
     Raises:
       ValueError: sizes that do not fit each other, naming both.
@@ -49,6 +50,7 @@ class LatentTransformer(nn.Module):
     null_class: bool = True
     learn_variance: bool = True
     dtype: DTypeLike = jnp.float32
+    kernels: str = "plain"
     remat: str = "none"
     scan_unroll: int = 1
 
@@ -69,6 +71,17 @@ class LatentTransformer(nn.Module):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
+        if self.kernels not in KERNELS:
+            known = ", ".join(KERNELS)
+            raise ValueError(f"kernels {self.kernels!r} is unknown; known: {known}")
+        head_width = self.hidden_size // self.num_heads
+        takes = attention_kernel.supports(self.grid_size, self.num_heads, head_width)
+        if self.kernels == "pallas" and not (self.relative_bias and takes):
+            raise ValueError(
+                f"kernels 'pallas' takes 128 or 256 tokens with a relative-position bias and "
+                f"heads of a multiple of 8, not {self.num_tokens} tokens and {head_width}; "
+                "'plain' takes any"
+            )
         if self.remat not in layers.REMAT_POLICIES:
             known = ", ".join(layers.REMAT_POLICIES)
             raise ValueError(f"remat {self.remat!r} is unknown; known: {known}")
@@ -118,8 +131,8 @@ class LatentTransformer(nn.Module):
             labels = jnp.zeros(x.shape[:1], jnp.int32)
         elif labels is None:
             raise ValueError(f"a model of {self.num_classes} classes needs labels")
-        c = (c + layers.constrain_activations(table[labels])).astype(self.dtype)
-        return layers.constrain_activations(tokens), layers.constrain_activations(c)
+        c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
+        return placement.constrain_batch(tokens), placement.constrain_batch(c)
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
         """A trained position table that starts as MAE's 2-D sin-cos."""
@@ -131,10 +144,13 @@ class LatentTransformer(nn.Module):
             jnp.float32,
         ).astype(self.dtype)
 
-    def bias_index(self, ids_keep: Int[Array, "batch kept"] | None = None) -> Array | None:
-        """Bias-table rows among all tokens, (N, N), or among kept ones, (B, kept, kept)."""
-        if not self.relative_bias:
-            return None
+    def positions(self, ids_keep: Int[Array, "batch kept"] | None = None) -> Array | None:
+        """Where the tokens of a pass are, as the blocks' attention wants it; all by default.
+
+        The same in every layer, so a pass computes it once.
+        """
+        if not self.relative_bias or self.kernels == "pallas":
+            return ids_keep
         index = jnp.asarray(relative_position_index(self.grid_size))
         return index if ids_keep is None else kept_position_index(index, ids_keep)
 
@@ -149,6 +165,7 @@ class LatentTransformer(nn.Module):
             grid_size=self.grid_size if self.relative_bias else None,
             skips=skips,
             collect=collect,
+            kernels=self.kernels,
             remat=self.remat,
             unroll=self.scan_unroll,
             dtype=self.dtype,
@@ -173,17 +190,18 @@ class LatentTransformer(nn.Module):
         tokens, masked = scatter_kept(
             kept, mask_token.astype(self.dtype), ids_keep, self.num_tokens
         )
-        tokens = layers.constrain_activations(tokens + decoder_positions)
+        tokens = placement.constrain_batch(tokens + decoder_positions)
         side = Block(
             self.num_heads,
             self.mlp_ratio,
             self.grid_size,
             skip=False,
             collect=False,
+            kernels=self.kernels,
             dtype=self.dtype,
             name="side_block",
         )
-        interpolated, _ = side(tokens, None, c, self.bias_index())
+        interpolated, _ = side(tokens, None, c, self.positions())
         return jnp.where(masked[..., None], interpolated, tokens)
 
     def ids_to_initialize(self, x: Float[Array, "batch h w c"]) -> Int[Array, "batch n"]:

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mdt_jax.models import layers
+from mdt_jax.models import layers, norm_kernels, placement
 from mdt_jax.models.attention import Attention
 
 
@@ -18,6 +18,7 @@ class Block(nn.Module):
       grid_size: side of the token grid for the relative-position bias, None for no bias.
       skip: whether the block first maps concat(x, skip) from 2D to D (MDTv2's long shortcuts).
       collect: whether to return the output a second time, for a scan to stack.
+      kernels: one of `attention.KERNELS`.
       dtype: compute dtype.
     """
 
@@ -26,6 +27,7 @@ class Block(nn.Module):
     grid_size: int | None
     skip: bool
     collect: bool
+    kernels: str
     dtype: DTypeLike
 
     @nn.compact
@@ -34,18 +36,27 @@ class Block(nn.Module):
         x: Float[Array, "batch n width"],
         skip: Float[Array, "batch n width"] | None,
         c: Float[Array, "batch width"],
-        bias_index: Int[Array, "*batch n n"] | None,
+        positions: Int[Array, "*where"] | None,
     ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch n width"] | None]:
         if self.skip:
             x = layers.SkipLinear(self.dtype, name="skip")(x, skip)
         modulation = layers.Modulation(6, self.dtype, name="modulation")(c)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        h = layers.modulate(layers.layer_norm()(x), attn_shift, attn_scale).astype(self.dtype)
-        h = Attention(self.num_heads, self.grid_size, self.dtype, name="attn")(h, bias_index)
-        x = x + attn_gate[:, None] * h
-        h = layers.modulate(layers.layer_norm()(x), mlp_shift, mlp_scale).astype(self.dtype)
-        h = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")(h)
-        x = layers.constrain_activations(x + mlp_gate[:, None] * h)
+        attention = Attention(self.num_heads, self.grid_size, self.kernels, self.dtype, name="attn")
+        if self.kernels == "pallas":
+            mlp = layers.Mlp(self.mlp_ratio, self.dtype, bias_gradient=False, name="mlp")
+            x = x.astype(self.dtype)
+            h, x = norm_kernels.modulated_norm(x, attn_shift, attn_scale, layers.EPSILON)
+            x = norm_kernels.gated_residual(x, *attention(h, positions), attn_gate)
+            h, x = norm_kernels.modulated_norm(x, mlp_shift, mlp_scale, layers.EPSILON)
+            x = norm_kernels.gated_residual(x, *mlp(h), mlp_gate)
+        else:
+            mlp = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")
+            h = layers.modulate(layers.layer_norm()(x), attn_shift, attn_scale).astype(self.dtype)
+            x = x + attn_gate[:, None] * attention(h, positions)
+            h = layers.modulate(layers.layer_norm()(x), mlp_shift, mlp_scale).astype(self.dtype)
+            x = x + mlp_gate[:, None] * mlp(h)
+        x = placement.constrain_batch(x)
         return x, x if self.collect else None
 
 
@@ -66,13 +77,14 @@ class BlockStack(nn.Module):
     grid_size: int | None
     skips: str
     collect: bool
+    kernels: str
     remat: str
     unroll: int
     dtype: DTypeLike
 
     @nn.compact
     def __call__(
-        self, x: Array, c: Array, bias_index: Array | None, skip: Array | None = None
+        self, x: Array, c: Array, positions: Array | None, skip: Array | None = None
     ) -> tuple[Float[Array, "batch n width"], Float[Array, "depth batch n width"] | None]:
         """Returns the last block's output and, if collecting, every block's, stacked."""
         block = Block
@@ -97,6 +109,7 @@ class BlockStack(nn.Module):
             self.grid_size,
             self.skips != "none",
             self.collect,
+            self.kernels,
             self.dtype,
             name="layers",
-        )(x, skip, c, bias_index)
+        )(x, skip, c, positions)

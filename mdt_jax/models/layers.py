@@ -6,15 +6,19 @@ Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from mdt_jax.models import placement
+from mdt_jax.models.linear import OUTPUT, Linear, add_bias, project
+from mdt_jax.models.placement import Axes
 
 # The authors' initialisation (DiT's): Xavier-uniform linears, N(0, 0.02) for tables and the
 # timestep MLP, zeros for gates, the last layer and biases. timm truncates the bias tables at ±2
@@ -23,23 +27,19 @@ xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
-LAYER_NORM_EPSILON = 1e-6
+EPSILON = 1e-6  # of every LayerNorm
 REMAT_POLICIES = {
     "none": None,
-    # Recompute everything of a block, or all but its matmul outputs.
+    # Recompute everything of a block, or all but what its linear maps give. With Pallas kernels
+    # attention's projection is recomputed too: keeping it would cost more.
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
 }
 
 
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
     """The initializer, its result labelled with logical axis names."""
     return nn.with_logical_partitioning(initializer, axes)
-
-
-def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """float32 end to end also asks for float32 products, no default on TPUs and TF32 GPUs."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def timestep_features(
@@ -59,7 +59,7 @@ def timestep_features(
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
     """LayerNorm without affine, computed and returned in float32."""
     return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON,
+        epsilon=EPSILON,
         use_bias=False,
         use_scale=False,
         use_fast_variance=False,  # E[x²] − E[x]² cancels
@@ -77,18 +77,6 @@ def modulate(
     return x * (1 + scale.astype(x.dtype)[:, None]) + shift.astype(x.dtype)[:, None]
 
 
-# Lays activations out over devices, by their batch axis; `mdt_jax.sharding` puts it in force, so
-# that the models need not know of meshes.
-activation_constraint: ContextVar[Callable[[Array], Array]] = ContextVar(
-    "activation_constraint", default=lambda x: x
-)
-
-
-def constrain_activations(x: Array) -> Array:
-    """Shards activations (batch, ...) by batch alone, where a mesh is in force."""
-    return activation_constraint.get()(x)
-
-
 class PatchEmbed(nn.Module):
     """Image (B, H, W, C) to patch tokens (B, (H/p)², width): a linear map of each p × p patch."""
 
@@ -100,15 +88,8 @@ class PatchEmbed(nn.Module):
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch n width"]:
         p = self.patch_size
         patches = rearrange(x, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
-        return nn.DenseGeneral(
-            self.width,
-            axis=(-3, -2, -1),
-            dtype=self.dtype,
-            precision=matmul_precision(self.dtype),
-            kernel_init=partitioned(xavier, None, None, None, "embed"),
-            bias_init=partitioned(zeros, "embed"),
-            name="proj",
-        )(patches)
+        axes = (None, None, None, "embed")
+        return Linear((self.width,), axes, self.dtype, xavier, name="proj")(patches)
 
 
 class TimestepEmbed(nn.Module):
@@ -118,49 +99,40 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array) -> Float[Array, "batch width"]:
-        precision = matmul_precision(jnp.float32)
-        h = nn.Dense(
-            self.width,
-            precision=precision,
-            kernel_init=partitioned(normal, None, "embed"),
-            bias_init=partitioned(zeros, "embed"),
-            name="fc1",
-        )(constrain_activations(timestep_features(t)))
-        return nn.Dense(
-            self.width,
-            precision=precision,
-            kernel_init=partitioned(normal, "embed", None),
-            bias_init=partitioned(zeros, None),
-            name="fc2",
-        )(nn.silu(constrain_activations(h)))
+        def linear(name: str, axes: Axes, x: Array) -> Array:
+            x = placement.constrain_batch(x)
+            return Linear((self.width,), axes, jnp.float32, normal, name=name)(x)
+
+        h = linear("fc1", (None, "embed"), timestep_features(t))
+        return linear("fc2", ("embed", None), nn.silu(h))
 
 
 class Mlp(nn.Module):
-    """Linear to ratio × width, tanh-GELU, linear back."""
+    """Linear to ratio × width, tanh-GELU, linear back.
+
+    Attributes:
+      bias_gradient: of the second linear map, as `Linear` has it.
+    """
 
     ratio: float
     dtype: DTypeLike
+    bias_gradient: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch n width"]) -> Float[Array, "batch n width"]:
+    def __call__(self, x: Float[Array, "batch n width"]) -> Array | tuple[Array, Array]:
         width = x.shape[-1]
-        precision = matmul_precision(self.dtype)
-        h = nn.Dense(
-            int(width * self.ratio),
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=partitioned(xavier, "embed", "mlp"),
-            bias_init=partitioned(zeros, "mlp"),
-            name="fc1",
-        )(x)
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=partitioned(xavier, "mlp", "embed"),
-            bias_init=partitioned(zeros, None),
+        hidden = int(width * self.ratio)
+        h = Linear((hidden,), ("embed", "mlp"), self.dtype, xavier, name="fc1")(x)
+        h = nn.gelu(h, approximate=True)
+        back = Linear(
+            (width,),
+            ("mlp", "embed"),
+            self.dtype,
+            xavier,
+            bias_gradient=self.bias_gradient,
             name="fc2",
-        )(nn.gelu(h, approximate=True))
+        )
+        return back(h)
 
 
 class Modulation(nn.Module):
@@ -171,14 +143,8 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, c: Float[Array, "batch width"]) -> list[Float[Array, "batch width"]]:
-        out = nn.DenseGeneral(
-            (self.count, c.shape[-1]),
-            dtype=self.dtype,
-            precision=matmul_precision(self.dtype),
-            kernel_init=partitioned(zeros, "embed", None, "modulation"),
-            bias_init=partitioned(zeros, None, "modulation"),
-            name="linear",
-        )(nn.silu(c))
+        features, axes = (self.count, c.shape[-1]), ("embed", None, "modulation")
+        out = Linear(features, axes, self.dtype, zeros, name="linear")(nn.silu(c))
         return [out[:, i] for i in range(self.count)]
 
 
@@ -201,13 +167,11 @@ class SkipLinear(nn.Module):
             jnp.float32,
         )
         bias = self.param("bias", partitioned(zeros, None), (width,), jnp.float32)
-        x, skip, kernel, bias = nn.dtypes.promote_dtype(x, skip, kernel, bias, dtype=self.dtype)
-        precision = matmul_precision(self.dtype)
-        return (
-            jnp.matmul(x, kernel[0], precision=precision)
-            + jnp.matmul(skip, kernel[1], precision=precision)
-            + bias
+        x, skip = (
+            project(part.astype(self.dtype), half, ("embed", "mlp"), 1)
+            for part, half in zip((x, skip), jnp.asarray(kernel), strict=True)
         )
+        return checkpoint_name(add_bias(x + skip, jnp.asarray(bias)), OUTPUT)
 
 
 class FinalLayer(nn.Module):
@@ -220,11 +184,5 @@ class FinalLayer(nn.Module):
     def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
         x = modulate(layer_norm()(x), shift, scale)
-        return nn.Dense(
-            self.features,
-            dtype=self.dtype,
-            precision=matmul_precision(self.dtype),
-            kernel_init=partitioned(zeros, "embed", None),
-            bias_init=partitioned(zeros, None),
-            name="linear",
-        )(x).astype(jnp.float32)
+        linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
+        return linear(x).astype(jnp.float32)

@@ -47,12 +47,12 @@ class MDT(LatentTransformer):
         encoder = self.stack(self.depth - self.decoder_depth, "encoder_blocks")
 
         if ids_keep is None and not self.is_initializing():
-            tokens, _ = encoder(tokens, c, self.bias_index())
+            tokens, _ = encoder(tokens, c, self.positions())
             tokens = tokens + decoder_positions
         else:
             ids_keep = self.ids_to_initialize(x) if ids_keep is None else ids_keep
-            kept, _ = encoder(gather_kept(tokens, ids_keep), c, self.bias_index(ids_keep))
+            kept, _ = encoder(gather_kept(tokens, ids_keep), c, self.positions(ids_keep))
             tokens = self.interpolate_masked(kept, c, ids_keep, decoder_positions)
 
-        tokens, _ = self.stack(self.decoder_depth, "decoder_blocks")(tokens, c, self.bias_index())
+        tokens, _ = self.stack(self.decoder_depth, "decoder_blocks")(tokens, c, self.positions())
         return self.unembed(tokens, c)

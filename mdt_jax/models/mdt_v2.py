@@ -59,10 +59,10 @@ class MDTv2(LatentTransformer):
             tokens = gather_kept(tokens, ids_keep)
 
         half = (self.depth - self.decoder_depth) // 2
-        bias_index = self.bias_index(ids_keep)
-        tokens, outputs = self.stack(half, "in_blocks", collect=True)(tokens, c, bias_index)
+        positions = self.positions(ids_keep)
+        tokens, outputs = self.stack(half, "in_blocks", collect=True)(tokens, c, positions)
         tokens, _ = self.stack(half, "out_blocks", skips="per_layer")(
-            tokens, c, bias_index, outputs[::-1]
+            tokens, c, positions, outputs[::-1]
         )
 
         if masked:
@@ -71,5 +71,5 @@ class MDTv2(LatentTransformer):
             tokens = tokens + decoder_positions
 
         decoder = self.stack(self.decoder_depth, "decoder_blocks", skips="shared")
-        tokens, _ = decoder(tokens, c, self.bias_index(), embedded)
+        tokens, _ = decoder(tokens, c, self.positions(), embedded)
         return self.unembed(tokens, c)

@@ -5,12 +5,12 @@ Kinds, the first that applies:
     collectives  all-gather and its like, with no product; most of them carry no cycles
     copies       what only moves data: copies, transposes, slices, updates, padding, filling
     attention    under a module `attn`, but for the products of `qkv` and `proj`: logits, bias,
-                 softmax and the product with the values, and their gradients
+                 softmax and the product with the values, and their gradients, or their kernel
     dense        what holds a matrix product (XLA's dot or convolution), and a transfer beside it
     draws        random numbers
     optimiser    outside of the loss and its gradient: clipping, moments, parameters, averages
     reductions   what holds a reduction: norms, sums over the batch
-    elementwise  the rest
+    elementwise  the rest; the kernels of norms and residuals, sums included
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 
 from mdt_jax.tpu import hlo
 from mdt_jax.tpu.hlo import Computation, Instruction, Module
+from mdt_jax.tpu.kernels import Key, Work, of_instruction
 from mdt_jax.tpu.topologies import Chip
 
 KINDS = ("dense", "attention", "reductions", "elementwise", "draws", "optimiser", "copies",
@@ -103,12 +104,15 @@ class Estimate:
         return inside / (chip.ici_bandwidth / 2)  # one direction of each link
 
 
-def estimate(module: Module, chips_per_slice: int | None = None) -> Estimate:
+def estimate(
+    module: Module, chips_per_slice: int | None = None, kernels: dict[Key, Work] | None = None
+) -> Estimate:
     """The program's numbers, of its optimised HLO.
 
     Args:
       module: from `hlo.parse`.
       chips_per_slice: to tell which collectives leave a slice; None: there is one slice.
+      kernels: the work of its Pallas kernels, from `kernels.work`.
     """
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
     flops, moved = 0, defaultdict(lambda: [0, 0, 0])
@@ -129,7 +133,10 @@ def estimate(module: Module, chips_per_slice: int | None = None) -> Estimate:
             total[1] += times * size
             total[2] += times * _wire_bytes(opcode, size, group)
         flops += times * product_flops(module, computation, one)
-        if one.cycles is not None:
+        if (work := of_instruction(one, kernels or {})) is not None:
+            by_kind[kind_of(module, one)] += times * work.cycles
+            flops += times * work.flops
+        elif one.cycles is not None:
             by_kind[kind_of(module, one)] += times * one.cycles
         elif _lacks_estimate(one) and kind_of(module, one) != "collectives":
             label = _label(one)
@@ -325,6 +332,8 @@ def _positions(size: int, kernel: int, out: int, window: dict[str, int]) -> int:
     return count
 
 
-def parse(text: str, chips_per_slice: int | None = None) -> Estimate:
+def parse(
+    text: str, chips_per_slice: int | None = None, kernels: dict[Key, Work] | None = None
+) -> Estimate:
     """The numbers of `compiled.as_text()`."""
-    return estimate(hlo.parse(text), chips_per_slice)
+    return estimate(hlo.parse(text), chips_per_slice, kernels)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mdt_jax import config as config_lib
 from mdt_jax import sampling, sharding
 from mdt_jax.run import create_trainer
-from mdt_jax.tpu import estimate, topologies
+from mdt_jax.tpu import estimate, kernels, topologies
 from mdt_jax.tpu.estimate import Estimate
 from mdt_jax.tpu.topologies import Topology
 from mdt_jax.train_step import Trainer
@@ -120,7 +120,8 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Topology
     seconds = time.perf_counter() - began
     memory = Memory.of(compiled)
     several = topology.chips_per_slice if topology.num_slices > 1 else None
-    work = estimate.parse(compiled.as_text(), several)
+    in_kernels = kernels.work(kernels.find(function, arguments), topology.chip)
+    work = estimate.parse(compiled.as_text(), several, in_kernels)
     fits = memory.peak <= topology.chip.hbm_bytes
     return Program(name, fits, memory, work, seconds)
 
@@ -201,6 +202,9 @@ def on_tpu(config: ConfigDict) -> ConfigDict:
         config = config_lib.resolve_classes(config, ())
     if config.model.dtype == "auto":
         config.model.dtype = "bfloat16"
+    if config.model.kernels == "auto":
+        config.model.kernels = "plain"
+        config.model.kernels = config_lib.best_kernels(config_lib.create_network(config), "tpu")
     return config
 
 

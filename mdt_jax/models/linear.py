@@ -1,0 +1,157 @@
+"""Linear maps with float32 kernels that may be sharded: cast, then gathered, then multiplied.
+
+Left to itself, the partitioner of a product with a sharded kernel may cut the contraction into one
+slice a chip, which leaves most of a TPU's matrix unit empty. Here a kernel is cast to the compute
+dtype, gathered once a use, and its gradient, summed over tokens in float32, goes back to its shards
+in float32 too.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mdt_jax.models import placement
+from mdt_jax.models.placement import Axes
+
+OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
+
+
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """float32 end to end also asks for float32 products, no default on TPUs and TF32 GPUs."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: Axes, num_contracted: int
+) -> Float[Array, "..."]:
+    """x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
+
+    Args:
+      x: activations, batch first.
+      kernel: float32, as the state holds it.
+      axes: the kernel's logical axes.
+      num_contracted: how many axes are summed over.
+    """
+    return _forward(x, kernel, axes, num_contracted)[0]
+
+
+def _forward(x: Array, kernel: Array, axes: Axes, num_contracted: int) -> tuple[Array, Any]:
+    contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
+    return _product(x, _gathered(x, kernel, axes), contracted), (x, kernel)
+
+
+def _backward(axes: Axes, num_contracted: int, saved: Any, dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = x.ndim - num_contracted  # axes of x that are kept
+    features = (tuple(range(rows, dy.ndim)), tuple(range(num_contracted, kernel.ndim)))
+    dx = _product(dy, _gathered(x, kernel, axes), features)
+    tokens = tuple(range(rows))
+    dkernel = _product(x, dy, (tokens, tokens), jnp.float32)
+    return dx, placement.current.get().shard(dkernel, axes)
+
+
+def _gathered(x: Array, kernel: Array, axes: Axes) -> Array:
+    place = placement.current.get()
+    # As sharded as before it is cast: what travels is of the smaller dtype.
+    return place.gather(place.shard(kernel.astype(x.dtype), axes), axes)
+
+
+def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None) -> Array:
+    precision = matmul_precision(a.dtype)
+    return jax.lax.dot_general(
+        a, b, (contracted, ((), ())), precision=precision, preferred_element_type=dtype
+    )
+
+
+project.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "... *features"], bias: Float[Array, "*features"]) -> Array:
+    """x plus a float32 bias in x's dtype, whose gradient is summed in float32."""
+    return x + bias.astype(x.dtype)
+
+
+def _bias_gradient(bias: Array, dy: Array) -> tuple[Array, Array]:
+    return dy, jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - bias.ndim)))
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_gradient)
+
+
+class Linear(nn.Module):
+    """A linear map of the last axes, with bias.
+
+    Attributes:
+      features: sizes of the axes that come out.
+      axes: logical names of the kernel's axes, those summed over first.
+      dtype: compute dtype.
+      kernel_init: of the kernel as one matrix, whose fans count.
+      bias_init: of the bias.
+      bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
+        for who can sum it on the way.
+      kept: whether the rematerialisation policy "dots" keeps the result.
+    """
+
+    features: tuple[int, ...]
+    axes: Axes
+    dtype: DTypeLike
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    bias_gradient: bool = True
+    kept: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Array | tuple[Array, Array]:
+        count = len(self.axes) - len(self.features)
+        contracted = x.shape[x.ndim - count :]
+
+        def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+            flat = (math.prod(contracted), math.prod(self.features))
+            return self.kernel_init(key, flat, dtype).reshape(shape)
+
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.axes),
+            (*contracted, *self.features),
+            jnp.float32,
+        )
+        bias = self.param(
+            "bias",
+            nn.with_logical_partitioning(self.bias_init, self.axes[count:]),
+            self.features,
+            jnp.float32,
+        )
+        kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)  # NumPy's may be given
+        x, axes = x.astype(self.dtype), self.axes
+        rows = x.shape[: x.ndim - count]
+        if placement.current.get().merges:
+            # One matrix: of more axes the TPU's compiler makes slower products.
+            x = x.reshape(*rows, math.prod(contracted))
+            kernel = kernel.reshape(math.prod(contracted), math.prod(self.features))
+            axes, count = (_merged(axes[:count]), _merged(axes[count:])), 1
+        y = project(x, kernel, axes, count)
+        shape = y.shape[len(rows) :]  # what follows is fused with the product in this shape
+        if self.bias_gradient:
+            y = add_bias(y, bias.reshape(shape))
+        else:
+            y = y + jax.lax.stop_gradient(bias).reshape(shape).astype(y.dtype)
+        if self.kept:
+            y = checkpoint_name(y, OUTPUT)
+        y = y.reshape(*rows, *self.features)
+        return y if self.bias_gradient else (y, bias)
+
+
+def _merged(axes: Axes) -> str | None:
+    """What the axes are as one; of several only `embed`, the first of its group, is ever cut."""
+    return axes[0] if len(axes) == 1 or axes[0] == "embed" else None
