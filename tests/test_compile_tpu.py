@@ -301,7 +301,7 @@ def test_a_report_weighs_the_variants_and_says_when_it_is_not_calibrated(eight_c
     made = report.create_report(job, steps, (0.5, 0.5), sampler=None, calibration=0.7)
     clock = topologies.CHIPS["v5e"].clock
     assert made.step_seconds == pytest.approx(30_000_000 / clock)
-    assert made.wire_seconds == pytest.approx(4e8 / 100e9)
+    assert made.wire_seconds == pytest.approx(4e8 / 200e9)
     assert made.mfu(0.02) == pytest.approx(made.step_flops / 0.02 / (8 * 197e12))
     text = "\n".join(made.lines())
     assert "UNCALIBRATED" in text and "verdict        fits" in text

@@ -91,7 +91,7 @@ def _forward_rule(
     return out, (qkv, strips, ids_keep, out, log_sums)
 
 
-def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array, ...]:
+def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array | None, ...]:
     qkv, strips, ids_keep, out, log_sums = saved
     ids = [] if ids_keep is None else [ids_keep]
 

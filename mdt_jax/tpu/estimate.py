@@ -101,7 +101,7 @@ class Estimate:
     def wire_seconds(self, chip: Chip) -> float:
         """What the collectives take at the least, were nothing of them hidden behind the work."""
         inside = sum(c.wire_bytes for c in self.collectives if not c.across_slices)
-        return inside / (chip.ici_bandwidth / 2)  # one direction of each link
+        return inside / chip.ici_bandwidth
 
 
 def estimate(

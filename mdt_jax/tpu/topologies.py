@@ -37,7 +37,7 @@ class Chip:
       name: the generation.
       device_kind: JAX's name, the key of `metrics.peak_flops`.
       hbm_bytes, hbm_bandwidth: capacity, and bytes a second.
-      ici_bandwidth: bytes a second to all neighbours, both directions together.
+      ici_bandwidth: bytes a second that the chip sends to all its neighbours together.
       mxu_macs: multiply-adds a cycle: matrix units × their elements, of all cores.
       cores: TensorCores, in which v4-512 and v5p-32 count.
       dimensions: of the torus.
@@ -65,19 +65,21 @@ class Chip:
         return self.peak_flops / (2 * self.mxu_macs)
 
 
-# Capacity, bandwidths and number of matrix units: the pages' tables of "system architecture". The
-# units are of 128 × 128 up to v5p, of 256 × 256 in v6e. Of those its page has said both two and
-# four; two would need a clock of 3.5 GHz for the peak, and calibrate at 1.41.
+# Capacity, bandwidths and number of matrix units: the pages' tables of "system architecture", of
+# which several versions are about; where they differ, the lower figure. Links are theirs where they
+# give them for one direction, half of their "bidirectional" ones; v4's page has none (6 links of
+# 50 GB/s). The units are of 128 × 128 up to v5p, of 256 × 256 in v6e. Of those its page has said
+# both two and four; two would need a clock of 3.5 GHz for the peak, and calibrate at 1.41.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 32 * GIB, 1228e9, 300e9, 2 * 4 * 128**2, 2, 3,
+        Chip("v4", "TPU v4", 32 * GIB, 1200e9, 300e9, 2 * 4 * 128**2, 2, 3,
              "https://cloud.google.com/tpu/docs/v4"),
         Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 128**2, 1, 2,
              "https://cloud.google.com/tpu/docs/v5e"),
         Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 2 * 4 * 128**2, 2, 3,
              "https://cloud.google.com/tpu/docs/v5p"),
-        Chip("v6e", "TPU v6 lite", 32 * GIB, 1638e9, 400e9, 4 * 256**2, 1, 2,
+        Chip("v6e", "TPU v6 lite", 32 * GIB, 1600e9, 400e9, 4 * 256**2, 1, 2,
              "https://cloud.google.com/tpu/docs/v6e"),
     )
 }  # fmt: skip

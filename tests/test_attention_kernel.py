@@ -1,0 +1,114 @@
+"""The attention kernel, interpreted, against the plain form: output and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.models import attention_kernel
+from mdt_jax.models.attention import choose_kernels
+from mdt_jax.positions import relative_position_index
+
+GRID = 16
+N = GRID**2
+
+
+def plain(qkv, table, ids):
+    """Attention by the definition, tokens last as the kernel has them."""
+    index = jnp.asarray(relative_position_index(GRID))
+    if ids is not None:
+        index = index[ids[:, :, None], ids[:, None, :]]
+    q, k, v = (jnp.swapaxes(qkv[:, i], -1, -2) for i in range(3))
+    logits = jnp.einsum("bhqe,bhke->bhqk", q * q.shape[-1] ** -0.5, k, precision="highest")
+    weights = jax.nn.softmax(logits + jnp.moveaxis(table[index], -1, -3), axis=-1)
+    return jnp.einsum("bhqk,bhke->bheq", weights, v, precision="highest")
+
+
+def kernel(qkv, bias, table, ids):
+    strips = attention_kernel.bias_strips(table, GRID)
+    return attention_kernel.attention(qkv, bias, strips, ids, True)
+
+
+def arrays(batch, heads, width, kept, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = kept or N
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    ids = np.stack([rng.permutation(N)[:tokens] for _ in range(batch)]).astype(np.int32)
+    return (
+        draw(batch, 3, heads, width, tokens),
+        draw(3, heads, width),
+        draw((2 * GRID - 1) ** 2 + 3, heads),
+        jnp.asarray(ids) if kept else None,
+        draw(batch, heads, width, tokens),
+    )
+
+
+def error(actual, expected):
+    return float(jnp.abs(actual - expected).max() / jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "kept"), [(2, 2, 8, None), (3, 3, 24, 144), (2, 1, 16, 179)]
+)
+def test_output_and_gradients_are_those_of_the_plain_form(batch, heads, width, kept):
+    qkv, bias, table, ids, along = arrays(batch, heads, width, kept)
+
+    def through(attend):
+        out, pull = jax.vjp(attend, qkv, bias, table)
+        return out, *pull(along)
+
+    actual = jax.jit(lambda: through(lambda q, b, t: kernel(q, b, t, ids)))()
+    # The kernel's queries, keys and values have their bias already; it only sums its gradient.
+    expected = jax.jit(
+        lambda: through(
+            lambda q, b, t: plain(q + b[..., None] - jax.lax.stop_gradient(b)[..., None], t, ids)
+        )
+    )()
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape and error(a, e) < 1e-5
+
+
+def test_a_bias_with_queries_and_keys_exchanged_shows():
+    qkv, bias, table, ids, _ = arrays(1, 1, 8, 144)
+    turned = jnp.concatenate([table[-4::-1], table[-3:]])  # the row of (−r, −c)
+    assert error(kernel(qkv, bias, turned, ids), plain(qkv, table, ids)) > 1e-2
+
+
+def test_kept_ids_of_another_sample_show():
+    qkv, bias, table, ids, _ = arrays(2, 1, 8, 144)
+    assert error(kernel(qkv, bias, table, ids[::-1]), plain(qkv, table, ids)) > 1e-2
+
+
+def test_strips_hold_the_table_exactly():
+    table = arrays(1, 3, 8, None)[2]
+    strips = np.asarray(attention_kernel.bias_strips(table, GRID))
+    index = relative_position_index(GRID)
+    for key in (0, 5, 100, N - 1):
+        row, column = divmod(key, GRID)
+        start = (GRID - 1 - row) * GRID
+        np.testing.assert_array_equal(
+            strips[:, column, start : start + N], np.asarray(table)[index[:, key]].T
+        )
+
+
+def test_bfloat16_is_near():
+    qkv, bias, table, ids, _ = arrays(2, 2, 8, 144)
+    out = kernel(qkv.astype(jnp.bfloat16), bias, table, ids)
+    assert out.dtype == jnp.bfloat16
+    assert error(out.astype(jnp.float32), plain(qkv, table, ids)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("platform", "grid", "width", "kernels"),
+    [
+        ("tpu", 16, 72, "pallas"),
+        ("tpu", 16, 64, "pallas"),
+        ("tpu", 32, 72, "plain"),  # 1,024 tokens: their logits do not fit the core
+        ("tpu", 2, 16, "plain"),
+        ("tpu", 16, 36, "plain"),
+        ("gpu", 16, 72, "plain"),
+        ("cpu", 16, 72, "plain"),
+    ],
+)
+def test_kernels_are_chosen_by_platform_and_size(platform, grid, width, kernels):
+    assert choose_kernels(platform, grid, 16, width) == kernels
