@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from jobs import xla_flags
 
 from mdt_jax import checkpoint_list
 from mdt_jax.checkpoints import (
@@ -91,7 +92,7 @@ def start_python(code: str, *args, devices: int = 1) -> subprocess.Popen:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "PYTHONPATH": str(Path(__file__).parents[1]),
         },
         stdout=subprocess.PIPE,

@@ -148,7 +148,6 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypat
     assert f"{tmp_path} cannot be locked" in caplog.text
 
 
-@pytest.mark.slow
 def test_two_kills_of_two_processes_leave_the_final_bits_alone(tmp_path):
     """`tools/kill_test.py` kills more often: see the README."""
     command = [sys.executable, ROOT / "tools" / "kill_test.py", "--workdir", tmp_path / "kills"]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from jobs import xla_flags
 from test_sample import save_run
 
 import mdt_jax
@@ -392,7 +393,7 @@ def start(workdir, output, cache):
         cwd=ROOT,
         env=os.environ
         | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(1),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
@@ -477,7 +478,7 @@ def test_two_processes_go_on_with_what_one_began(workdir, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROCESS), str(index), str(port), *own],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=os.environ | {"XLA_FLAGS": xla_flags(1)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jobs import xla_flags
 
 from mdt_jax import (
     checkpoints,
@@ -136,7 +137,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     flags += ["--config.schedule.name=cosine", "--config.optimizer.learning_rate=1e-2"]
     flags += ["--config.eval_every=10", "--config.eval.num_samples=8", "--config.eval.steps=2"]
     environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         # Restarts are fast, and the killed run's programs are the other's.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
