@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def play():
             time.sleep(0.01 * (1 + me))
             if step == 5 and me == 1 and scene in ("SIGTERM", "SIGUSR1"):
                 os.kill(os.getpid(), getattr(signal, scene))
+            if step == 5 and me == 1 and scene == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
             if step == 5 and me == 1 and scene == "failure":
                 raise OSError("image 17 cannot be read")
             if step % 50 == 0:
@@ -91,6 +94,13 @@ def play(scene):
     began = time.monotonic()
     found = outcomes(start_job([sys.executable, "-c", WORKER, scene], 2), timeout=120)
     return found, time.monotonic() - began
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed():
+    """What comes of a job of which a process is killed: half a minute, beside the other tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(play, "SIGKILL")
 
 
 @pytest.mark.parametrize("scene", ["SIGTERM", "SIGUSR1"])
@@ -115,6 +125,13 @@ def test_a_process_that_fails_ends_the_others_and_says_why(scene):
     else:
         expected = 'class.1 is "cow" on process 1, "dog" on process 0'
         assert all(expected in text for _, text in found)
+
+
+def test_a_process_that_is_killed_ends_the_others_which_say_that_it_is_gone(killed):
+    found, seconds = killed.result()
+    (status, said), (killed_status, _) = found
+    assert killed_status == -signal.SIGKILL and status not in (None, 0) and seconds < 60, found
+    assert "stopped sending heartbeats" in said or "lost another process of the job" in said
 
 
 def test_a_folder_has_one_run_which_is_named_to_others(tmp_path):

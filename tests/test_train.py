@@ -1,5 +1,6 @@
 """The training command: it survives being killed, compiles once, and refuses what cannot work."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -408,13 +409,14 @@ def before_step(monkeypatch, actions):
     monkeypatch.setattr(train.StepLog, "add", act)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
-    finished, tmp_path, monkeypatch, caplog
+    number, finished, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     with caplog.at_level("INFO"), monkeypatch.context() as patch:
-        before_step(patch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        before_step(patch, {5: lambda: os.kill(os.getpid(), number)})
         state = train.train(config, tmp_path)
     assert int(state.step) == 5 and sealed_steps(tmp_path) == [4, 5]
     assert "stopped at step 5, saved; the same command resumes" in caplog.text
@@ -422,6 +424,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     items = ["state", *(f"ema_{rate}" for rate in config.ema_rates)]
     assert bits(tmp_path, items) == bits(finished.workdir, items)
     assert logged(tmp_path) == [line for line in logged(finished.workdir) if "loss" in line]
+
+
+def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
+    finished, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    late = []
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(late))
+    monkeypatch.setattr("mdt_jax.preemption.time", clock)
+    actions = dict.fromkeys([6, 7, 8], lambda: None)  # it looks at the clock once a second
+    before_step(monkeypatch, actions | {5: lambda: late.append("an hour")})
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    with caplog.at_level("INFO"):
+        command(monkeypatch, config, tmp_path, max_hours=1.0)
+    step = sealed_steps(tmp_path)[-1]
+    assert 5 <= step <= 9 and "stopping: --max_hours 1" in caplog.text
+    assert f"stopped at step {step}, saved; the same command resumes" in caplog.text
 
 
 @pytest.fixture
@@ -461,6 +480,26 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
     with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
         train.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize(("processes", "ends"), [(1, False), (2, True)])
+def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monkeypatch, caplog):
+    """Those that could write their part wait for the one that could not."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with contextlib.ExitStack() as stack:
+        if ends:
+            stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
+        with train._tolerating_a_full_disk():
+            raise checkpoints.SaveError("no space left")
+    assert ("training goes on" in caplog.text) != ends
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_workdir_on_a_bucket_is_refused(workdir, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"workdir {workdir} is a URL: mount it"):
+        train.train(finished.config, workdir)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
@@ -556,9 +595,11 @@ def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def command(monkeypatch, config, workdir=None, dry_run=False):
+def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
     """The command's main, with its flags parsed."""
-    parsed = types.SimpleNamespace(config=config, workdir=workdir, dry_run=dry_run, max_hours=None)
+    parsed = types.SimpleNamespace(
+        config=config, workdir=workdir, dry_run=dry_run, max_hours=max_hours
+    )
     monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=parsed))
     train.main([])
 
