@@ -443,12 +443,32 @@ def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
     assert f"stopped at step {step}, saved; the same command resumes" in caplog.text
 
 
+def until(condition, seconds=60):
+    """Waits for what happens in the background."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def file_size_limit():
     """Sets the size beyond which no file can be written, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("processes", "ends"), [(1, False), (2, True)])
+def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monkeypatch, caplog):
+    """Those that could write their part wait for the one that could not."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with contextlib.ExitStack() as stack:
+        if ends:
+            stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
+        with train._tolerating_a_full_disk():
+            raise checkpoints.SaveError("no space left")
+    assert ("training goes on" in caplog.text) != ends
 
 
 # TensorStore's other writes then report to an event loop that is closed.
@@ -475,23 +495,15 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
 ):
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
-    actions = dict.fromkeys([9, 10], lambda: None)  # step 8 is written meanwhile
-    before_step(monkeypatch, actions | {11: lambda: file_size_limit(2**14)})
+
+    def fill_the_disk():
+        until(lambda: sealed_steps(tmp_path) == [4, 8])
+        file_size_limit(2**14)
+
+    before_step(monkeypatch, {11: fill_the_disk})
     with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
         train.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [4, 8]
-
-
-@pytest.mark.parametrize(("processes", "ends"), [(1, False), (2, True)])
-def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monkeypatch, caplog):
-    """Those that could write their part wait for the one that could not."""
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    with contextlib.ExitStack() as stack:
-        if ends:
-            stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
-        with train._tolerating_a_full_disk():
-            raise checkpoints.SaveError("no space left")
-    assert ("training goes on" in caplog.text) != ends
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
