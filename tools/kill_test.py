@@ -30,7 +30,7 @@ from absl import app, flags
 
 from mdt_jax import checkpoints, metrics
 
-CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 20
+CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
 START_SECONDS = 300  # until its signal, or its end
 END_SECONDS = {"SIGKILL": 60, "SIGTERM": 30}  # from the first signal to the last exit
 CONFIG = """
