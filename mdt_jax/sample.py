@@ -89,27 +89,28 @@ def draw(
             return None
         return parts.begin(len(labels))
 
-    done = by_first_process(begin)
-    if done is not None:
-        batches = sampling.in_batches(
-            sampling.compile_sampler(model, mesh, size, options),
-            params,
-            len(labels),
-            lambda rows: (labels[rows],),
-            key=f.seed,
-            progress=True,
-            done=set(done),
-        )
-        for first, samples in batches:
-            if autoencoder:
-                samples = decode(f, autoencoder, samples, size)
-            rows = images.to_uint8(samples, first) if pixels else samples
-            by_first_process(functools.partial(parts.write, first, rows))
-        about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
-        about = {"model": model.name, "step": model.step, "label_order": f.label_order} | about
-        by_first_process(lambda: finish(parts, labels, written, about))
-    if not f.keep_parts:
-        by_first_process(parts.remove)
+    with parts.held():
+        done = by_first_process(begin)
+        if done is not None:
+            batches = sampling.in_batches(
+                sampling.compile_sampler(model, mesh, size, options),
+                params,
+                len(labels),
+                lambda rows: (labels[rows],),
+                key=f.seed,
+                progress=True,
+                done=set(done),
+            )
+            for first, samples in batches:
+                if autoencoder:
+                    samples = decode(f, autoencoder, samples, size)
+                rows = images.to_uint8(samples, first) if pixels else samples
+                by_first_process(functools.partial(parts.write, first, rows))
+            about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
+            about = {"model": model.name, "step": model.step, "label_order": f.label_order} | about
+            by_first_process(lambda: finish(parts, labels, written, about))
+        if not f.keep_parts:
+            by_first_process(parts.remove)
     return written if jax.process_index() == 0 else []
 
 
@@ -129,7 +130,9 @@ def finish(parts: Parts, labels: np.ndarray, written: list[Path], about: dict[st
 
 
 def outputs(output: str | Path) -> tuple[Path, Path]:
-    """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none."""
+    """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none; no URL."""
+    if "://" in str(output):
+        raise ValueError(f"--output {output} is a URL: mount the bucket (gcsfuse), give the path")
     stem = str(output).removesuffix(".png").removesuffix(".npz")
     return Path(f"{stem}.npz"), Path(f"{stem}.png")
 

@@ -8,7 +8,8 @@ A part appears by one rename when it is on the disk, so a run that is killed los
 way and nothing else. A part that is damaged, or another run's, does not have its digest and is made
 again. How many samples there are to be is not in the manifest: sample i does not depend on it.
 
-Process 0 alone reads and writes the folder; `by_first_process` tells the others what it found.
+Process 0 alone reads and writes the folder; `by_first_process` tells the others what it found. It
+locks the folder meanwhile: two commands would remove each other's parts.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from orbax.checkpoint import multihost
 
 from mdt_jax.distributed import gather
 from mdt_jax.images import stream_npz, whole_file
+from mdt_jax.workdir_lock import NAME as LOCK
+from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
 
 MANIFEST = "manifest.json"
 _PART, _ASIDE = ".bin", ".tmp"
@@ -67,6 +70,24 @@ class Parts:
         self._size = self.settings["batch_size"]
         self._row_bytes = int(np.prod(shape)) * self.dtype.itemsize
         self._seed = json.dumps(self.settings, sort_keys=True).encode()
+        self._lock: WorkdirLock | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other commands out of the folder; all processes enter it.
+
+        The folder is made, and removed in the end if nothing is left in it.
+
+        Raises:
+          ValueError: another command has it; says on which host, by which process.
+        """
+        by_first_process(self._hold)
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                self._remove_if_empty()
+                self._lock.release()
 
     def begin(self, count: int) -> list[int]:
         """Makes the folder, or finds in it what there is of `count` samples of the same settings.
@@ -166,14 +187,12 @@ class Parts:
             )
 
     def remove(self) -> None:
-        """Removes the parts, if they are of these settings, and the folder if that was all."""
+        """Removes the parts, if they are of these settings."""
         if self._found() != self.settings:
             return
         for path in [*self._parts(), *self.folder.glob(f"*{_ASIDE}")]:
             path.unlink()
         (self.folder / MANIFEST).unlink()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -188,11 +207,25 @@ class Parts:
                 "samples are kept; make room and run the same command again, which goes on"
             ) from error
 
+    def _hold(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = WorkdirLock(self.folder, flag="--output")
+        except WorkdirInUse as error:
+            raise ValueError(str(error)) from None
+
+    def _remove_if_empty(self) -> None:
+        """Removes the folder if at most its lock is in it."""
+        if not any(path.name != LOCK for path in self.folder.iterdir()):
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
+
     def _open(self) -> None:
         """Writes the manifest, or compares it with the one that is there."""
         found = self._found()
         if found is None:
-            others = [file.name for file in self.folder.iterdir() if file.suffix != _ASIDE]
+            own = (self.folder / LOCK, *self.folder.glob(f"*{_ASIDE}"))
+            others = [file.name for file in self.folder.iterdir() if file not in own]
             if others:
                 raise FileExistsError(
                     f"{self.folder}: holds {others[0]} and no {MANIFEST}; parts of samples go "

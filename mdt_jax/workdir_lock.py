@@ -1,4 +1,4 @@
-"""One run to a workdir: a lock that goes when the process that holds it does, however it dies."""
+"""One run to a folder: a lock that goes when the process that holds it does, however it dies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from absl import logging
 
-_NAME = ".lock"  # Says who holds the lock. What counts is the lock, not the file.
+NAME = ".lock"  # Says who holds the lock. What counts is the lock, not the file.
 _POLL_SECONDS = 0.5
 
 
 class WorkdirInUse(RuntimeError):
-    """Another run has the workdir."""
+    """Another run has the folder."""
 
 
 class WorkdirLock:
@@ -27,24 +27,25 @@ class WorkdirLock:
     inherit. The folder must not be locked twice within one process: a process's locks are one.
     """
 
-    def __init__(self, folder: Path, patience: float = 10.0):
+    def __init__(self, folder: Path, patience: float = 10.0, flag: str = "--workdir"):
         """Locks `folder`, which must exist.
 
         Args:
             folder: what to lock.
             patience: seconds to wait for one that holds it: a killed job may still be ending.
+            flag: of the command, by which a user gives another folder.
 
         Raises:
             WorkdirInUse: it is locked; says by which host and process.
         """
-        self._file = open(folder / _NAME, "a+", encoding="utf-8")  # noqa: SIM115 - see release
+        self._file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - see release
         try:
-            self._lock(folder, patience)
+            self._lock(folder, patience, flag)
         except BaseException:
             self._file.close()
             raise
 
-    def _lock(self, folder: Path, patience: float) -> None:
+    def _lock(self, folder: Path, patience: float, flag: str) -> None:
         until = time.monotonic() + patience
         while True:
             try:
@@ -59,9 +60,11 @@ class WorkdirLock:
             if time.monotonic() > until:
                 raise WorkdirInUse(
                     f"{folder} is in use by {self._holder()}; two runs cannot share a folder: end "
-                    "that one, or give this one another --workdir"
+                    f"that one, or give this one another {flag}"
                 )
             time.sleep(_POLL_SECONDS)
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise WorkdirInUse(f"{folder} was removed by the run that had it; start this one again")
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(holder))

@@ -1,5 +1,6 @@
 """Jobs of several processes on this machine, as a cluster would start them."""
 
+import importlib.metadata
 import os
 import socket
 import subprocess
@@ -7,6 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def xla_flags(devices: int) -> str:
+    """Flags for so many CPU devices, and for a compiler that is done in half the time or less.
+
+    That is XLA without its newer way of making fusions, which the tiny programs of the tests do
+    not repay. Releases after 0.10 lack the switch, and end a process that is given it.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    return flags
 
 
 def start_job(command: Sequence, processes: int, devices: int = 1, **environment: str) -> list:
@@ -19,7 +32,7 @@ def start_job(command: Sequence, processes: int, devices: int = 1, **environment
         port = free.getsockname()[1]
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "PYTHONPATH": str(ROOT),

@@ -20,12 +20,13 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from jobs import xla_flags
 
-from mdt_jax import checkpoint_list
 from mdt_jax.checkpoints import (
     CheckpointError,
     Checkpoints,
     SaveError,
+    listing,
     read_meta,
     restore_item,
 )
@@ -91,7 +92,7 @@ def start_python(code: str, *args, devices: int = 1) -> subprocess.Popen:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "PYTHONPATH": str(Path(__file__).parents[1]),
         },
         stdout=subprocess.PIPE,
@@ -463,7 +464,7 @@ def test_another_run_in_the_workdir_is_refused(workdir, monkeypatch):
         time.sleep(100)
         """
     impatient = functools.partial(WorkdirLock, patience=0.0)
-    monkeypatch.setattr("mdt_jax.checkpoints.WorkdirLock", impatient)
+    monkeypatch.setattr("mdt_jax.checkpoints.store.WorkdirLock", impatient)
     other = start_python(code, workdir)
     try:
         assert other.stdout.readline() == "opened\n"
@@ -494,7 +495,7 @@ def test_the_list_tells_what_is_sound_what_is_damaged_and_what_is_no_checkpoint(
     shutil.copytree(root / "1", root / "11.orbax-checkpoint-tmp")
     complaint = flip_bit_of_largest(root / "2")
     before = sorted(workdir.rglob("*"))
-    entries = checkpoint_list.list_checkpoints(workdir)
+    entries = listing.list_checkpoints(workdir)
     said = {entry.name: entry.condition.partition(":")[0] for entry in entries}
     assert list(said.items()) == [
         ("1", "verified"),
@@ -505,12 +506,12 @@ def test_the_list_tells_what_is_sound_what_is_damaged_and_what_is_no_checkpoint(
     ]
     assert [entry.name for entry in entries if entry.damaged] == ["2"]
     assert complaint in entries[1].condition
-    assert not any(entry.damaged for entry in checkpoint_list.list_checkpoints(workdir, False))
+    assert not any(entry.damaged for entry in listing.list_checkpoints(workdir, False))
     size = sum(path.stat().st_size for path in (root / "10").rglob("*") if path.is_file())
     assert entries[2].size == size
     flags.FLAGS.mark_as_parsed()
     with pytest.raises(SystemExit, match="1"):
-        checkpoint_list.main(["", str(workdir)])
+        listing.main(["", str(workdir)])
     table = capsys.readouterr().out
     assert f"{workdir}: MDT-S/2, 32×32×4, 10 classes; adamw, batch 256, seed 3; 1,000" in table
     assert sorted(workdir.rglob("*")) == before
@@ -523,13 +524,13 @@ def test_the_command_lists_a_sound_run(two_steps):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.count("verified") == 2 and "settings unknown" in done.stdout
 
 
 def test_a_folder_without_a_run_has_no_list(tmp_path):
     with pytest.raises(CheckpointError, match=f"{tmp_path} holds no run"):
-        checkpoint_list.list_checkpoints(tmp_path)
+        listing.list_checkpoints(tmp_path)
 
 
 def test_a_killed_run_loses_at_most_the_save_in_progress(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from fake_extractor import random_images
+from jobs import xla_flags
 from test_sample import save_run
 
 from mdt_jax.evaluation import extractors
@@ -109,7 +110,8 @@ def test_the_command_ends_in_one_line_on_missing_weights(files, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mdt_jax.evaluate", f"--reference={files['reference']}",
          f"--samples={files['samples']}", f"--inception={tmp_path / 'none'}"],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags(1)}, capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]

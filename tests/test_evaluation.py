@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_extractor import random_images
+from jobs import xla_flags
 
 from mdt_jax.evaluation import evaluator, extractors, manifold, statistics
 from mdt_jax.evaluation.batches import ArrayImages
@@ -136,7 +137,7 @@ def test_two_processes_find_what_one_finds(tmp_path, report):
     port = 20_000 + os.getpid() % 20_000
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }

@@ -1,8 +1,10 @@
 """The launch scripts: what they would run, a local job of several processes, and SLURM's tasks."""
 
+import configparser
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +102,36 @@ def test_the_gke_job_is_restarted_when_it_stopped_early():
 def test_a_wrong_call_runs_nothing_and_shows_how(script, arguments):
     status, out, err = launch(script, *arguments)
     assert status == 2 and out == "" and f"tools/launch/{script}" in err
+
+
+def test_shellcheck_has_nothing_to_say():
+    here = Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{here}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, 'pip install -e ".[test]" brings it'
+    scripts = [*LAUNCH.glob("*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) > 4
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_is_built_from_what_is_there_for_every_accelerator():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    given = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    copied = [word for line in given if line[0] == "COPY" for word in line[1:-1]]
+    assert {"setup.cfg", "pyproject.toml", "mdt_jax"} <= set(copied)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert setup["metadata"]["long_description"].removeprefix("file: ") in copied
+    assert ["FROM", "python:3.11-slim"] in given
+    assert setup["options"]["python_requires"].startswith(">=3.11")
+    # By CUDA's version, as JAX names its wheels.
+    extras = setup["options.extras_require"]
+    assert {name: extras[name].strip() for name in ("tpu", "cuda12", "cuda13")} == {
+        name: f"jax[{name}]>=0.10" for name in ("tpu", "cuda12", "cuda13")
+    }
+    built = re.findall(r"EXTRA=(\w+)", "\n".join(lines))
+    assert {"tpu", "cuda13"} <= set(built) <= set(extras)
 
 
 # ---- Run again or not --------------------------------------------------------------------------

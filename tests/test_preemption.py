@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def play():
             time.sleep(0.01 * (1 + me))
             if step == 5 and me == 1 and scene in ("SIGTERM", "SIGUSR1"):
                 os.kill(os.getpid(), getattr(signal, scene))
+            if step == 5 and me == 1 and scene == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
             if step == 5 and me == 1 and scene == "failure":
                 raise OSError("image 17 cannot be read")
             if step % 50 == 0:
@@ -91,6 +94,13 @@ def play(scene):
     began = time.monotonic()
     found = outcomes(start_job([sys.executable, "-c", WORKER, scene], 2), timeout=120)
     return found, time.monotonic() - began
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed():
+    """What comes of a job of which a process is killed: half a minute, beside the other tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(play, "SIGKILL")
 
 
 @pytest.mark.parametrize("scene", ["SIGTERM", "SIGUSR1"])
@@ -115,6 +125,13 @@ def test_a_process_that_fails_ends_the_others_and_says_why(scene):
     else:
         expected = 'class.1 is "cow" on process 1, "dog" on process 0'
         assert all(expected in text for _, text in found)
+
+
+def test_a_process_that_is_killed_ends_the_others_which_say_that_it_is_gone(killed):
+    found, seconds = killed.result()
+    (status, said), (killed_status, _) = found
+    assert killed_status == -signal.SIGKILL and status not in (None, 0) and seconds < 60, found
+    assert "stopped sending heartbeats" in said or "lost another process of the job" in said
 
 
 def test_a_folder_has_one_run_which_is_named_to_others(tmp_path):
@@ -148,7 +165,6 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypat
     assert f"{tmp_path} cannot be locked" in caplog.text
 
 
-@pytest.mark.slow
 def test_two_kills_of_two_processes_leave_the_final_bits_alone(tmp_path):
     """`tools/kill_test.py` kills more often: see the README."""
     command = [sys.executable, ROOT / "tools" / "kill_test.py", "--workdir", tmp_path / "kills"]

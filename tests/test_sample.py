@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 from flax import linen as nn
+from jobs import xla_flags
 from PIL import Image
 
 import mdt_jax
@@ -212,7 +213,7 @@ def run_command(*flags):
     return subprocess.run(
         [sys.executable, "-m", "mdt_jax.sample", *map(str, flags)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"XLA_FLAGS": xla_flags(8)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,8 @@
 """Samples by the thousand: parts survive kills and are checked, and the join is streamed."""
 
 import errno
+import fcntl
+import functools
 import importlib
 import json
 import os
@@ -19,11 +21,13 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from jobs import xla_flags
 from test_sample import save_run
 
 import mdt_jax
 from mdt_jax import images, sample_parts, sampling, sharding
 from mdt_jax.sample_parts import Parts, first_difference
+from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
 
 sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
@@ -381,6 +385,53 @@ def test_drawing_labels_and_painting_do_not_go_together(command):
         command("--inpaint=a.png", "--mask=b.png", "--label_order=random")
 
 
+def test_an_output_on_a_bucket_is_refused(command):
+    with pytest.raises(ValueError, match="--output gs://bucket/out is a URL: mount the bucket"):
+        command("--output=gs://bucket/out")
+
+
+HOLD = """
+import sys, time
+import numpy as np
+from mdt_jax.sample_parts import Parts
+with Parts(sys.argv[1], {"batch_size": 4}, (2, 2, 1), np.dtype(np.uint8)).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_command_on_an_output_is_refused_and_told_of_the_first(command, monkeypatch):
+    impatient = functools.partial(WorkdirLock, patience=0.0)
+    monkeypatch.setattr("mdt_jax.sample_parts.WorkdirLock", impatient)
+    folder = command.folder / "out.parts"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said = f"{folder} is in use by process {holder.pid} on .*; .* another --output"
+        with pytest.raises(ValueError, match=said):
+            command()
+    finally:
+        holder.kill()
+        holder.communicate()
+    command()
+    assert sorted(path.name for path in command.folder.iterdir()) == ["out.npz", "out.png"]
+
+
+def test_a_lock_whose_folder_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """As when the command that was waited for joins its parts and removes their folder."""
+    lock = fcntl.lockf
+
+    def lock_too_late(file, operation):
+        (tmp_path / ".lock").unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr("fcntl.lockf", lock_too_late)
+    with pytest.raises(WorkdirInUse, match=f"{tmp_path} was removed by the run that had it"):
+        WorkdirLock(tmp_path)
+
+
 # ---- Kills and processes -------------------------------------------------------------------------
 
 
@@ -392,7 +443,7 @@ def start(workdir, output, cache):
         cwd=ROOT,
         env=os.environ
         | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(1),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
@@ -477,7 +528,7 @@ def test_two_processes_go_on_with_what_one_began(workdir, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROCESS), str(index), str(port), *own],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=os.environ | {"XLA_FLAGS": xla_flags(1)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

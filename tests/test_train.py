@@ -1,5 +1,6 @@
 """The training command: it survives being killed, compiles once, and refuses what cannot work."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jobs import xla_flags
 
 from mdt_jax import (
     checkpoints,
@@ -136,7 +138,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     flags += ["--config.schedule.name=cosine", "--config.optimizer.learning_rate=1e-2"]
     flags += ["--config.eval_every=10", "--config.eval.num_samples=8", "--config.eval.steps=2"]
     environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         # Restarts are fast, and the killed run's programs are the other's.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -407,13 +409,14 @@ def before_step(monkeypatch, actions):
     monkeypatch.setattr(train.StepLog, "add", act)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
-    finished, tmp_path, monkeypatch, caplog
+    number, finished, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     with caplog.at_level("INFO"), monkeypatch.context() as patch:
-        before_step(patch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        before_step(patch, {5: lambda: os.kill(os.getpid(), number)})
         state = train.train(config, tmp_path)
     assert int(state.step) == 5 and sealed_steps(tmp_path) == [4, 5]
     assert "stopped at step 5, saved; the same command resumes" in caplog.text
@@ -423,12 +426,49 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     assert logged(tmp_path) == [line for line in logged(finished.workdir) if "loss" in line]
 
 
+def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
+    finished, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    late = []
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(late))
+    monkeypatch.setattr("mdt_jax.preemption.time", clock)
+    actions = dict.fromkeys([6, 7, 8], lambda: None)  # it looks at the clock once a second
+    before_step(monkeypatch, actions | {5: lambda: late.append("an hour")})
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    with caplog.at_level("INFO"):
+        command(monkeypatch, config, tmp_path, max_hours=1.0)
+    step = sealed_steps(tmp_path)[-1]
+    assert 5 <= step <= 9 and "stopping: --max_hours 1" in caplog.text
+    assert f"stopped at step {step}, saved; the same command resumes" in caplog.text
+
+
+def until(condition, seconds=60):
+    """Waits for what happens in the background."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def file_size_limit():
     """Sets the size beyond which no file can be written, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("processes", "ends"), [(1, False), (2, True)])
+def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monkeypatch, caplog):
+    """Those that could write their part wait for the one that could not."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with contextlib.ExitStack() as stack:
+        if ends:
+            stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
+        with train._tolerating_a_full_disk():
+            raise checkpoints.SaveError("no space left")
+    assert ("training goes on" in caplog.text) != ends
 
 
 # TensorStore's other writes then report to an event loop that is closed.
@@ -455,11 +495,23 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
 ):
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
-    actions = dict.fromkeys([9, 10], lambda: None)  # step 8 is written meanwhile
-    before_step(monkeypatch, actions | {11: lambda: file_size_limit(2**14)})
+
+    def fill_the_disk():
+        until(lambda: sealed_steps(tmp_path) == [4, 8])
+        file_size_limit(2**14)
+
+    before_step(monkeypatch, {11: fill_the_disk})
     with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
         train.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_workdir_on_a_bucket_is_refused(workdir, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"workdir {workdir} is a URL: mount it"):
+        train.train(finished.config, workdir)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
@@ -555,9 +607,11 @@ def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def command(monkeypatch, config, workdir=None, dry_run=False):
+def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
     """The command's main, with its flags parsed."""
-    parsed = types.SimpleNamespace(config=config, workdir=workdir, dry_run=dry_run, max_hours=None)
+    parsed = types.SimpleNamespace(
+        config=config, workdir=workdir, dry_run=dry_run, max_hours=max_hours
+    )
     monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=parsed))
     train.main([])
 

@@ -148,7 +148,7 @@ def start(command: Sequence[str], processes: int, cache: Path, log: Path) -> lis
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -24,13 +24,19 @@ trap 'rm -f "$log"' EXIT
 # A scheduler may signal every process of a job, and the log must outlive the command.
 exec {copied}> >(trap '' INT TERM USR1 && exec tee "$log" >&2)
 copier=$!
+command='' asked=''
+pass_on() {
+  asked=$1
+  [[ ! $command ]] || kill -s "$asked" "$command" 2>/dev/null
+}
+for signal in INT TERM USR1; do
+  # shellcheck disable=SC2064  # the signal of this turn
+  trap "pass_on $signal" "$signal"
+done
 "$@" 2>&"$copied" &
 command=$!
 exec {copied}>&-
-for signal in INT TERM USR1; do
-  # shellcheck disable=SC2064  # the signal of this turn
-  trap "kill -s $signal $command 2>/dev/null" "$signal"
-done
+[[ ! $asked ]] || pass_on "$asked" # it came before there was a command
 
 wait "$command"
 status=$?

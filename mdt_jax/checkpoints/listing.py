@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from mdt_jax import checkpoints
+from mdt_jax.checkpoints.items import read_meta
+from mdt_jax.checkpoints.seal import CheckpointError, checkpoint_root, find_problems, is_unsealed
 
 _VERIFY = flags.DEFINE_bool("verify", True, "Read every file and compare its checksum.")
 
@@ -43,9 +44,9 @@ def list_checkpoints(workdir: str | Path, verify: bool = True) -> list[Entry]:
     Raises:
       CheckpointError: there is no folder of checkpoints.
     """
-    root = checkpoints.checkpoint_root(workdir)
+    root = checkpoint_root(workdir)
     if not root.is_dir():
-        raise checkpoints.CheckpointError(f"{root} is no folder: {workdir} holds no run")
+        raise CheckpointError(f"{root} is no folder: {workdir} holds no run")
     folders = [path for path in root.iterdir() if path.is_dir()]
     folders.sort(key=lambda path: (not path.name.isdecimal(), len(path.name), path.name))
     return [_entry(folder, verify) for folder in folders]
@@ -55,13 +56,13 @@ def _entry(folder: Path, verify: bool) -> Entry:
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     saved = max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime)
-    if not folder.name.isdecimal() and not checkpoints.is_unsealed(folder):
+    if not folder.name.isdecimal() and not is_unsealed(folder):
         return Entry(folder.name, size, saved, "set aside: damaged when a run was resumed")
-    if checkpoints.is_unsealed(folder):
+    if is_unsealed(folder):
         return Entry(folder.name, size, saved, "unsealed: being saved, or interrupted")
     if not verify:
         return Entry(folder.name, size, saved, "sealed, not verified")
-    if problems := checkpoints.find_problems(folder):
+    if problems := find_problems(folder):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return Entry(folder.name, size, saved, f"DAMAGED: {problems[0]}{more}", True)
     return Entry(folder.name, size, saved, "verified")
@@ -81,8 +82,8 @@ def describe(config: dict[str, Any]) -> str:
 def table(workdir: str | Path, entries: list[Entry]) -> str:
     """For a person."""
     try:
-        heading = describe(checkpoints.read_meta(workdir)[1]["config"])
-    except (checkpoints.CheckpointError, KeyError) as error:
+        heading = describe(read_meta(workdir)[1]["config"])
+    except (CheckpointError, KeyError) as error:
         heading = f"settings unknown: {error}"
     rows = [
         (
@@ -104,12 +105,7 @@ def main(arguments: list[str]) -> None:
         sys.exit("error: give one workdir: python -m mdt_jax.checkpoints WORKDIR")
     try:
         entries = list_checkpoints(arguments[1], _VERIFY.value)
-    except (checkpoints.CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(table(arguments[1], entries))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)
-
-
-def run() -> None:
-    """Parses the command line and calls `main`."""
-    app.run(main)

@@ -1,0 +1,29 @@
+"""Orbax checkpoints of a run: asynchronous, atomic, checksummed, sealed.
+
+    WORKDIR/checkpoints/<step>/<item>/         one Orbax item per name, written by all processes
+                               meta/           JSON: what is not an array
+                               manifest.json   the seal: every file, its size and BLAKE2b digest
+
+Orbax lets a step appear by one rename, but restores flipped bits without noticing. So once it has
+committed a step, the processes share out the step's files and checksum them, and process 0 writes
+the seal. A step without one is a save that was interrupted, and counts for nothing. (This is why
+`ocp.CheckpointManager` is not used: it deletes an old step when a new one is committed, which is
+before that one is sealed, and a run killed in between could have nothing left. It can read what
+is written here.)
+
+Nothing here compiles while a run is saving: arrays are copied from device to host, and processes
+meet at JAX's coordination service, not in a collective.
+"""
+
+from mdt_jax.checkpoints.items import lazy_item, read_meta, restore_item
+from mdt_jax.checkpoints.seal import CheckpointError, SaveError
+from mdt_jax.checkpoints.store import Checkpoints
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "SaveError",
+    "lazy_item",
+    "read_meta",
+    "restore_item",
+]
