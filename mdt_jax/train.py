@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from mdt_jax import config as config_lib
 from mdt_jax import metrics, run_data, run_evaluation, sharding
 from mdt_jax.checkpoints import CheckpointError, Checkpoints, SaveError
+from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import ending_together, initialize_distributed
 from mdt_jax.monitors import GridSampler, NonFiniteLoss, StepLog
@@ -226,6 +227,7 @@ def main(_: list[str]) -> None:
     with ending_together():
         try:
             initialize_distributed()
+            use_compilation_cache()
             _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
         except (ValueError, OSError, CheckpointError, NonFiniteLoss) as error:
             if logging.level_debug():

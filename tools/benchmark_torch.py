@@ -277,6 +277,7 @@ def build(architecture: Any, seed: int = 0) -> LatentTransformer:
 # ---- Losses ------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the losses look up by timestep, of the linear schedule of 1000 steps."""
