@@ -6,10 +6,10 @@
 
 --model NAME is short for --config configs/imagenet256.py:NAME; --config.KEY=VALUE changes a
 setting, as for `mdt_jax.train`, and the programs are the ones it and `mdt_jax.sample` run: bfloat16
-on a GPU or TPU, float32 on a CPU, unless --config.model.dtype says otherwise; on all devices, unless
---device names others. --parts chooses among step, forward, sample and latency (batch 1, 10, 20 and
-50 steps, decoded; random autoencoder weights unless --vae gives them). Compiling is timed apart.
-FLOPs are the model's, by formula, without recomputation; MFU is their share of the devices'
+on a GPU or TPU, float32 on a CPU, unless --config.model.dtype says otherwise; on all devices,
+unless --device names others. --parts chooses among step, forward, sample and latency (batch 1; 10,
+20 and 50 steps, decoded; random autoencoder weights unless --vae gives them). Compiling is timed
+apart. FLOPs are the model's, by formula, without recomputation; MFU is their share of the devices'
 published peak.
 
 --reference_torch times a PyTorch model of the same sizes (`benchmark_torch.py`), eager and
