@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,12 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
     logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
-    steps = run.compile_steps(source)
-    sampler = GridSampler(run, source.class_names) if config.sample.every else None
-    if evaluator:
-        evaluator.compile()
+    with ThreadPoolExecutor(1) as background:  # a compilation alone does not fill the processors
+        compiling = background.submit(run.compile_steps, source)
+        sampler = GridSampler(run, source.class_names) if config.sample.every else None
+        if evaluator:
+            evaluator.compile()
+        steps = compiling.result()
     compile_seconds = time.perf_counter() - began
     logging.info("compiled in %.1f s", compile_seconds)
     stop.ready()
