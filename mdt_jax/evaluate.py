@@ -32,6 +32,7 @@ from absl import app, flags, logging
 
 from mdt_jax import checkpoints, sharding
 from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.distributed import ending_together, initialize_distributed, leave
 from mdt_jax.evaluation import evaluator, extractors
 from mdt_jax.evaluation.batches import open_images
@@ -189,6 +190,7 @@ def main(_: list[str]) -> None:
     with ending_together():
         try:
             initialize_distributed()
+            use_compilation_cache()
             run(f)
         except (ValueError, OSError, CheckpointError) as error:
             if logging.level_debug():

@@ -27,6 +27,7 @@ from einops import reduce
 from mdt_jax import checkpoints, images, inpainting, pretrained, sampling, sharding, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.diffusion import SAMPLERS
 from mdt_jax.distributed import ending_together, initialize_distributed
 from mdt_jax.latents import Autoencoder
@@ -408,6 +409,7 @@ def main(_: list[str]) -> None:
     with ending_together():
         try:
             initialize_distributed()
+            use_compilation_cache()
             for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):
                 print(path)
         except (ValueError, OSError, CheckpointError) as error:

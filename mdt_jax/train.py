@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mdt_jax import config as config_lib
 from mdt_jax import metrics, run_data, run_evaluation, sharding
 from mdt_jax.checkpoints import CheckpointError, Checkpoints, SaveError
+from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
 from mdt_jax.distributed import ending_together, initialize_distributed
 from mdt_jax.monitors import GridSampler, NonFiniteLoss, StepLog
@@ -78,10 +80,12 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
     logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
-    steps = run.compile_steps(source)
-    sampler = GridSampler(run, source.class_names) if config.sample.every else None
-    if evaluator:
-        evaluator.compile()
+    with ThreadPoolExecutor(1) as background:  # a compilation alone does not fill the processors
+        compiling = background.submit(run.compile_steps, source)
+        sampler = GridSampler(run, source.class_names) if config.sample.every else None
+        if evaluator:
+            evaluator.compile()
+        steps = compiling.result()
     compile_seconds = time.perf_counter() - began
     logging.info("compiled in %.1f s", compile_seconds)
     stop.ready()
@@ -226,6 +230,7 @@ def main(_: list[str]) -> None:
     with ending_together():
         try:
             initialize_distributed()
+            use_compilation_cache()
             _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
         except (ValueError, OSError, CheckpointError, NonFiniteLoss) as error:
             if logging.level_debug():

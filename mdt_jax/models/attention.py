@@ -39,6 +39,37 @@ def kept_position_index(
     return index[ids_keep[:, :, None], ids_keep[:, None, :]]
 
 
+@jax.custom_vjp
+def add_bias(
+    logits: Float[Array, "batch heads n n"], bias: Float[Array, "*batch heads n n"]
+) -> Float[Array, "batch heads n n"]:
+    """logits + bias, whose gradient is summed over the batch if all samples share it.
+
+    On a CPU, as a product with ones: XLA's sum over the first axis takes 60 times as long there
+    (16 × 6 × 256 × 256 float32 on one core: 36 ms against 0.6).
+    """
+    return logits + bias
+
+
+def _add_bias_forward(logits: Array, bias: Array) -> tuple[Array, tuple[()] | None]:
+    return logits + bias, None if bias.ndim == logits.ndim else ()
+
+
+def _add_bias_backward(shared: tuple[()] | None, gradient: Array) -> tuple[Array, Array]:
+    if shared is None:
+        return gradient, gradient
+
+    def product(g: Array) -> Array:
+        ones = jnp.ones(g.shape[0], g.dtype)
+        return jnp.einsum("b,bn->n", ones, g.reshape(g.shape[0], -1)).reshape(g.shape[1:])
+
+    total = jax.lax.platform_dependent(gradient, cpu=product, default=lambda g: g.sum(axis=0))
+    return gradient, total
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 class Attention(nn.Module):
     """Self-attention: qkv with bias, optional relative-position bias, output projection.
 
@@ -118,7 +149,7 @@ class Attention(nn.Module):
             preferred_element_type=jnp.float32,
         )
         if bias is not None:
-            logits += bias
+            logits = add_bias(logits, bias)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
         return jnp.transpose(out, (0, 2, 1, 3))

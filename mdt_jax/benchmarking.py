@@ -1,0 +1,289 @@
+"""What a run's programs cost on this machine: timing them, by turns if compared, and the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdt_jax import flops, metrics, sampling, sharding
+from mdt_jax.convert.autoencoder import DEFAULT_SCALE
+from mdt_jax.latents import Autoencoder
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.run import Run
+from mdt_jax.tpu.programs import Memory
+
+VERSIONED = ("mdt-jax", "jax", "jaxlib", "flax", "numpy", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Something to time, compiled.
+
+    Attributes:
+      name: what it is, for a person.
+      images: how many one call takes or makes.
+      call: does it once, and waits for the devices.
+      compile_seconds: what tracing and compiling took.
+      model_flops: of one call, by formula; None where there is none.
+      program_bytes: what the compiler says its program needs of a device, arguments included.
+    """
+
+    name: str
+    images: int
+    call: Callable[[], Any]
+    compile_seconds: float
+    model_flops: float | None = None
+    program_bytes: int | None = None
+
+
+class Workloads:
+    """The programs of a run, the very ones that `mdt_jax.train` and `mdt_jax.sample` run.
+
+    Raises:
+      ValueError: settings that cannot work.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.run = Run(config, "")
+        self._size = config.batch_size
+        rng = np.random.default_rng(0)
+        model = self.run.model
+        images = rng.standard_normal((self._size, *model.image_shape)).astype(np.float32)
+        labels = rng.integers(0, max(model.num_classes, 1), self._size).astype(np.int32)
+        self.batch = jax.device_put(
+            {"image": images, "label": labels}, sharding.batch_sharding(self.run.mesh)
+        )
+
+    @property
+    def num_kept(self) -> int | None:
+        """The number of kept tokens nearest to a run's mean; None without a masked pass."""
+        run = self.run
+        if run.counts[0] is None:
+            return None
+        mean = float(np.dot(run.counts, run.probabilities))
+        return min(run.counts, key=lambda n: abs(n - mean))
+
+    def compile_step(self, num_kept: int | None) -> tuple[Any, float, float]:
+        """The compiled training step, and the seconds of tracing and of compiling it."""
+        began = time.perf_counter()
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.batch
+        )
+        lowered = self.run.trainer.jit_step(num_kept).lower(self.run.abstract, shapes)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        return compiled, traced - began, time.perf_counter() - traced
+
+    def train_step(self) -> Workload:
+        """Full and masked pass, optimiser and EMA, for `num_kept` kept tokens."""
+        run, kept = self.run, self.num_kept
+        compiled, tracing, compiling = self.compile_step(kept)
+        state = run.trainer.create_state()
+
+        def call() -> None:
+            nonlocal state
+            state, values = compiled(state, self.batch)
+            jax.block_until_ready((state, values))
+
+        return Workload(
+            "train step" if kept is None else f"train step, {kept} kept",
+            self._size,
+            call,
+            tracing + compiling,
+            flops.train_step_flops(run.model, self._size, kept),
+            Memory.of(compiled).peak,
+        )
+
+    def forward(self) -> Workload:
+        """The full pass of the network alone."""
+        run = self.run
+        batch = sharding.batch_sharding(run.mesh)
+
+        def apply(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+            with sharding.activations(run.mesh):
+                return run.model.apply({"params": params}, x, t, labels)
+
+        params = run.trainer.create_parameters()
+        t = jax.device_put(np.linspace(0, 999, self._size).astype(np.int32), batch)
+        inputs = (params, self.batch["image"], t, self.batch["label"])
+        began = time.perf_counter()
+        shardings = (jax.tree.map(lambda p: p.sharding, params), batch, batch, batch)
+        jitted = jax.jit(apply, in_shardings=shardings, out_shardings=batch)
+        compiled = jitted.lower(*inputs).compile()
+        seconds = time.perf_counter() - began
+        return Workload(
+            "forward pass",
+            self._size,
+            lambda: jax.block_until_ready(compiled(*inputs)),
+            seconds,
+            2.0 * flops.forward_macs(run.model) * self._size,
+            Memory.of(compiled).peak,
+        )
+
+    def sampling(
+        self,
+        batch_size: int,
+        steps: int | str | None = None,
+        autoencoder: Autoencoder | None = None,
+    ) -> Workload:
+        """A whole sampling run of one batch, noise to latents, or to pixels with an autoencoder.
+
+        Args:
+          batch_size: over all devices.
+          steps: of the sampler; the config's by default, as all else.
+          autoencoder: what decodes.
+        """
+        model = sampling.DiffusionModel.from_config(self.run.config)
+        options = sampling.resolve_options(model, steps=steps)
+        size = sampling.global_batch_size(batch_size, batch_size, self.run.mesh)
+        params = self.run.trainer.create_parameters()
+        labels = np.resize(np.arange(max(model.network.num_classes, 1)), size).astype(np.int32)
+
+        began = time.perf_counter()
+        sampler = sampling.CompiledSampler(model, self.run.mesh, size, options)
+        sampler.warm_up(params)
+        if autoencoder:
+            autoencoder.decode(np.zeros(sampler.shape, np.float32), size)
+        seconds = time.perf_counter() - began
+
+        def call() -> np.ndarray:
+            samples = sampler(params, labels, jax.random.key(0))
+            return autoencoder.decode(samples, size) if autoencoder else samples
+
+        what = f"{options.sampler}, {sampler.num_steps} steps, guidance {options.cfg_scale:g}"
+        passes = (2 if options.cfg_scale != 1 else 1) * (2 if options.sampler == "heun" else 1)
+        work = 2.0 * flops.forward_macs(model.network) * size * sampler.num_steps * passes
+        return Workload(
+            f"sampling, {what}{', decoded' if autoencoder else ''}",
+            size,
+            call,
+            seconds,
+            # Outside an interval a step is one pass; an autoencoder's work is not counted.
+            None if options.cfg_interval or autoencoder else work,
+        )
+
+
+def random_autoencoder(mesh: jax.sharding.Mesh, dtype: Any) -> Autoencoder:
+    """Stable Diffusion's autoencoder with random weights: as fast as the published one."""
+    module = AutoencoderKL(dtype=dtype)
+    side = module.downsampling
+    images = jnp.zeros((1, side, side, module.in_channels))
+    params = jax.jit(module.init, out_shardings=sharding.replicated(mesh))(
+        jax.random.key(0), images
+    )["params"]
+    return Autoencoder(module, params, DEFAULT_SCALE, 0.0, "random", mesh)
+
+
+def time_by_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after some that do not count.
+
+    Every round runs all of them, in turn forwards and backwards, so that what else the machine does
+    falls on all alike: the ratios within a round mean something where the times do not.
+    """
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds):
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            began = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratio(others: list[float], ours: list[float]) -> float:
+    """Median over the rounds of other / ours: above 1, ours was faster."""
+    return statistics.median(a / b for a, b in zip(others, ours, strict=True))
+
+
+def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]:
+    """A workload's row: its times, throughput, and share of the devices' peak where it is known."""
+    median = statistics.median(seconds)
+    work = workload.model_flops
+    used = None
+    if work is not None:
+        dtype = np.dtype(run.model.dtype).name
+        kind = run.mesh.devices.flat[0].device_kind
+        used = metrics.mfu(work, median, run.mesh.size, kind, dtype)
+    return {
+        "name": workload.name,
+        "images": workload.images,
+        "seconds": median,
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "repeats": len(seconds),
+        "images_per_second": workload.images / median,
+        "model_flops": work,
+        "model_flops_per_second": work and work / median,
+        "mfu": used,
+        "compile_seconds": workload.compile_seconds,
+        "program_bytes": workload.program_bytes,
+        **metrics.device_memory(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Date, devices, processor, versions and load of where something is measured."""
+    devices = jax.devices()
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "versions": versions,
+    }
+
+
+def processor_name() -> str:
+    """The processor's name as Linux knows it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `record` as Markdown."""
+    header = ("", "images", "median", "images/s", "TFLOP/s", "MFU", "compile", "memory")
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for row in rows:
+        rate, used, size = row["model_flops_per_second"], row["mfu"], row["program_bytes"]
+        cells = (
+            row["name"],
+            f"{row['images']:,}",
+            f"{row['seconds']:.3g} s",
+            f"{row['images_per_second']:,.3g}",
+            "" if rate is None else f"{rate / 1e12:,.3g}",
+            "" if used is None else f"{used:.1%}",
+            f"{row['compile_seconds']:.0f} s",
+            "" if size is None else f"{size / 2**30:.2f} GiB",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""tools/benchmark.py: what it times is the run's own, its arithmetic, its output, its refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from fixtures import reference, relative_error
+
+from configs import imagenet256
+from mdt_jax import benchmarking, flops, metrics
+from mdt_jax.benchmarking import Workload, Workloads
+from tools import benchmark
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model.name": "MDTv2", "model.input_size": 8, "model.hidden_size": 32, "model.depth": 4,
+    "model.num_heads": 2, "model.patch_size": 2, "model.decoder_depth": 2, "batch_size": 8,
+    "sample.steps": 3, "model.num_classes": 10,
+}  # fmt: skip
+
+
+def tiny(**changes):
+    config = imagenet256.get_config()
+    config.update_from_flattened_dict(TINY | changes)
+    return Workloads(config)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    # One block, which compiles in a moment.
+    return tiny(**{"model.name": "DiT", "model.depth": 1, "model.decoder_depth": None})
+
+
+def test_the_step_that_is_timed_keeps_the_count_nearest_to_the_runs_mean(parts):
+    assert parts.num_kept is None
+    parts = tiny()
+    assert len(parts.run.counts) > 1
+    mean = float(np.dot(parts.run.counts, parts.run.probabilities))
+    assert abs(parts.num_kept - mean) == min(abs(n - mean) for n in parts.run.counts)
+
+
+def test_a_forward_pass_and_a_sampling_run_have_the_work_that_the_formula_gives(parts):
+    forward, sampling = parts.forward(), parts.sampling(4)
+    macs = flops.forward_macs(parts.run.model)
+    assert forward.model_flops == 2 * macs * 8 and forward.images == 8
+    assert forward.call().shape == (8, 8, 8, 8)
+    # Three guided steps: two passes each. Eight devices fill a batch of 4 up to 8.
+    assert sampling.model_flops == 2 * macs * 8 * 3 * 2 and sampling.images == 8
+    assert sampling.call().shape == (8, 8, 8, 4)
+
+
+def test_a_row_is_of_the_median_and_gives_mfu_where_the_peak_is_known(parts, monkeypatch):
+    workload = Workload("x", images=8, call=lambda: None, compile_seconds=1.5, model_flops=6e12)
+    row = benchmarking.record(workload, [4.0, 2.0, 9.0], parts.run)
+    assert (row["seconds"], row["images_per_second"], row["mfu"]) == (4.0, 2.0, None)
+    assert row["model_flops_per_second"] == 1.5e12
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind, dtype: 3e12)
+    row = benchmarking.record(workload, [4.0, 2.0, 9.0], parts.run)
+    assert row["mfu"] == pytest.approx(1.5e12 / (3e12 * jax.device_count()))
+
+
+def test_every_round_runs_all_calls_in_turn_forwards_and_backwards():
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in "ab"}
+    seconds = benchmarking.time_by_turns(calls, 3)
+    assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(of) for name, of in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_ratio_is_the_median_of_those_within_rounds():
+    # The second round fell into a busy moment: its ratio stands all the same.
+    assert benchmarking.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 2.0]) == 2.0
+
+
+def test_model_is_short_for_its_recipe():
+    config = f"--config={benchmark.RECIPES}:MDT-B/4"
+    assert benchmark.expand_model(["x", "--model", "MDT-B/4", "--compile"]) == [
+        "x", config, "--compile",
+    ]  # fmt: skip
+    assert benchmark.expand_model(["--model=MDT-B/4"]) == [config]
+
+
+def command(*arguments):
+    settings = [f"--config.{key}={value}" for key, value in TINY.items()]
+    return subprocess.run(
+        [sys.executable, "tools/benchmark.py", "--model=MDTv2-S/2", *settings, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_tool_prints_lines_of_json_then_a_table_and_writes_them(tmp_path):
+    output = tmp_path / "sub" / "out.json"
+    done = command("--parts=forward", "--repeats=2", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    about, row, *table = done.stdout.splitlines()
+    assert json.loads(about)["versions"]["jax"] == jax.__version__
+    assert json.loads(row)["name"] == "forward pass" and json.loads(row)["repeats"] == 2
+    assert table[-1].startswith("| forward pass | 8 |")
+    written = json.loads(output.read_text())
+    assert written["rows"] == [json.loads(row)]
+    assert written["command"].startswith("python tools/benchmark.py --model=MDTv2-S/2")
+    assert {"date", "device", "processor", "cores"} <= written.keys()
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--parts=step,backward", "--parts 'backward' is unknown; known: step, forward"),
+        ("--repeats=0", "--repeats 0 is below 1"),
+        ("--config.model.name=MDTv2-Q/2", "unknown model 'MDTv2-Q/2'"),
+    ],
+)
+def test_a_flag_that_cannot_work_ends_in_one_clear_line(flag, says):
+    done = command(flag)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert says in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.torch
+def test_the_pytorch_that_is_timed_equals_the_authors():
+    torch = pytest.importorskip("torch")
+    from test_torch_models import architecture, array, state
+
+    from tools import benchmark_torch
+
+    timed = benchmark_torch.Reference(architecture("mdt_v2"), "cpu", bfloat16=False, compiled=False)
+    timed.model.load_state_dict(state("mdt_v2"), strict=True)
+    out = timed.forward(*(array("mdt_v2", f"in/{k}") for k in "xty"))
+    assert relative_error(out, reference("mdt_v2")["out/eval"]) < 1e-5
+
+    before = [p.detach().clone() for p in timed.model.parameters()]
+    loss = timed.step(array("mdt_v2", "in/x"), array("mdt_v2", "in/y"), num_kept=8)
+    assert torch.isfinite(loss)
+    moved = [not torch.equal(a, b) for a, b in zip(before, timed.model.parameters(), strict=True)]
+    assert all(moved)

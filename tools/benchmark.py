@@ -1,0 +1,273 @@
+"""Times the training step, the forward pass, sampling runs and the latency of one image.
+
+    python tools/benchmark.py --model MDTv2-XL/2 --output benchmarks/h200.json
+    python tools/benchmark.py --model MDTv2-S/2 --config.batch_size=16 --reference_torch
+    python tools/benchmark.py --model MDTv2-XL/2 --compile
+
+--model NAME is short for --config configs/imagenet256.py:NAME; --config.KEY=VALUE changes a
+setting, as for `mdt_jax.train`, and the programs are the ones it and `mdt_jax.sample` run: bfloat16
+on a GPU or TPU, float32 on a CPU, unless --config.model.dtype says otherwise; on all devices,
+unless --device names others. --parts chooses among step, forward, sample and latency (batch 1; 10,
+20 and 50 steps, decoded; random autoencoder weights unless --vae gives them). Compiling is timed
+apart. FLOPs are the model's, by formula, without recomputation; MFU is their share of the devices'
+published peak.
+
+--reference_torch times a PyTorch model of the same sizes (`benchmark_torch.py`), eager and
+compiled, beside ours by turns in one process, on as many threads, and prints the median of the
+ratios within each round: above 1, ours is faster. --compile times compiling the training step for
+eight host devices, and the first step of the digits run with no cache and with a warm one.
+
+Prints a line of JSON for each result, then a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mdt_jax import benchmarking, metrics, pretrained
+from mdt_jax.benchmarking import Workload, Workloads
+from mdt_jax.images import whole_file
+from mdt_jax.latents import Autoencoder
+from mdt_jax.train import parse_flags
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs" / "imagenet256.py"
+PARTS = ("step", "forward", "sample", "latency")
+LATENCY_STEPS = (10, 20, 50)
+DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+FIRST_STEP_SECONDS = 600  # after which the digits run is given up
+
+
+def workloads(f: flags.FlagValues) -> Iterator[tuple[Workloads, Workload]]:
+    """What the flags ask for, each compiled when it is its turn, so that one is held at a time."""
+    parts = Workloads(f.config)
+    dtype = parts.run.model.dtype
+    if "step" in f.parts:
+        yield parts, parts.train_step()
+    if "forward" in f.parts:
+        yield parts, parts.forward()
+    if "sample" in f.parts:
+        yield parts, parts.sampling(f.sample_batch_size or f.config.batch_size)
+    if "latency" in f.parts:
+        mesh = parts.run.mesh
+        decoder = None
+        if f.config.model.in_channels not in (1, 3):
+            decoder = (
+                Autoencoder.load(f.vae, mesh, dtype)
+                if f.vae
+                else benchmarking.random_autoencoder(mesh, dtype)
+            )
+        for steps in LATENCY_STEPS:
+            yield parts, parts.sampling(1, steps, decoder)
+
+
+def measure(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times each workload by itself; prints a line of JSON for each, then the table."""
+    rows = []
+    for parts, workload in workloads(f):
+        (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats).values()
+        rows.append(benchmarking.record(workload, seconds, parts.run))
+        print(json.dumps(rows[-1]), flush=True)
+    print(benchmarking.table(rows))
+    return rows
+
+
+def compare(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times the training step and the forward pass beside PyTorch's, by turns."""
+    import benchmark_torch
+    import torch
+
+    if f.repeats < 7:
+        raise ValueError(f"--repeats {f.repeats}: a comparison wants at least 7 rounds")
+    parts = Workloads(f.config)
+    model, batch = parts.run.model, parts.batch
+    device = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend())
+    if device is None:
+        raise ValueError(f"--reference_torch: no PyTorch for {jax.default_backend()} here")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    images = torch.tensor(np.moveaxis(np.asarray(batch["image"]), -1, 1), device=device)
+    labels = torch.tensor(np.asarray(batch["label"]), device=device).long()
+    t = torch.linspace(0, 999, len(labels), device=device).long()
+    kept = parts.num_kept
+
+    rows = []
+    for part in (name for name in PARTS[:2] if name in f.parts):
+        ours = parts.train_step() if part == "step" else parts.forward()
+        calls, first = {"ours": ours.call}, {"ours": ours.compile_seconds}
+        for kind in ("eager", "compiled"):
+            reference = benchmark_torch.Reference(
+                pretrained.architecture_of(model),
+                device,
+                np.dtype(model.dtype).name == "bfloat16",
+                compiled=kind == "compiled",
+            )
+
+            def call(reference: Any = reference, part: str = part) -> None:
+                if part == "step":
+                    reference.step(images, labels, kept)
+                else:
+                    reference.forward(images, t, labels)
+                reference.synchronize()
+
+            began = time.perf_counter()
+            call()
+            first[kind] = time.perf_counter() - began
+            calls[kind] = call
+        seconds = benchmarking.time_by_turns(calls, f.repeats)
+        row = benchmarking.record(ours, seconds["ours"], parts.run)
+        row["first_call_seconds"] = first
+        for kind in ("eager", "compiled"):
+            row[f"torch_{kind}_seconds"] = statistics.median(seconds[kind])
+            row[f"torch_{kind}_over_ours"] = benchmarking.median_ratio(
+                seconds[kind], seconds["ours"]
+            )
+        row["rounds"] = seconds
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    print("| | images | ours | PyTorch eager | PyTorch compiled | eager / ours | compiled / ours |")
+    print("|" + " --- |" * 7)
+    for row in rows:
+        print(
+            f"| {row['name']} | {row['images']} | {row['seconds']:.3g} s | "
+            f"{row['torch_eager_seconds']:.3g} s | {row['torch_compiled_seconds']:.3g} s | "
+            f"{row['torch_eager_over_ours']:.2f} | {row['torch_compiled_over_ours']:.2f} |"
+        )
+    return rows
+
+
+def time_compilation(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times compiling the training step for this process's devices, and the digits' first step."""
+    parts = Workloads(f.config)
+    _, tracing, compiling = parts.compile_step(parts.num_kept)
+    rows = [
+        {
+            "name": f"compile the train step of {f.config.model.name}",
+            "devices": parts.run.mesh.size,
+            "tracing_seconds": tracing,
+            "seconds": tracing + compiling,
+        }
+    ]
+    print(json.dumps(rows[0]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("no", "warm"):
+            seconds = seconds_to_first_step(Path(folder) / kind, Path(folder) / "cache")
+            rows.append({"name": f"first step of the digits, {kind} cache", "seconds": seconds})
+            print(json.dumps(rows[-1]), flush=True)
+    print("| | seconds |\n| --- | --- |")
+    for row in rows:
+        print(f"| {row['name']} | {row['seconds']:.1f} |")
+    return rows
+
+
+def seconds_to_first_step(workdir: Path, cache: Path) -> float:
+    """From starting `mdt_jax.train` on the digits to its first step's metrics; then ends it.
+
+    Raises:
+      RuntimeError: it failed, or took more than `FIRST_STEP_SECONDS`.
+    """
+    command = [sys.executable, "-m", "mdt_jax.train", "--config", "configs/digits.py"]
+    command += ["--workdir", str(workdir), "--config.log_every=1"]
+    flags_ = [w for w in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in w]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "XLA_FLAGS": " ".join(flags_),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    began = time.perf_counter()
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        while time.perf_counter() - began < FIRST_STEP_SECONDS and child.poll() is None:
+            if metrics.steps_with(workdir / metrics.FILE, "loss"):
+                return time.perf_counter() - began
+            time.sleep(0.05)
+    finally:
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate()
+    raise RuntimeError(f"{' '.join(command)} made no step: {errors.decode()[-500:]}")
+
+
+def expand_model(argv: list[str]) -> list[str]:
+    """`--model NAME` as the --config that it is short for."""
+    words, expanded = iter(argv), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--model":
+            word = f"--config={RECIPES}:{value if equals else next(words, '')}"
+        expanded.append(word)
+    return expanded
+
+
+def run(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Measures what the flags ask for, and writes --output."""
+    unknown = sorted(set(f.parts) - set(PARTS))
+    if unknown:
+        raise ValueError(f"--parts {unknown[0]!r} is unknown; known: {', '.join(PARTS)}")
+    if f.config is None:
+        raise ValueError("--model is missing: such as MDTv2-XL/2")
+    if f.repeats < 1:
+        raise ValueError(f"--repeats {f.repeats} is below 1")
+    about = benchmarking.describe_machine()
+    print(json.dumps(about), flush=True)
+    action = compare if f.reference_torch else time_compilation if f.compile else measure
+    rows = action(f)
+    if f.output:
+        Path(f.output).parent.mkdir(parents=True, exist_ok=True)
+        about["model"], about["dtype"] = f.config.model.name, f.config.model.dtype
+        about["command"] = " ".join(["python tools/benchmark.py", *sys.argv[1:]])
+        with whole_file(f.output) as file:
+            file.write(json.dumps(about | {"rows": rows}, indent=2).encode() + b"\n")
+    return rows
+
+
+def main(_: list[str]) -> None:
+    """The command: one clear line and exit status 1 for what a user can mend."""
+    try:
+        set_up(flags.FLAGS)
+        run(flags.FLAGS)
+    except (ValueError, OSError, RuntimeError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def set_up(f: flags.FlagValues) -> None:
+    """What must be settled before JAX looks for its devices; and compiling is to be compiling."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    if f.device:
+        jax.config.update("jax_platforms", DEVICES[f.device])
+    if f.reference_torch:
+        # Both frameworks share the device's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if f.compile:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+    flags.DEFINE_enum("device", None, list(DEVICES), "What to run on; JAX's choice by default.")
+    flags.DEFINE_list("parts", list(PARTS), "What to time.")
+    flags.DEFINE_integer("repeats", 7, "How often each is timed, after one that does not count.")
+    flags.DEFINE_integer("sample_batch_size", None, "Of sampling; config.batch_size if none.")
+    flags.DEFINE_string("vae", None, "Weights of the autoencoder; random ones by default.")
+    flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
+    flags.DEFINE_bool("compile", False, "Time compilation instead.")
+    flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.")
+    app.run(main, flags_parser=lambda argv: parse_flags(expand_model(argv)))
