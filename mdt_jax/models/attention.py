@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from mdt_jax.models import layers
 
@@ -19,6 +22,38 @@ def kept_position_index(
     The rows are the same in every layer, so a masked pass computes them once.
     """
     return index[ids_keep[:, :, None], ids_keep[:, None, :]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_logits(
+    q: Float[Array, "batch heads n width"],
+    k: Float[Array, "batch heads n width"],
+    precision: jax.lax.Precision | None = None,
+) -> Float32[Array, "batch heads n n"]:
+    """q·kᵀ of each head, summed and returned in float32, for the softmax.
+
+    Their gradient comes in float32 too. It is rounded to q's dtype before the two matmuls that it
+    goes through, which differentiation would leave with one float32 operand.
+    """
+    return jnp.einsum(
+        "bhqe,bhke->bhqk", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _attention_logits_forward(q: Array, k: Array, precision: Any) -> tuple[Array, Any]:
+    return attention_logits(q, k, precision), (q, k)
+
+
+def _attention_logits_backward(precision: Any, saved: Any, gradient: Array) -> tuple[Array, Array]:
+    q, k = saved
+    gradient = gradient.astype(q.dtype)
+    return (
+        jnp.einsum("bhqk,bhke->bhqe", gradient, k, precision=precision),
+        jnp.einsum("bhqk,bhqe->bhke", gradient, q, precision=precision),
+    )
+
+
+attention_logits.defvjp(_attention_logits_forward, _attention_logits_backward)
 
 
 class Attention(nn.Module):
@@ -56,13 +91,7 @@ class Attention(nn.Module):
         # (3, batch, heads, tokens, head width): batched matmuls over the two last axes, several
         # times faster on a CPU than contractions with the heads in the middle.
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        logits = jnp.einsum(
-            "bhqe,bhke->bhqk",
-            q * head_width**-0.5,
-            k,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        logits = attention_logits(q * head_width**-0.5, k, precision)
         if self.grid_size is not None:
             logits += self._relative_bias(bias_index)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -40,10 +41,12 @@ class Block(nn.Module):
             x = layers.SkipLinear(self.dtype, name="skip")(x, skip)
         modulation = layers.Modulation(6, self.dtype, name="modulation")(c)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        h = layers.modulate(layers.layer_norm()(x), attn_shift, attn_scale).astype(self.dtype)
+        h = layers.layer_norm()(x.astype(jnp.float32))
+        h = layers.modulate(h, attn_shift, attn_scale).astype(self.dtype)
         h = Attention(self.num_heads, self.grid_size, self.dtype, name="attn")(h, bias_index)
         x = x + attn_gate[:, None] * h
-        h = layers.modulate(layers.layer_norm()(x), mlp_shift, mlp_scale).astype(self.dtype)
+        h = layers.layer_norm()(x.astype(jnp.float32))
+        h = layers.modulate(h, mlp_shift, mlp_scale).astype(self.dtype)
         h = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")(h)
         x = layers.constrain_activations(x + mlp_gate[:, None] * h)
         return x, x if self.collect else None
