@@ -211,8 +211,6 @@ def sample_steps(
     model_fn: ModelFn,
     x: Float[Array, "b h w c"],
     noise_fn: NoiseFn,
-    first=0,
-    last=None,  # TRANSITION
     **options: float | bool,
 ) -> Float[Array, "b h w c"]:
     """Samples from pure noise x: all of `run_steps`."""
