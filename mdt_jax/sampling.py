@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mdt_jax import checkpoints, pretrained, sharding, weight_files
 from mdt_jax import config as config_lib
 from mdt_jax.diffusion import SAMPLERS, GaussianDiffusion, guided, run_steps, start
-from mdt_jax.diffusion.samplers import SamplerState
+from mdt_jax.diffusion.samplers import FEW_STEPS, SamplerState, spaced
 from mdt_jax.models import LatentTransformer
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
@@ -172,7 +172,9 @@ def sample(
       guided_channels: how many channels of the mean are guided, None for all.
       sampler: "ddpm", "ddim", "heun" (two model calls a step), "dpm++" (DPM-Solver++(2M)) or
         "dpm++sde".
-      steps: a count of steps, or any respacing ("10,15,20", "ddim50", "logsnr20").
+      steps: a count of steps, spaced as the sampler wants (`diffusion.samplers.spaced`), or any
+        respacing ("10,15,20", "ddim50", "logsnr20"). Of another sampler than the model's own that
+        needs few: `diffusion.samplers.FEW_STEPS`.
       eta: DDIM's, 0 deterministic to 1 ancestral.
       clip: whether x̂0 is clipped to [−1, 1].
       batch_size: samples at a time, over all devices; rounded up to fill them.
@@ -472,8 +474,10 @@ def resolve_options(
 ) -> SamplerOptions:
     """The caller's settings over the model's own; refuses those that cannot be."""
     given = {"cfg_scale": cfg_scale, "sampler": sampler, "steps": steps, "clip": clip}
-    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False}
-    chosen = {k: model.defaults.get(k, fallback[k]) if v is None else v for k, v in given.items()}
+    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False} | model.defaults
+    if sampler != fallback["sampler"]:  # the model's number of steps is its own sampler's
+        fallback["steps"] = FEW_STEPS.get(sampler, fallback["steps"])
+    chosen = {k: fallback[k] if v is None else v for k, v in given.items()}
     power = model.defaults.get("cfg_power") if cfg_power == "default" else cfg_power
     channels = (
         model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
@@ -484,6 +488,7 @@ def resolve_options(
     if chosen["sampler"] not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
+    chosen["steps"] = spaced(chosen["sampler"], chosen["steps"])
     model.diffusion.respaced(chosen["steps"])  # refuses steps that the process does not have
     available = model.network.in_channels
     channels = available if channels is None else channels

@@ -146,6 +146,25 @@ def test_every_sampler_runs_in_chunks_on_devices(loaded, sampler, monkeypatch):
     np.testing.assert_array_equal(draw(), whole)
 
 
+def test_samplers_that_need_few_steps_take_few():
+    config = config_lib.default_config()
+    config.model.update(name="DiT", input_size=8, in_channels=4, num_classes=0, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    model = sampling.DiffusionModel.from_config(config)
+
+    def steps(**given):
+        return sampling.resolve_options(model, **given).steps
+
+    assert steps() == steps(sampler="ddpm") == steps(sampler="ddim") == 250  # the model's
+    assert steps(sampler="heun") == 10
+    assert steps(sampler="dpm++") == steps(sampler="dpm++sde") == "logsnr20"
+    assert steps(sampler="dpm++", steps="30") == "logsnr30"
+    config.sample.update(sampler="dpm++", steps=40)
+    model = sampling.DiffusionModel.from_config(config)
+    assert steps() == steps(sampler="dpm++") == "logsnr40"
+    assert steps(sampler="heun") == 10
+
+
 def test_guidance_can_be_kept_to_an_interval(loaded, twelve):
     def draw(**options):
         return mdt_jax.sample(*loaded, num_samples=12, key=3, **options)
