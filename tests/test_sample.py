@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.convert.autoencoder import settings_from_config
 from mdt_jax.convert.autoencoder import to_torch as autoencoder_to_torch
 from mdt_jax.convert.transformers import to_torch
+from mdt_jax.diffusion.samplers import FEW_STEPS, SAMPLERS
 from mdt_jax.models.autoencoder import AutoencoderKL
 
 sample_command = importlib.import_module("mdt_jax.sample")
@@ -163,6 +165,15 @@ def test_samplers_that_need_few_steps_take_few():
     model = sampling.DiffusionModel.from_config(config)
     assert steps() == steps(sampler="dpm++") == "logsnr40"
     assert steps(sampler="heun") == 10
+
+
+def test_the_help_tells_of_every_sampler_and_its_steps():
+    told = sample_command.SAMPLER_HELP
+    for sampler in SAMPLERS:
+        about = told.split(f"{sampler}: ")[1].split(". ")[0]
+        assert re.search(r"\b\d+\b", about), sampler
+        if sampler in FEW_STEPS:
+            assert f"({FEW_STEPS[sampler]}" in about, sampler
 
 
 def test_guidance_can_be_kept_to_an_interval(loaded, twelve):
