@@ -38,7 +38,7 @@ def scans():
     return run_evaluation.real_images(create_source(config.data), config)
 
 
-def distances(judge, dtype):
+def distances(judge, dtype, between_steps=lambda state: state):
     """One for each seed, of samples from the average, every seed by the same compiled programs."""
     config = small_config(dtype)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
@@ -59,17 +59,29 @@ def distances(judge, dtype):
         for _ in range(NUM_STEPS):
             rows = rng.integers(0, real.count, BATCH_SIZE)
             batch = {"image": real.images[rows], "label": real.labels[rows].astype(np.int32)}
-            state, _ = step(state, batch)
+            state, _ = step(between_steps(state), batch)
         samples = sampler(state.ema["0.99"], labels, jax.random.key(seed))
         found.append(judge.distance([images.to_uint8(samples)]))
     return found
 
 
+@jax.jit
+def round_parameters(state):
+    """As if parameters were kept in bfloat16."""
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.params)
+    return state.replace(params=rounded)
+
+
 @pytest.mark.slow
 def test_bfloat16_ends_at_the_distance_of_float32(judge):
-    """The same images, draws and noise: a seed's two distances differ by less than seeds do."""
+    """The same images, draws and noise: a seed's two distances differ by far less than seeds do.
+
+    The twin rounds the parameters too, as this project does not, and ends clearly elsewhere.
+    """
     full, low = (np.array(distances(judge, dtype)) for dtype in ("float32", "bfloat16"))
-    print(f"\nfloat32 {full.round(2)}, bfloat16 {low.round(2)}")
+    rounded = np.array(distances(judge, "bfloat16", round_parameters))
+    print(f"\nfloat32 {full.round(2)}, bfloat16 {low.round(2)}, parameters too {rounded.round(2)}")
     assert not np.array_equal(full, low)  # it was another computation
-    assert np.abs(low - full).max() < full.std(ddof=1)
+    near = full.std(ddof=1) / 4
+    assert np.abs(low - full).max() < near < np.abs(rounded - full).min()
     assert full.max() < 20  # of some 90 without training: there is something to lose
