@@ -65,7 +65,7 @@ def inpaint(
     key: Array | int | np.integer = 0,
     resamples: int = 4,
     masked_share: float | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
     **options: Any,
@@ -180,7 +180,7 @@ def paint(
     task: Task,
     *,
     key: Array | int | np.integer = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "n h w c"]:
@@ -188,13 +188,14 @@ def paint(
     count = len(task.labels)
     if not task.mask.any():
         return task.images[np.arange(count) % len(task.images)]
+    mesh = sharding.create_mesh() if mesh is None else mesh
     return sampling.run_in_batches(
         lambda mesh, size: compile_inpainter(model, mesh, size, task.options, task.resamples),
         params,
         count,
         lambda rows: (task, rows),
         key=key,
-        batch_size=batch_size,
+        batch_size=sampling.resolve_batch_size(batch_size, model, params, mesh, task.options),
         mesh=mesh,
         progress=progress,
     )

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from mdt_jax import checkpoints, pretrained, sharding, weight_files
 from mdt_jax import config as config_lib
+from mdt_jax.batch_size import fitting
 from mdt_jax.diffusion import SAMPLERS, GaussianDiffusion, guided, run_steps, start
-from mdt_jax.diffusion.samplers import SamplerState
+from mdt_jax.diffusion.samplers import FEW_STEPS, SamplerState, spaced
 from mdt_jax.models import LatentTransformer
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
@@ -152,7 +153,7 @@ def sample(
     steps: int | str | None = None,
     eta: float = 0.0,
     clip: bool | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "n h w c"]:
@@ -172,10 +173,13 @@ def sample(
       guided_channels: how many channels of the mean are guided, None for all.
       sampler: "ddpm", "ddim", "heun" (two model calls a step), "dpm++" (DPM-Solver++(2M)) or
         "dpm++sde".
-      steps: a count of steps, or any respacing ("10,15,20", "ddim50", "logsnr20").
+      steps: a count of steps, spaced as the sampler wants (`diffusion.samplers.spaced`), or any
+        respacing ("10,15,20", "ddim50", "logsnr20"). Of another sampler than the model's own that
+        needs few: `diffusion.samplers.FEW_STEPS`.
       eta: DDIM's, 0 deterministic to 1 ancestral.
       clip: whether x̂0 is clipped to [−1, 1].
-      batch_size: samples at a time, over all devices; rounded up to fill them.
+      batch_size: samples at a time, over all devices; rounded up to fill them. By default as many
+        as their memory takes (`mdt_jax.batch_size`).
       mesh: devices to use; all by default, the batch split over them.
       progress: whether to show a progress bar.
 
@@ -186,13 +190,14 @@ def sample(
     options = resolve_options(
         model, cfg_scale, cfg_power, cfg_interval, guided_channels, sampler, steps, eta, clip
     )
+    mesh = sharding.create_mesh() if mesh is None else mesh
     return run_in_batches(
         lambda mesh, size: compile_sampler(model, mesh, size, options),
         params,
         len(chosen),
         lambda rows: (chosen[rows],),
         key=key,
-        batch_size=batch_size,
+        batch_size=resolve_batch_size(batch_size, model, params, mesh, options),
         mesh=mesh,
         progress=progress,
     )
@@ -206,7 +211,7 @@ def run_in_batches(
     *,
     key: Array | int | np.integer,
     batch_size: int,
-    mesh: Mesh | None,
+    mesh: Mesh,
     progress: bool,
 ) -> Float[np.ndarray, "n h w c"]:
     """Runs a compiled sampler over as many batches as `count` samples take.
@@ -221,11 +226,23 @@ def run_in_batches(
     Raises:
       ValueError: a batch size below 1.
     """
-    mesh = sharding.create_mesh() if mesh is None else mesh
     size = global_batch_size(batch_size, count, mesh)
     run = compile_batch(mesh, size)
     batches = in_batches(run, params, count, inputs, key=key, progress=progress)
     return np.concatenate([rows for _, rows in batches])
+
+
+def resolve_batch_size(
+    batch_size: int | None,
+    model: DiffusionModel,
+    params: Any,
+    mesh: Mesh,
+    options: SamplerOptions,
+) -> int:
+    """The caller's batch size, or one that fits the devices of the mesh."""
+    if batch_size is not None:
+        return batch_size
+    return fitting(model.network, params, mesh, guided=options.cfg_scale != 1)
 
 
 def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
@@ -472,8 +489,10 @@ def resolve_options(
 ) -> SamplerOptions:
     """The caller's settings over the model's own; refuses those that cannot be."""
     given = {"cfg_scale": cfg_scale, "sampler": sampler, "steps": steps, "clip": clip}
-    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False}
-    chosen = {k: model.defaults.get(k, fallback[k]) if v is None else v for k, v in given.items()}
+    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False} | model.defaults
+    if sampler != fallback["sampler"]:  # the model's number of steps is its own sampler's
+        fallback["steps"] = FEW_STEPS.get(sampler, fallback["steps"])
+    chosen = {k: fallback[k] if v is None else v for k, v in given.items()}
     power = model.defaults.get("cfg_power") if cfg_power == "default" else cfg_power
     channels = (
         model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
@@ -484,6 +503,7 @@ def resolve_options(
     if chosen["sampler"] not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
+    chosen["steps"] = spaced(chosen["sampler"], chosen["steps"])
     model.diffusion.respaced(chosen["steps"])  # refuses steps that the process does not have
     available = model.network.in_channels
     channels = available if channels is None else channels

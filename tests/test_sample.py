@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.convert.autoencoder import settings_from_config
 from mdt_jax.convert.autoencoder import to_torch as autoencoder_to_torch
 from mdt_jax.convert.transformers import to_torch
+from mdt_jax.diffusion.samplers import FEW_STEPS, SAMPLERS
 from mdt_jax.models.autoencoder import AutoencoderKL
 
 sample_command = importlib.import_module("mdt_jax.sample")
@@ -145,6 +147,34 @@ def test_every_sampler_runs_in_chunks_on_devices(loaded, sampler, monkeypatch):
     assert np.isfinite(whole).all()
     monkeypatch.setattr(sampling, "CHUNK_STEPS", 4)
     np.testing.assert_array_equal(draw(), whole)
+
+
+def test_samplers_that_need_few_steps_take_few():
+    config = config_lib.default_config()
+    config.model.update(name="DiT", input_size=8, in_channels=4, num_classes=0, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    model = sampling.DiffusionModel.from_config(config)
+
+    def steps(**given):
+        return sampling.resolve_options(model, **given).steps
+
+    assert steps() == steps(sampler="ddpm") == steps(sampler="ddim") == 250  # the model's
+    assert steps(sampler="heun") == 10
+    assert steps(sampler="dpm++") == steps(sampler="dpm++sde") == "logsnr20"
+    assert steps(sampler="dpm++", steps="30") == "logsnr30"
+    config.sample.update(sampler="dpm++", steps=40)
+    model = sampling.DiffusionModel.from_config(config)
+    assert steps() == steps(sampler="dpm++") == "logsnr40"
+    assert steps(sampler="heun") == 10
+
+
+def test_the_help_tells_of_every_sampler_and_its_steps():
+    told = sample_command.SAMPLER_HELP
+    for sampler in SAMPLERS:
+        about = told.split(f"{sampler}: ")[1].split(". ")[0]
+        assert re.search(r"\b\d+\b", about), sampler
+        if sampler in FEW_STEPS:
+            assert f"({FEW_STEPS[sampler]}" in about, sampler
 
 
 def test_guidance_can_be_kept_to_an_interval(loaded, twelve):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mdt_jax.models import attention_kernel, layers
-from mdt_jax.models.linear import Linear, matmul_precision
+from mdt_jax.models import attention_kernel, layers, plain_attention
+from mdt_jax.models.linear import Linear
 
 KERNELS = ("plain", "pallas")
 
@@ -37,37 +36,6 @@ def kept_position_index(
     The rows are the same in every layer, so a masked pass computes them once.
     """
     return index[ids_keep[:, :, None], ids_keep[:, None, :]]
-
-
-@jax.custom_vjp
-def add_bias(
-    logits: Float[Array, "batch heads n n"], bias: Float[Array, "*batch heads n n"]
-) -> Float[Array, "batch heads n n"]:
-    """logits + bias, whose gradient is summed over the batch if all samples share it.
-
-    On a CPU, as a product with ones: XLA's sum over the first axis takes 60 times as long there
-    (16 × 6 × 256 × 256 float32 on one core: 36 ms against 0.6).
-    """
-    return logits + bias
-
-
-def _add_bias_forward(logits: Array, bias: Array) -> tuple[Array, tuple[()] | None]:
-    return logits + bias, None if bias.ndim == logits.ndim else ()
-
-
-def _add_bias_backward(shared: tuple[()] | None, gradient: Array) -> tuple[Array, Array]:
-    if shared is None:
-        return gradient, gradient
-
-    def product(g: Array) -> Array:
-        ones = jnp.ones(g.shape[0], g.dtype)
-        return jnp.einsum("b,bn->n", ones, g.reshape(g.shape[0], -1)).reshape(g.shape[1:])
-
-    total = jax.lax.platform_dependent(gradient, cpu=product, default=lambda g: g.sum(axis=0))
-    return gradient, total
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Attention(nn.Module):
@@ -118,7 +86,7 @@ class Attention(nn.Module):
             out = jnp.transpose(out, (0, 3, 1, 2))
         else:
             bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)
-            out = self._plain(qkv, bias)
+            out = plain_attention.attention(qkv, bias)
         # With Pallas kernels it costs less to compute attention and this again than to keep it.
         return linear((width,), ("heads", None, "embed"), kept=not pallas, name="proj")(out)
 
@@ -131,25 +99,3 @@ class Attention(nn.Module):
             (rows, self.num_heads),
             jnp.float32,
         )
-
-    def _plain(
-        self,
-        qkv: Float[Array, "batch n 3 heads width"],
-        bias: Float[Array, "*batch heads n n"] | None,
-    ) -> Float[Array, "batch n heads width"]:
-        precision = matmul_precision(self.dtype)
-        # (3, batch, heads, tokens, head width): batched matmuls over the two last axes, several
-        # times faster on a CPU than contractions with the heads in the middle.
-        q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        logits = jnp.einsum(
-            "bhqe,bhke->bhqk",
-            q * q.shape[-1] ** -0.5,
-            k,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        if bias is not None:
-            logits = add_bias(logits, bias)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
-        return jnp.transpose(out, (0, 2, 1, 3))

@@ -57,7 +57,11 @@ def timestep_features(
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm without affine, computed and returned in float32."""
+    """LayerNorm without affine, computed and returned in float32; to be given float32.
+
+    It would convert its input twice, for the statistics and for the rest, and their two parts of
+    the gradient would be rounded before they are added.
+    """
     return nn.LayerNorm(
         epsilon=EPSILON,
         use_bias=False,
@@ -183,6 +187,6 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        x = modulate(layer_norm()(x), shift, scale)
+        x = modulate(layer_norm()(x.astype(jnp.float32)), shift, scale)
         linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
         return linear(x).astype(jnp.float32)

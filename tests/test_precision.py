@@ -1,0 +1,152 @@
+"""bfloat16 is bfloat16, and float32 stays float32 where it matters: read off the step's jaxpr."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fixtures import make_trainer, reference
+from flax import linen as nn
+from jax.extend import core
+
+from mdt_jax.diffusion import GaussianDiffusion
+from mdt_jax.models import attention, layers
+
+# What softmax, norms, losses and optimisers take, and nothing else of a step in bfloat16: the
+# activations are tanh and logistic.
+DELICATE = {"exp", "exp2", "expm1", "log", "log1p", "rsqrt", "sqrt", "pow", "reduce_max", "argmax"}
+# Where modules' names end the scope is within the model; the loss is what comes after them.
+OUTSIDE_THE_MODEL = re.compile(
+    r"^/+((transpose\()?(jvp\()?(full|masked)_pass\)*/+|optimizer/|ema/)$"
+)
+BLOCK = re.compile(r"/(attn|mlp|skip|modulation)/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One equation of a jaxpr.
+
+    Attributes:
+      name: its primitive.
+      dtypes: of its floating operands.
+      scope: the path of passes and modules, "transpose(" in it marking the backward pass.
+    """
+
+    name: str
+    dtypes: frozenset[str]
+    scope: str
+
+
+def operations(jaxpr: core.Jaxpr, scope: str = "/") -> Iterator[Operation]:
+    """All equations, those of scans, checkpoints, conditions, calls and kernels among them."""
+    for equation in jaxpr.eqns:
+        inside = f"{scope}{equation.source_info.name_stack}/"
+        dtypes = (getattr(v.aval, "dtype", jnp.int32) for v in equation.invars)
+        floats = frozenset(str(d) for d in dtypes if jnp.issubdtype(d, jnp.floating))
+        yield Operation(equation.primitive.name, floats, inside)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from operations(getattr(value, "jaxpr", value), inside)
+
+
+def _is_jaxpr(value: object) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def step_operations(name: str, remat: str = "none") -> list[Operation]:
+    """Those of a fixture's training step in bfloat16: its passes, forward and backward."""
+    r = reference(name)
+    trainer = make_trainer(name, model=r.model(dtype=jnp.bfloat16, remat=remat))
+    image = jax.ShapeDtypeStruct((2, *trainer.model.image_shape), jnp.float32)
+    batch = {"image": image, "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    step = functools.partial(trainer.step, num_kept=8 if r.masks else None)
+    return list(operations(jax.make_jaxpr(step)(trainer.abstract_state(), batch).jaxpr))
+
+
+def faults(found: list[Operation]) -> list[str]:
+    """What is computed in the wrong precision: primitive, dtypes and scope."""
+
+    def is_wrong(op: Operation) -> bool:
+        if op.name == "dot_general" and BLOCK.search(op.scope):
+            return op.dtypes != {"bfloat16"}
+        must_be_float32 = (
+            op.name in DELICATE or "/LayerNorm_" in op.scope or OUTSIDE_THE_MODEL.match(op.scope)
+        )
+        # Outside the model, what converts its output.
+        return must_be_float32 and "bfloat16" in op.dtypes and op.name != "convert_element_type"
+
+    return sorted({f"{op.name} of {'+'.join(sorted(op.dtypes))}: {op.scope}"
+                   for op in found if is_wrong(op)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "passes"),
+    [("dit", "none", 1), ("dit", "full", 1), ("mdt_v1", "none", 2), ("mdt_v2", "none", 2)],
+)
+def test_blocks_multiply_in_bfloat16_and_norms_softmax_and_loss_are_float32(name, remat, passes):
+    found = step_operations(name, remat)
+    assert not faults(found)
+
+    # That the check looks at something: a stack's body is traced once, each way.
+    def count(primitive: str, module: str, backward: bool) -> int:
+        return sum(
+            op.name == primitive and module in op.scope and ("transpose(" in op.scope) == backward
+            for op in found
+        )
+
+    stacks = {"dit": 1, "mdt_v1": 5, "mdt_v2": 7}[name]  # of both passes, side-interpolator too
+    assert count("dot_general", "/mlp/", False) == 2 * stacks
+    again = 2 if remat == "full" else 0  # the forward's, recomputed
+    assert count("dot_general", "/mlp/", True) == (4 + again) * stacks
+    assert count("dot_general", "/attn/", True) >= 2 * count("dot_general", "/attn/", False) > 0
+    assert count("exp", "/attn/", False) >= stacks
+    assert count("rsqrt", "/LayerNorm_", False) == 2 * stacks + passes
+    assert sum(bool(OUTSIDE_THE_MODEL.match(op.scope)) for op in found) > 100 * passes
+
+
+def float32_mlp(original):
+    def mlp(ratio, dtype, name):
+        return lambda x: original(ratio, jnp.float32, name=name)(x).astype(dtype)
+
+    return mlp
+
+
+def bfloat16_softmax(original):
+    return lambda x, axis: original(x.astype(jnp.bfloat16), axis)
+
+
+def bfloat16_norm(original):
+    low = {"dtype": jnp.bfloat16, "use_fast_variance": False, "force_float32_reductions": False}
+    return lambda: lambda x: nn.LayerNorm(1e-6, **low)(x.astype(jnp.bfloat16))
+
+
+def differentiated_logits(original):
+    """Without a rule of their own for the gradient, which comes in float32."""
+    return original.__wrapped__
+
+
+def bfloat16_loss(original):
+    def losses(self, model_fn, x0, i, noise):
+        return original(self, lambda x, t: model_fn(x, t).astype(jnp.bfloat16) * 1, x0, i, noise)
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "spoil", "told"),
+    [
+        (layers, "Mlp", float32_mlp, "dot_general of float32: .*/mlp/fc2/"),
+        (attention, "attention_logits", differentiated_logits,
+         "dot_general of bfloat16[+]float32: .*transpose.*/attn/"),
+        (jax.nn, "softmax", bfloat16_softmax, "exp of bfloat16: .*/attn/"),
+        (layers, "layer_norm", bfloat16_norm, "rsqrt of bfloat16: .*/LayerNorm_0/"),
+        (GaussianDiffusion, "losses", bfloat16_loss, "mul of bfloat16: .*full_pass"),
+    ],
+)  # fmt: skip
+def test_one_wrong_precision_is_told(owner, attribute, spoil, told, monkeypatch):
+    monkeypatch.setattr(owner, attribute, spoil(getattr(owner, attribute)))
+    found = faults(step_operations("dit"))
+    assert any(re.match(told, fault) for fault in found), found

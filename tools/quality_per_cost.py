@@ -1,0 +1,263 @@
+"""Quality against cost of sampling: one run, many samplers, judged and timed by turns.
+
+    python tools/quality_per_cost.py --workdir runs/digits --output benchmarks/quality_per_cost.json
+
+Draws the same samples (classes in turn, noise by seed and index) with every method of `--methods`,
+batch by batch in turn, so that whatever else the machine does falls on all of them alike. The
+distance is the Fréchet distance in the features of the classifier that judged the run while it
+trained, against the same training images, under the run's own settings of judging (`config.eval`):
+for comparing samplers, never with published FIDs. Seconds are of sampling alone, compiled before.
+The first method is the reference: a method is as good if the mean of its distances over the seeds
+is no more than the reference's mean plus the reference's spread (the sample standard deviation over
+the seeds), and its cost is its time over the reference's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdt_jax import checkpoints, images, run_evaluation, sampling, sharding
+from mdt_jax import config as config_lib
+from mdt_jax.data import create_source
+from mdt_jax.evaluation import classifier
+from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+
+METHODS = (
+    "ddpm:250", "ddim:20", "ddim:10", "heun:10", "heun:5", "dpm++:20", "dpm++:10", "dpm++:10,10",
+    "dpm++sde:20",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Row:
+    """What a method of sampling gave.
+
+    Attributes:
+      sampler, steps: as `mdt_jax.sample` takes them.
+      calls: of the model, for each sample.
+      compile_seconds: once, before the first sample.
+      distances, seconds: for each seed, of all its samples.
+    """
+
+    sampler: str
+    steps: str
+    calls: int
+    compile_seconds: float
+    distances: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Of the distances over the seeds."""
+        return statistics.fmean(self.distances)
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation of the distances over the seeds, NaN of one seed."""
+        return statistics.stdev(self.distances) if len(self.distances) > 1 else float("nan")
+
+    def cost(self, reference: Row) -> float:
+        """Time over the reference's, the median over the seeds."""
+        pairs = zip(self.seconds, reference.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def is_as_good(self, reference: Row) -> bool:
+        """Whether the mean distance is within the reference's spread of its mean, or below."""
+        return self is reference or self.mean <= reference.mean + reference.spread
+
+
+class Judge:
+    """Distances from a run's training images, in the features of its own classifier."""
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        """Raises ValueError where the run is not one that a classifier judges."""
+        source = create_source(config.data)
+        if run_evaluation.choose(config, source) != "classifier":
+            raise ValueError(
+                f"{workdir}: this compares runs that a classifier judges, labelled images of up to "
+                f"{classifier.MAX_SIDE} pixels such as configs/digits.py's"
+            )
+        real = run_evaluation.real_images(source, config)
+        self.extractor = classifier.load_or_train(
+            workdir / run_evaluation.CLASSIFIER_FILE,
+            real.images,
+            real.labels,
+            len(source.class_names),
+        )
+        self._real = self._gaussian([real.images])
+
+    def distance(self, batches: list[np.ndarray]) -> float:
+        """The Fréchet distance of batches of uint8 images."""
+        return frechet_distance(self._real, self._gaussian(batches))
+
+    def _gaussian(self, batches: list[np.ndarray]) -> Gaussian:
+        features = [self.extractor.extract(batch).pool for batch in batches]
+        moments = Moments(features[0].shape[1])
+        for rows in features:
+            moments.update(rows)
+        return moments.gaussian()
+
+
+def model_calls(sampler: str, num_steps: int) -> int:
+    """Of one sample: Heun's steps take two, but for the last. Guidance makes each call two rows."""
+    return 2 * num_steps - 1 if sampler == "heun" else num_steps
+
+
+def compile_methods(
+    model: sampling.DiffusionModel,
+    params: Any,
+    methods: list[str],
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+) -> list[tuple[Row, sampling.CompiledSampler]]:
+    """A compiled sampler for each "SAMPLER:STEPS", under the run's settings of judging.
+
+    Raises:
+      ValueError: a sampler or steps that are unknown.
+    """
+    compiled = []
+    for method in methods:
+        sampler, _, steps = method.partition(":")
+        options = sampling.resolve_options(
+            model, sampler=sampler, steps=steps, cfg_scale=config.eval.cfg_scale
+        )
+        began = time.perf_counter()
+        run = sampling.CompiledSampler(model, mesh, batch_size, options)
+        run.warm_up(params)
+        run(params, np.zeros(1, np.int32), jax.random.key(0))  # what only a first call does
+        seconds = time.perf_counter() - began
+        calls = model_calls(sampler, run.num_steps)
+        compiled.append((Row(sampler, str(options.steps), calls, round(seconds, 2)), run))
+    return compiled
+
+
+def compare(
+    workdir: Path,
+    methods: list[str],
+    num_samples: int,
+    seeds: list[int],
+    batch_size: int,
+) -> Iterator[list[Row]]:
+    """The rows of all methods, given again after each seed."""
+    step, meta = checkpoints.read_meta(workdir)
+    config = config_lib.from_json(meta["config"])
+    judge = Judge(workdir, config)
+    mesh = sharding.create_mesh()
+    model, params = sampling.load(workdir, step=step, mesh=mesh)
+    labels = sampling.resolve_labels(model, None, num_samples)
+    size = sampling.global_batch_size(batch_size, num_samples, mesh)
+    compiled = compile_methods(model, params, methods, config, mesh, size)
+    for seed in seeds:
+        drawn: list[list[np.ndarray]] = [[] for _ in compiled]
+        seconds = [0.0 for _ in compiled]
+        for turn, first in enumerate(range(0, num_samples, size)):
+            # Each batch begins with another method, so that none always follows the same one.
+            for k in np.roll(np.arange(len(compiled)), -turn).tolist():
+                began = time.perf_counter()
+                samples = compiled[k][1](
+                    params, labels[first : first + size], jax.random.key(seed), first
+                )
+                seconds[k] += time.perf_counter() - began
+                drawn[k].append(images.to_uint8(samples, first))
+        for (row, _), batches, taken in zip(compiled, drawn, seconds, strict=True):
+            row.distances.append(round(judge.distance(batches), 5))
+            row.seconds.append(round(taken, 3))
+        yield [row for row, _ in compiled]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    reference = rows[0]
+    lines = [
+        "| sampler | steps | model calls | distance | as good | seconds | of the first's time |",
+        "|" + " --- |" * 7,
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.sampler} | {row.steps} | {row.calls} | {row.mean:.3f} ± {row.spread:.3f} | "
+            f"{'yes' if row.is_as_good(reference) else 'no'} | "
+            f"{statistics.median(row.seconds):.1f} | {row.cost(reference):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows with what follows from them."""
+    return [
+        dataclasses.asdict(row)
+        | {
+            "mean_distance": round(row.mean, 5),
+            "spread": round(row.spread, 5) if len(row.distances) > 1 else None,
+            "as_good": row.is_as_good(rows[0]),
+            "cost": round(row.cost(rows[0]), 5),
+        }
+        for row in rows
+    ]
+
+
+def processor() -> str:
+    """What computed the samples."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
+    found = next((line for line in lines if line.startswith("model name")), "")
+    return found.partition(": ")[2] or platform.machine()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; `arguments` are its own, those of the process by default."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="the run")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, help="SAMPLER:STEPS; --steps' forms"
+    )
+    parser.add_argument("--num_samples", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch_size", type=int, default=500)
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    args = parser.parse_args(arguments)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "command": f"python tools/quality_per_cost.py --workdir runs/{args.workdir.name}",
+        "num_samples": args.num_samples,
+        "seeds": args.seeds,
+        "batch_size": args.batch_size,
+    }
+    try:
+        for rows in compare(
+            args.workdir, args.methods, args.num_samples, args.seeds, args.batch_size
+        ):
+            print(table(rows), end="\n\n", flush=True)
+            if args.output:
+                about["load_average"] = [round(load, 1) for load in os.getloadavg()]
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(about | {"rows": as_json(rows)}, indent=2) + "\n")
+    except (ValueError, OSError, checkpoints.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
