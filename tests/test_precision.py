@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.extend import core
 
 from mdt_jax.diffusion import GaussianDiffusion
-from mdt_jax.models import attention, layers
+from mdt_jax.models import layers, plain_attention
 
 # What softmax, norms, losses and optimisers take, and nothing else of a step in bfloat16: the
 # activations are tanh and logistic.
@@ -139,7 +139,7 @@ def bfloat16_loss(original):
     ("owner", "attribute", "spoil", "told"),
     [
         (layers, "Mlp", float32_mlp, "dot_general of float32: .*/mlp/fc2/"),
-        (attention, "attention_logits", differentiated_logits,
+        (plain_attention, "attention_logits", differentiated_logits,
          "dot_general of bfloat16[+]float32: .*transpose.*/attn/"),
         (jax.nn, "softmax", bfloat16_softmax, "exp of bfloat16: .*/attn/"),
         (layers, "layer_norm", bfloat16_norm, "rsqrt of bfloat16: .*/LayerNorm_0/"),

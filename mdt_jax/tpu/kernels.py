@@ -69,7 +69,7 @@ class Work:
 
 def find(function: Any, arguments: Any) -> list[Kernel]:
     """The kernels of a jitted function, each once."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    jaxpr = function.trace(*arguments).jaxpr.jaxpr
     found: dict[Key, Kernel] = {}
     for equation in _pallas_calls(jaxpr):
         outputs = tuple(_array(v.aval) for v in equation.outvars)
