@@ -277,7 +277,6 @@ def build(architecture: Any, seed: int = 0) -> LatentTransformer:
 # ---- Losses ------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the losses look up by timestep, of the linear schedule of 1000 steps."""
@@ -305,12 +304,14 @@ def losses(
     y: Tensor | None,
     ids_keep: Tensor | None = None,
     min_snr: float | None = None,
+    tabulated: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Per-sample terms (B,) of one pass: "mse", "vb" (learned variance) and "loss".
 
-    Computed in x0's dtype; the model is given float32.
+    Computed in x0's dtype; the model is given float32. `tabulated` is what `tables` gives, for a
+    compiler that would compute it anew each time.
     """
-    tabulated = tables(x0.device, x0.dtype)
+    tabulated = tabulated or tables(x0.device, x0.dtype)
     at = {name: values[t][:, None, None, None] for name, values in tabulated.items()}
     noise = noise.to(x0.dtype)
     xt = at["signal"] * x0 + at["noise"] * noise
@@ -460,6 +461,7 @@ class Reference:
         self.model = build(architecture).to(self.device)
         self._ema, self._optimizer = ema_of(self.model), create_optimizer(self.model)
         self._min_snr = 5.0 if isinstance(self.model, MDTv2) else None
+        self._tables = tables(self.device, torch.float32)
         self._autocast = functools.partial(
             torch.autocast, self.device.type, torch.bfloat16, enabled=bfloat16
         )
@@ -496,13 +498,14 @@ class Reference:
         t = torch.randint(1000, (batch,), device=x0.device)
         passes = [None]
         if num_kept is not None:
-            noise = torch.rand(batch, model.grid_size**2, device=x0.device)
-            passes.append(noise.argsort(1)[:, :num_kept])
+            order = torch.rand(batch, model.grid_size**2, device=x0.device).argsort(1)
+            passes.append(order[:, :num_kept])
         total = 0.0
         for ids in passes:
             dropped = torch.rand(batch, device=x0.device) < 0.1
             labels = torch.where(dropped, model.num_classes, y)
+            noise = torch.randn_like(x0)
             with self._autocast():
-                terms = losses(model, x0, t, torch.randn_like(x0), labels, ids, self._min_snr)
+                terms = losses(model, x0, t, noise, labels, ids, self._min_snr, self._tables)
             total = total + terms["loss"].mean()
         return total
