@@ -8,8 +8,8 @@ from mdt_jax.models import attention_kernel, norm_kernels
 from mdt_jax.tpu import estimate, hlo, kernels, schedule, topologies
 from mdt_jax.tpu.kernels import Work
 
-# Three bundles before the grid's loop; in it, a guarded region with a loop of 5 turns, one bundle, a
-# loop of 7 turns, and what the pipeline guards: the body itself.
+# Three bundles before the grid's loop; in it, a guarded region with a loop of 5 turns, one bundle,
+# and a loop of 7 turns.
 SCHEDULE = """
 LB: loop body
      0   :  { %s1 = smov 0 } /* Start region 1 */

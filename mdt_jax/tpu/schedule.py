@@ -13,7 +13,9 @@ import dataclasses
 import math
 import re
 
-_BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(LB:|LH:|LE:|PB:|PF:|CT:)?\s*:?\s*(>*)\s*:?\s*\{(.*)$")
+_BUNDLE = re.compile(
+    r"^\s*(?:0x)?([0-9a-f]+)\s+(LB:|LH:|LE:|PB:|PF:|CT:)?\s*:?\s*(>*)\s*:?\s*\{(.*)$"
+)
 _BRANCH = re.compile(r"sbr\.rel \((!?)(%p\w+)\) target = \$region(\d+)")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+) /\* loop exit test \*/")
 _COMPARISON = re.compile(r"(%p\w+) = scmp\.(?:ne|eq)\.s32\.totalorder %s\w+, \d+")
