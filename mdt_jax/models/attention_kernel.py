@@ -97,26 +97,28 @@ def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array | N
 
     def local(qkv: Array, strips: Array, out: Array, log_sums: Array, d_out: Array, *ids: Array):
         kernel = _Kernel.of(qkv, strips, bool(ids))
-        return kernel.backward(qkv, strips, out, log_sums, d_out, *ids, interpret=interpret)
+        found = kernel.backward(qkv, strips, out, log_sums, d_out, *ids, interpret=interpret)
+        d_qkv, d_strips, d_bias = found
+        return d_qkv, d_strips[None], d_bias[None, ..., 0]  # sums of this device's samples
 
-    heads = ("batch", "heads", None, None)
     run = placement.current.get().partition(
         local,
-        (_QKV, _STRIPS, heads, heads[:3], heads, *[("batch", None)] * len(ids)),
-        (_QKV, heads, _QKV),  # of sums, "batch" is whose they are
+        (_QKV, _STRIPS, _BY_HEAD, _BY_HEAD, _BY_HEAD, *[("batch", None)] * len(ids)),
+        (_QKV, _BY_HEAD, ("batch", None, "heads", None)),
     )
     d_qkv, d_strips, d_bias = run(qkv, strips, out, log_sums, d_out, *ids)
-    return d_qkv, d_bias.sum(axis=(0, -1)), d_strips.sum(axis=0), None
+    return d_qkv, d_bias.sum(axis=0), d_strips.sum(axis=0), None
 
 
 attention.defvjp(_forward_rule, _backward_rule)
-_QKV, _STRIPS = ("batch", None, "heads", None, None), ("heads", None, None)
+_QKV, _BY_HEAD = ("batch", None, "heads", None, None), ("batch", "heads", None, None)
+_STRIPS = ("heads", None, None)
 
 
 def _run_forward(
     qkv: Array, strips: Array, ids_keep: Array | None, interpret: bool
 ) -> tuple[Array, Array]:
-    """The attention, and log₂ of each softmax's sum, (batch, heads, N)."""
+    """The attention, and log₂ of each softmax's sum, (batch, heads, 1, N)."""
     ids = [] if ids_keep is None else [ids_keep]
 
     def local(qkv: Array, strips: Array, *ids: Array) -> tuple[Array, Array]:
@@ -126,7 +128,7 @@ def _run_forward(
     run = placement.current.get().partition(
         local,
         (_QKV, _STRIPS, *[("batch", None)] * len(ids)),
-        (("batch", "heads", None, None), ("batch", "heads", None)),
+        (_BY_HEAD, _BY_HEAD),
     )
     return run(qkv, strips, *ids)
 
@@ -135,11 +137,22 @@ def _run_forward(
 class _Kernel:
     """Sizes of one device's part, and the two kernels for them.
 
-    The grid is (parts, samples of a part): a chip with two cores takes a part on each. Scratch
-    holds rows of a head `stride` apart, an odd number, which reads eight rows at once.
+    The grid is (groups of heads, samples): the bias of a group stays on the core while the samples
+    go by, and a chip with two cores takes a group on each. Scratch holds rows of a head `stride`
+    apart, an odd number, which reads eight rows at once.
+
+    Attributes:
+      batch: samples.
+      groups, heads: of heads, and heads of one group.
+      width: of a head.
+      tokens: K, or N without a mask.
+      grid_size: G.
+      masked: whether the tokens are kept ones.
+      dtype: of everything but bias and sums.
     """
 
     batch: int
+    groups: int
     heads: int
     width: int
     tokens: int
@@ -150,7 +163,10 @@ class _Kernel:
     @classmethod
     def of(cls, qkv: Array, strips: Array, masked: bool) -> _Kernel:
         batch, _, heads, width, tokens = qkv.shape
-        return cls(batch, heads, width, tokens, strips.shape[1], masked, qkv.dtype)
+        groups = 1 if heads % 2 else 2
+        return cls(
+            batch, groups, heads // groups, width, tokens, strips.shape[1], masked, qkv.dtype
+        )
 
     @property
     def places(self) -> int:
@@ -161,26 +177,21 @@ class _Kernel:
     def stride(self) -> int:
         return self.heads | 1
 
-    @property
-    def parts(self) -> int:
-        return 1 if self.batch % 2 else 2
-
     @cached_property
     def scale(self) -> float:
         """Of q, for logits to the base 2."""
         return self.width**-0.5 * _LOG2_E
 
     def forward(self, qkv: Array, strips: Array, *ids: Array, interpret: bool) -> Any:
-        out = (self.batch, self.heads, self.width, self.tokens)
-        sums = (self.batch, self.heads, self.places)
+        out, sums = self._tokens_spec(), self._sums_spec()
         return self._run(
             _forward_kernel,
             (*_ids_twice(ids), qkv, strips),
-            in_specs=[*self._ids_specs(), self._sample(qkv.shape), _whole(strips.shape)],
-            out_specs=[self._sample(out), self._sample(sums)],
+            in_specs=[*self._ids_specs(), self._qkv_spec(), self._strips_spec()],
+            out_specs=[out[1], sums[1]],
             out_shape=[
-                jax.ShapeDtypeStruct(out, self.dtype),
-                jax.ShapeDtypeStruct(sums, jnp.float32),
+                jax.ShapeDtypeStruct(out[0], self.dtype),
+                jax.ShapeDtypeStruct(sums[0], jnp.float32),
             ],
             scratch_shapes=[self._rows(self.places), *self._rows_of_kept()],
             interpret=interpret,
@@ -196,23 +207,28 @@ class _Kernel:
         *ids: Array,
         interpret: bool,
     ) -> Any:
-        samples = (qkv, out, log_sums, d_out)
-        sums = [(self.parts, *strips.shape), (self.parts, 3, self.heads, self.width, 1)]
+        tokens, sums = self._tokens_spec()[1], self._sums_spec()[1]
+        bias = (3, self.groups * self.heads, self.width, 1)
         return self._run(
             _backward_kernel,
-            (*_ids_twice(ids), *samples, strips),
+            (*_ids_twice(ids), qkv, out, log_sums, d_out, strips),
             in_specs=[
                 *self._ids_specs(),
-                *(self._sample(x.shape) for x in samples),
-                _whole(strips.shape),
+                self._qkv_spec(),
+                tokens,
+                sums,
+                tokens,
+                self._strips_spec(),
             ],
             out_specs=[
-                self._sample(qkv.shape),
-                *(_of_part(shape) for shape in sums),
+                self._qkv_spec(),
+                self._strips_spec(),
+                pl.BlockSpec((3, self.heads, self.width, 1), lambda g, _: (0, g, 0, 0)),
             ],
             out_shape=[
                 jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
-                *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums),
+                jax.ShapeDtypeStruct(strips.shape, jnp.float32),
+                jax.ShapeDtypeStruct(bias, jnp.float32),
             ],
             scratch_shapes=[*[self._rows(self.places)] * 2, *self._rows_of_kept()],
             interpret=interpret,
@@ -221,7 +237,7 @@ class _Kernel:
     def _run(self, kernel: Callable, arguments: tuple[Array, ...], **more: Any) -> Any:
         return pl.pallas_call(
             partial(kernel, self),
-            grid=(self.parts, self.batch // self.parts),
+            grid=(self.groups, self.batch),
             name=kernel.__name__.strip("_"),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
@@ -229,14 +245,31 @@ class _Kernel:
             **more,
         )(*arguments)
 
-    def _sample(self, shape: tuple[int, ...], **more: Any) -> pl.BlockSpec:
-        """One sample of an array (batch, ...)."""
-        per_part, rest = self.batch // self.parts, (0,) * (len(shape) - 1)
-        return pl.BlockSpec((1, *shape[1:]), lambda part, i: (part * per_part + i, *rest), **more)
+    def _qkv_spec(self) -> pl.BlockSpec:
+        block = (1, 3, self.heads, self.width, self.tokens)
+        return pl.BlockSpec(block, lambda g, b: (b, 0, g, 0, 0))
+
+    def _strips_spec(self) -> pl.BlockSpec:
+        block = (self.heads, self.grid_size, (2 * self.grid_size - 1) * self.grid_size)
+        return pl.BlockSpec(block, lambda g, _: (g, 0, 0))
+
+    def _tokens_spec(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """Shape of the heads' output, and a group's part of it."""
+        return self._by_head(self.width, self.tokens)
+
+    def _sums_spec(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        return self._by_head(1, self.places)
+
+    def _by_head(self, *rest: int) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        shape = (self.batch, self.groups * self.heads, *rest)
+        return shape, pl.BlockSpec((1, self.heads, *rest), lambda g, b: (b, g, 0, 0))
 
     def _ids_specs(self) -> list[pl.BlockSpec]:
-        row, column = (self.batch, 1, self.tokens), (self.batch, self.tokens, 1)
-        specs = [self._sample(row, memory_space=pltpu.SMEM), self._sample(column)]
+        row, column = (1, 1, self.tokens), (1, self.tokens, 1)
+        specs = [
+            pl.BlockSpec(row, lambda _, b: (b, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(column, lambda _, b: (b, 0, 0)),
+        ]
         return specs if self.masked else []
 
     def _rows(self, count: int) -> Any:
@@ -267,7 +300,7 @@ class _Kernel:
                 start = (self.grid_size - 1 - row) * self.grid_size
                 key = row * self.grid_size
                 added = self.load(d_bias, h, key, self.grid_size)
-                d_strips[0, h, :, start : start + self.places] += added
+                d_strips[h, :, start : start + self.places] += added
 
         jax.lax.fori_loop(0, self.heads, of_head, None)
 
@@ -306,14 +339,6 @@ class _Kernel:
 def _ids_twice(ids: Sequence[Array]) -> list[Array]:
     """Kept ids as rows, for the scalar core, and as columns."""
     return [one for x in ids for one in (x[:, None, :], x[:, :, None])]
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda part, i: (0,) * len(shape))
-
-
-def _of_part(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec((1, *shape[1:]), lambda part, _: (part, *(0,) * (len(shape) - 1)))
 
 
 def _pipeline(count: int, *stages: Callable[[int, Any], Any]) -> None:
@@ -364,7 +389,7 @@ def _forward_kernel(sizes: _Kernel, *refs: Any) -> None:
         largest = jnp.max(s, axis=0, keepdims=True)
         p = jnp.exp2(s - largest)
         total = jnp.sum(p, axis=0, keepdims=True)
-        log_sums[0, h : h + 1, :] = largest + jnp.log2(total)
+        log_sums[0, h] = largest + jnp.log2(total)
         return p.astype(dtype), 1 / total
 
     def values(h: int, weights: tuple[Array, Array]) -> Array:
@@ -409,7 +434,7 @@ def _backward_kernel(sizes: _Kernel, *refs: Any) -> None:
 
     def softmax(h: int, x: tuple[Array, ...]) -> tuple[Array, ...]:
         q, do, s, dp = x
-        p = jnp.exp2(s - log_sums[0, h : h + 1, :])
+        p = jnp.exp2(s - log_sums[0, h])
         if sizes.masked:  # out's lanes are other ones
             mean = jnp.sum(p * dp, axis=0, keepdims=True)
         else:
@@ -424,7 +449,7 @@ def _backward_kernel(sizes: _Kernel, *refs: Any) -> None:
 
     def write(which: int, h: int, gradient: Array) -> None:
         d_qkv[0, which, h] = gradient.astype(dtype)
-        sums[0, which, h] += jnp.sum(gradient, axis=1, keepdims=True)
+        sums[which, h] += jnp.sum(gradient, axis=1, keepdims=True)
 
     def gradients(h: int, x: tuple[Array, ...]) -> Array:
         q, do, p, ds = x

@@ -53,6 +53,18 @@ class Kernel:
     flops: int
     program: bytes
 
+    @property
+    def key(self) -> Key:
+        return self.name, self.outputs
+
+    def transfer_cycles(self, chip: Chip) -> int:
+        """What its transfers take at the memory's bandwidth."""
+        return round(self.bytes / chip.hbm_bandwidth * chip.clock)
+
+    def product_cycles(self, chip: Chip) -> int:
+        """What its products take at the matrix units' peak, were their sides multiples of them."""
+        return round(self.flops / (2 * chip.mxu_macs))
+
     def steps(self, cores: int) -> int:
         """Turns of the grid that one of a chip's cores does."""
         shared = any(p and n % cores == 0 for p, n in zip(self.parallel, self.grid, strict=True))
@@ -148,8 +160,8 @@ def work(kernels: list[Kernel], chip: Chip) -> dict[Key, Work]:
     for kernel in kernels:
         text = _texts[chip.name, kernel.program]
         compute = schedule.cycles(text, kernel.grid, kernel.steps(chip.cores))
-        transfer = kernel.bytes / chip.hbm_bandwidth * chip.clock
-        found[kernel.name, kernel.outputs] = Work(round(max(compute, transfer)), kernel.flops)
+        cycles = max(compute, kernel.transfer_cycles(chip))
+        found[kernel.key] = Work(cycles, kernel.flops)
     return found
 
 

@@ -18,6 +18,7 @@ from mdt_jax import sampling, sharding
 from mdt_jax.run import create_trainer
 from mdt_jax.tpu import estimate, kernels, topologies
 from mdt_jax.tpu.estimate import Estimate
+from mdt_jax.tpu.kernels import Kernel, Work
 from mdt_jax.tpu.topologies import Topology
 from mdt_jax.train_step import Trainer
 
@@ -94,6 +95,7 @@ class Program:
       estimate: its work, None if it does not fit.
       seconds_to_compile: here, on this machine's processors.
       failure: the compiler's words, where it does not fit.
+      kernels: its Pallas kernels, each with what it takes.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Program:
     estimate: Estimate | None
     seconds_to_compile: float
     failure: str = ""
+    kernels: tuple[tuple[Kernel, Work], ...] = ()
 
 
 def compile_program(name: str, function: Any, arguments: Any, topology: Topology) -> Program:
@@ -120,10 +123,12 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Topology
     seconds = time.perf_counter() - began
     memory = Memory.of(compiled)
     several = topology.chips_per_slice if topology.num_slices > 1 else None
-    in_kernels = kernels.work(kernels.find(function, arguments), topology.chip)
-    work = estimate.parse(compiled.as_text(), several, in_kernels)
+    found = kernels.find(function, arguments)
+    known = kernels.work(found, topology.chip)
+    work = estimate.parse(compiled.as_text(), several, known)
     fits = memory.peak <= topology.chip.hbm_bytes
-    return Program(name, fits, memory, work, seconds)
+    each = tuple((kernel, known[kernel.key]) for kernel in found)
+    return Program(name, fits, memory, work, seconds, kernels=each)
 
 
 def is_out_of_memory(message: str) -> bool:

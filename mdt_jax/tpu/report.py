@@ -161,6 +161,7 @@ class Report:
         out += ["", *self._work_lines()] if self.step_seconds is not None else []
         for program in self.programs:
             out += _notes(program)
+        out += _kernel_lines(self.largest, t) if self.step_seconds is not None else []
         out.append(f"compiled in    {sum(p.seconds_to_compile for p in self.programs):.0f} s")
         out.append(f"verdict        {'fits' if self.fits else 'does not fit'}")
         out += [f"               {line}" for line in self.advice]
@@ -263,6 +264,18 @@ def _notes(program: Program) -> list[str]:
     return out
 
 
+def _kernel_lines(program: Program, topology: Topology) -> list[str]:
+    """The Pallas kernels of a program, beside what bounds them from below."""
+    chip = topology.chip
+    return [
+        f"kernel         {kernel.name} -> {kind}[{','.join(map(str, shape))}]: {work.cycles:,} "
+        f"cycles; its transfers {kernel.transfer_cycles(chip):,}, "
+        f"products at the peak {kernel.product_cycles(chip):,}"
+        for kernel, work in program.kernels
+        for kind, shape in kernel.outputs[:1]
+    ]
+
+
 def _program_json(program: Program, topology: Topology) -> dict[str, Any]:
     record: dict[str, Any] = {
         "name": program.name,
@@ -282,5 +295,15 @@ def _program_json(program: Program, topology: Topology) -> dict[str, Any]:
             "collectives": [dataclasses.asdict(one) for one in e.collectives],
             "not_estimated_bytes": e.not_estimated,
             "loops_counted_once": list(e.loops_counted_once),
+            "kernels": [
+                {
+                    "name": kernel.name,
+                    "output": kernel.outputs[0],
+                    "cycles": work.cycles,
+                    "transfer_cycles": kernel.transfer_cycles(topology.chip),
+                    "product_cycles": kernel.product_cycles(topology.chip),
+                }
+                for kernel, work in program.kernels
+            ],
         }
     return record
