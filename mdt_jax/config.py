@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
     config.model.mlp_ratio = number()
     config.model.decoder_depth = integer()
     config.model.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
-    config.model.kernels = "auto"  # "pallas" on TPU where it can be; "plain" elsewhere
+    config.model.kernels = "auto"  # "pallas" on TPU where it can be, else "plain"; "cudnn": GPU
     config.model.remat = "none"  # "dots", "full": less memory, more work
     config.model.scan_unroll = 1
 

@@ -98,7 +98,7 @@ def test_a_mesh_divides_the_kernels_work(interpreted):
 def test_sizes_that_the_kernels_do_not_take_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         create_model("MDTv2", **SIZES | settings, kernels="pallas")
-    with pytest.raises(ValueError, match="'mosaic' is unknown; known: plain, pallas"):
+    with pytest.raises(ValueError, match="'mosaic' is unknown; known: plain, pallas, cudnn"):
         create_model("MDTv2", **SIZES, kernels="mosaic")
 
 

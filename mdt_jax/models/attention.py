@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Int
 from mdt_jax.models import attention_kernel, layers, plain_attention
 from mdt_jax.models.linear import Linear
 
-KERNELS = ("plain", "pallas")
+KERNELS = ("plain", "pallas", "cudnn")
 
 
 def choose_kernels(platform: str, grid_size: int, num_heads: int, head_width: int) -> str:
     """How blocks with a bias are best computed: one of KERNELS.
 
     On a TPU by Pallas kernels, where they take these sizes; elsewhere by what the compiler makes of
-    the plain form (docs/performance.md has the measurements).
+    the plain form (docs/performance.md has the measurements). "cudnn" is for who asks for it until
+    it has been timed on a GPU.
 
     Args:
       platform: "tpu", "gpu" or "cpu".
@@ -44,7 +45,7 @@ class Attention(nn.Module):
     Attributes:
       num_heads: number of heads; must divide the width.
       grid_size: side G of the token grid, or None for no relative-position bias (DiT).
-      kernels: one of KERNELS; "pallas" needs a bias.
+      kernels: one of KERNELS; "pallas" needs a bias, "cudnn" a GPU and bfloat16.
       dtype: compute dtype; the softmax is float32 whatever it is.
     """
 
@@ -61,8 +62,8 @@ class Attention(nn.Module):
 
         Args:
           x: tokens.
-          positions: where they are: for "plain" the bias-table rows of all pairs, (N, N) or
-            (batch, kept, kept); for "pallas" the kept ids (batch, kept), None for all tokens.
+          positions: where they are: for "pallas" the kept ids (batch, kept), None for all tokens;
+            else the bias-table rows of all pairs, (N, N) or (batch, kept, kept).
 
         Returns:
           (batch, n, width), with "pallas" also the last bias, which then has its gradient of who
@@ -86,7 +87,9 @@ class Attention(nn.Module):
             out = jnp.transpose(out, (0, 3, 1, 2))
         else:
             bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)
-            out = plain_attention.attention(qkv, bias)
+            cudnn = self.kernels == "cudnn"
+            attend = plain_attention.cudnn_attention if cudnn else plain_attention.attention
+            out = attend(qkv, bias)
         # With Pallas kernels it costs less to compute attention and this again than to keep it.
         return linear((width,), ("heads", None, "embed"), kept=not pallas, name="proj")(out)
 

@@ -82,6 +82,11 @@ class LatentTransformer(nn.Module):
                 f"heads of a multiple of 8, not {self.num_tokens} tokens and {head_width}; "
                 "'plain' takes any"
             )
+        if self.kernels == "cudnn" and self.dtype != jnp.bfloat16:
+            raise ValueError(
+                f"kernels 'cudnn' computes in bfloat16, not {jnp.dtype(self.dtype).name}; "
+                "'plain' takes both"
+            )
         if self.remat not in layers.REMAT_POLICIES:
             known = ", ".join(layers.REMAT_POLICIES)
             raise ValueError(f"remat {self.remat!r} is unknown; known: {known}")

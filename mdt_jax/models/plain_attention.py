@@ -1,4 +1,4 @@
-"""Attention as the compiler makes it of the plain form, on any platform."""
+"""Attention without kernels of ours: as the compiler makes it of the plain form, or by cuDNN."""
 
 from __future__ import annotations
 
@@ -27,6 +27,27 @@ def attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(qkv.dtype)
     out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
     return jnp.transpose(out, (0, 2, 1, 3))
+
+
+def cudnn_attention(
+    qkv: Float[Array, "batch n 3 heads width"],
+    bias: Float[Array, "*batch heads n n"] | None,
+    implementation: str = "cudnn",
+) -> Float[Array, "batch n heads width"]:
+    """The same by cuDNN's fused attention, bias and its gradient included, in qkv's bfloat16.
+
+    cuDNN has no gradient of a bias for odd lengths: those are computed in the plain form.
+
+    Args:
+      qkv, bias: as of `attention`; the bias is rounded to bfloat16.
+      implementation: of `jax.nn.dot_product_attention`.
+    """
+    if bias is not None:
+        if qkv.shape[1] % 2:
+            return attention(qkv, bias)
+        bias = (bias if bias.ndim == 4 else bias[None]).astype(qkv.dtype)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

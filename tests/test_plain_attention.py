@@ -1,0 +1,56 @@
+"""cuDNN's attention by the form that runs here, and what is asked of a GPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.models import create_model, plain_attention
+
+
+def arrays(n, shared, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.normal(size=(2, n, 3, 2, 8)), dtype)
+    bias = jnp.asarray(rng.normal(size=(2, n, n) if shared else (2, 2, n, n)), jnp.float32)
+    return qkv, bias
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("n", [6, 7])
+def test_what_cudnn_is_given_is_the_plain_form(n, shared):
+    qkv, bias = arrays(n, shared)
+
+    def through(attend):
+        out, pull = jax.vjp(attend, qkv, bias)
+        return out, *pull(jnp.cos(out))
+
+    actual = through(lambda q, b: plain_attention.cudnn_attention(q, b, "xla"))
+    for a, e in zip(actual, through(plain_attention.attention), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_with_queries_and_keys_exchanged_shows():
+    qkv, bias = arrays(6, shared=True)
+    turned = plain_attention.cudnn_attention(qkv, jnp.swapaxes(bias, -1, -2), "xla")
+    assert float(jnp.abs(turned - plain_attention.attention(qkv, bias)).max()) > 1e-2
+
+
+@pytest.mark.parametrize(("n", "calls"), [(6, {"", "Backward"}), (7, set())])
+def test_a_gpu_is_asked_for_the_fused_kernels_with_their_bias(monkeypatch, n, calls):
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    qkv, bias = arrays(n, shared=True, dtype=jnp.bfloat16)
+
+    def loss(qkv, bias):
+        return plain_attention.cudnn_attention(qkv, bias).astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1))).trace(qkv, bias)
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"__cudnn\$fmhaScaleBiasSoftmax(\w*)", text)) == calls
+
+
+def test_cudnn_in_float32_is_refused():
+    with pytest.raises(ValueError, match="'cudnn' computes in bfloat16, not float32"):
+        create_model("MDTv2-S/2", kernels="cudnn")
