@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from absl import logging
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.2  # what compiles faster than it is read is not kept
@@ -30,7 +31,11 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
     if environment.get(VARIABLE) == "" or on_cpus:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    folder = environment.get(VARIABLE) or str(cache_folder(environment))
+    try:
+        folder = environment.get(VARIABLE) or str(cache_folder(environment))
+    except RuntimeError:
+        logging.info("no home folder: compiled programs are not kept; %s names one", VARIABLE)
+        return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 

@@ -15,7 +15,6 @@ from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models import LatentTransformer, create_model
-from mdt_jax.models.attention import choose_kernels
 
 # What a run's parameters mean: changing one of these needs another workdir.
 IDENTITY = (
@@ -55,7 +54,8 @@ def default_config() -> ConfigDict:
     config.model.mlp_ratio = number()
     config.model.decoder_depth = integer()
     config.model.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
-    config.model.kernels = "auto"  # "pallas" on TPU where it can be, else "plain"; "cudnn": GPU
+    # "auto": "pallas" on TPU where it can be, else "plain"; "cudnn" on GPU, in bfloat16
+    config.model.kernels = "auto"
     config.model.remat = "none"  # "dots", "full": less memory, more work
     config.model.scan_unroll = 1
 
@@ -185,18 +185,7 @@ def create_network(config: ConfigDict) -> LatentTransformer:
     # Without label dropout a null class would be an untrained one.
     null = config.label_dropout > 0
     settings |= {"dtype": jnp.dtype(dtype), "learn_variance": learned, "null_class": null}
-    if settings["kernels"] == "auto":
-        model = create_model(name, **settings | {"kernels": "plain"})
-        settings["kernels"] = best_kernels(model, jax.default_backend())
     return create_model(name, **settings)
-
-
-def best_kernels(model: LatentTransformer, platform: str) -> str:
-    """What computes a model's blocks best on a platform, as `model.kernels` has it."""
-    if not model.relative_bias:
-        return "plain"
-    head_width = model.hidden_size // model.num_heads
-    return choose_kernels(platform, model.grid_size, model.num_heads, head_width)
 
 
 def create_diffusion(config: ConfigDict) -> GaussianDiffusion:
@@ -275,6 +264,12 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if config.eval.evaluator not in EVALUATORS:
         known = ", ".join(EVALUATORS)
         raise ValueError(f"eval.evaluator {config.eval.evaluator!r} is unknown; known: {known}")
+    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(config.model.kernels)
+    if needed not in (None, platform := mesh.devices.flat[0].platform):
+        raise ValueError(
+            f"model.kernels {config.model.kernels!r} needs a {needed.upper()}, these devices are "
+            f"{platform.upper()}s; 'auto' takes any"
+        )
     shards = sharding.batch_shards(mesh)
     unit = shards * config.accumulation_steps
     if config.batch_size % unit:

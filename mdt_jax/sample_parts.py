@@ -86,7 +86,8 @@ class Parts:
             yield
         finally:
             if self._lock is not None:
-                self._remove_if_empty()
+                with contextlib.suppress(OSError):  # of a folder that went away, say
+                    self._remove_if_empty()
                 self._lock.release()
 
     def begin(self, count: int) -> list[int]:

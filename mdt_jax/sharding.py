@@ -227,6 +227,7 @@ def activations(mesh: Mesh) -> Iterator[None]:
             batch=partial(constrain_batch, mesh),
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
+            platform=mesh.devices.flat[0].platform,
             merges=mesh.shape["tensor"] == 1,
             partition=partition,
         )

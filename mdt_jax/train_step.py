@@ -169,8 +169,7 @@ class Trainer:
         """The state at step 0, still labelled with logical axes (`nn.unbox` takes them off)."""
         x = jnp.zeros((1, *self.model.image_shape))
         zero = jnp.zeros(1, jnp.int32)
-        # Parameters do not depend on what computes with them, and some kernels need a mesh in force.
-        params = self.model.clone(kernels="plain").init(key, x, zero, zero)["params"]
+        params = self.model.init(key, x, zero, zero)["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

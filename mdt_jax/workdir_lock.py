@@ -63,12 +63,19 @@ class WorkdirLock:
                     f"that one, or give this one another {flag}"
                 )
             time.sleep(_POLL_SECONDS)
-        if not os.fstat(self._file.fileno()).st_nlink:
+        if not self._is_there():
             raise WorkdirInUse(f"{folder} was removed by the run that had it; start this one again")
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(holder))
         self._file.flush()
+
+    def _is_there(self) -> bool:
+        """Whether the locked file is the one that others find."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name))
+        except FileNotFoundError:
+            return False
 
     def _holder(self) -> str:
         self._file.seek(0)

@@ -102,6 +102,7 @@ def test_bfloat16_is_near():
     ("platform", "grid", "width", "kernels"),
     [
         ("tpu", 16, 72, "pallas"),
+        (None, 16, 72, "plain"),  # no mesh is in force
         ("tpu", 16, 64, "pallas"),
         ("tpu", 32, 72, "plain"),  # 1,024 tokens: their logits do not fit the core
         ("tpu", 2, 16, "plain"),
@@ -111,4 +112,4 @@ def test_bfloat16_is_near():
     ],
 )
 def test_kernels_are_chosen_by_platform_and_size(platform, grid, width, kernels):
-    assert choose_kernels(platform, grid, 16, width) == kernels
+    assert choose_kernels(platform, grid, width) == kernels

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from mdt_jax import sharding
-from mdt_jax.models import attention_kernel, create_model, norm_kernels
+from mdt_jax.models import attention_kernel, create_model, norm_kernels, placement
 from mdt_jax.models.blocks import Block
 
 WIDTH, HEADS, KEPT = 128, 2, 24
@@ -77,31 +77,49 @@ def test_a_block_is_that_of_the_plain_form(interpreted, tokens):
     assert_alike(output_and_gradients("pallas", *arguments), expected)
 
 
-def test_a_mesh_divides_the_kernels_work(interpreted):
-    *arguments, ids, along = setting(4, KEPT)
-    expected = output_and_gradients("plain", *arguments, ids, along)
+def test_a_mesh_divides_the_kernels_work(interpreted, monkeypatch):
+    arguments = setting(4, KEPT)
+    expected = output_and_gradients("plain", *arguments)
     mesh = sharding.create_mesh(2, 2, 2)
-    assert_alike(output_and_gradients("pallas", *arguments, ids, along, mesh), expected)
-    # A sample that keeps other tokens changes what comes out, so that the above could fail.
-    other = ids.at[0].set(ids[0, ::-1])
+    assert_alike(output_and_gradients("pallas", *arguments, mesh), expected)
+
+    # Devices whose samples are given other samples' places would show.
+    attend = attention_kernel.attention
+
+    def misplaced(qkv, bias, strips, ids):
+        return attend(qkv, bias, strips, ids[::-1])
+
+    monkeypatch.setattr(attention_kernel, "attention", misplaced)
     with pytest.raises(AssertionError):
-        assert_alike(output_and_gradients("plain", *arguments, other, along), expected)
+        assert_alike(output_and_gradients("pallas", *arguments, mesh), expected)
+
+
+def test_kernels_are_chosen_where_a_mesh_of_tpus_is_in_force():
+    model = create_model("MDTv2", **SIZES)
+    assert model.chosen_kernels == "plain"  # as whoever calls the network itself has it
+    token = placement.current.set(placement.Placement(platform="tpu"))
+    try:
+        assert model.chosen_kernels == "pallas"
+        assert model.clone(input_size=64).chosen_kernels == "plain"
+        assert create_model("DiT-S/2").chosen_kernels == "plain"
+    finally:
+        placement.current.reset(token)
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"input_size": 64}, "1024 tokens"),
-        ({"num_heads": 32}, "heads of a multiple of 8"),
+        ({"input_size": 64}, "takes 256 tokens, not 1024"),
+        ({"num_heads": 32}, "heads of a multiple of 8, not 4"),
     ],
 )
 def test_sizes_that_the_kernels_do_not_take_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         create_model("MDTv2", **SIZES | settings, kernels="pallas")
-    with pytest.raises(ValueError, match="'mosaic' is unknown; known: plain, pallas, cudnn"):
+    with pytest.raises(ValueError, match="'mosaic' is unknown; known: auto, plain, pallas, cudnn"):
         create_model("MDTv2", **SIZES, kernels="mosaic")
 
 
 def test_a_model_without_a_bias_has_no_such_kernels():
-    with pytest.raises(ValueError, match="with a relative-position bias"):
+    with pytest.raises(ValueError, match="is for models with a relative-position bias"):
         create_model("DiT-S/2", kernels="pallas")

@@ -1,5 +1,6 @@
 """cuDNN's attention by the form that runs here, and what is asked of a GPU."""
 
+import contextlib
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax import sharding
 from mdt_jax.models import create_model, plain_attention
 
 
@@ -28,6 +30,25 @@ def test_what_cudnn_is_given_is_the_plain_form(n, shared):
 
     actual = through(lambda q, b: plain_attention.cudnn_attention(q, b, "xla"))
     for a, e in zip(actual, through(plain_attention.attention), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_mesh_divides_it(shared):
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.normal(size=(4, 6, 3, 2, 8)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(2, 6, 6) if shared else (4, 2, 6, 6)), jnp.float32)
+
+    def through(qkv, bias, mesh=None):
+        with sharding.activations(mesh) if mesh else contextlib.nullcontext():
+            out, pull = jax.vjp(
+                lambda q, b: plain_attention.cudnn_attention(q, b, "xla"), qkv, bias
+            )
+            return out, *pull(jnp.cos(out))
+
+    mesh = sharding.create_mesh(2, 2, 2)
+    actual = jax.jit(lambda: through(qkv, bias, mesh))()
+    for a, e in zip(actual, through(qkv, bias), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
 
 

@@ -80,12 +80,12 @@ def test_a_programs_kernels_are_found_once_each():
         return both_kernels(*args), jax.checkpoint(both_kernels)(*args)
 
     found = kernels.find(jax.jit(twice), arguments())
-    assert [k.name for k in found] == ["forward_kernel", "norm_kernel"]
+    assert [k.name for k in found] == ["attention_forward", "norm_kernel"]
     attention, norm = found
     assert attention.outputs[0] == ("bf16", (4, 2, 64, 256))
     assert attention.flops == 4 * 2 * 2 * 2 * 256 * 256 * 64 and norm.flops == 0
-    assert (attention.grid, attention.parallel) == ((2, 2), (True, False))
-    assert (attention.steps(cores=1), attention.steps(cores=2)) == (4, 2)
+    assert (attention.grid, attention.parallel) == ((2, 4), (True, False))
+    assert (attention.steps(cores=1), attention.steps(cores=2)) == (8, 4)
     assert norm.bytes == 2 * 4 * 256 * 128 * 2 + 2 * 4 * 128 * 2
 
 
@@ -94,11 +94,11 @@ def test_a_kernel_counts_in_the_program_as_often_as_it_runs():
 
 ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
   %x = bf16[4,8]{1,0} parameter(0)
-  %k.1 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attn/forward_kernel/pallas_call"}
+  %k.1 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attn/attention_forward/pallas_call"}
   ROOT %k.2 = bf16[4,8]{1,0} custom-call(%k.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/norm_kernel/pallas_call"}
 }
 """  # noqa: E501
-    known = {("forward_kernel", (("bf16", (4, 8)),)): Work(cycles=100, flops=7)}
+    known = {("attention_forward", (("bf16", (4, 8)),)): Work(cycles=100, flops=7)}
     found = estimate.estimate(hlo.parse(text), kernels=known)
     assert (found.cycles, found.by_kind["attention"], found.flops) == (100, 100, 7)
     assert found.not_estimated == {"custom-call tpu_custom_call": 64}  # the one not known
@@ -114,3 +114,25 @@ def test_the_compilers_schedules(chip):
     floor = 2 * attention.flops / (2 * chip.mxu_macs)
     assert floor < attention.cycles < 10 * floor
     assert norm.cycles >= found[1].bytes / chip.hbm_bandwidth * chip.clock - 1
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width", "kept"),
+    [(jnp.float32, 16, 72, 179), (jnp.bfloat16, 15, 72, 179), (jnp.bfloat16, 16, 72, 240)],
+)
+def test_the_kernels_fit_a_v4_core(dtype, heads, width, kept):
+    def gradients(qkv, bias, strips, ids):
+        out, pull = jax.vjp(lambda *a: attention_kernel.attention(*a, ids), qkv, bias, strips)
+        return pull(out)
+
+    shapes = (
+        ((2, 3, heads, width, kept), dtype),
+        ((3, heads, width), jnp.float32),
+        ((heads, 16, 31 * 16), jnp.float32),
+        ((2, kept), jnp.int32),
+    )
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    found = kernels.find(jax.jit(gradients), arguments)
+    work = kernels.work(found, topologies.CHIPS["v4"])
+    assert {name for name, _ in work} == {"attention_forward_masked", "attention_backward_masked"}

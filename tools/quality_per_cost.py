@@ -20,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints, images, run_evaluation, sampling, sharding
 from mdt_jax import config as config_lib
+from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
@@ -211,16 +213,10 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def processor() -> str:
+def device_name() -> str:
     """What computed the samples."""
     device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    found = next((line for line in lines if line.startswith("model name")), "")
-    return found.partition(": ")[2] or platform.machine()
+    return processor_name() if device.platform == "cpu" else device.device_kind
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -237,11 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     about = {
         "date": datetime.date.today().isoformat(),
-        "device": processor(),
+        "device": device_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "command": f"python tools/quality_per_cost.py --workdir runs/{args.workdir.name}",
+        "command": shlex.join(
+            ["python", "tools/quality_per_cost.py", *(arguments or sys.argv[1:])]
+        ),
         "num_samples": args.num_samples,
         "seeds": args.seeds,
         "batch_size": args.batch_size,

@@ -15,17 +15,18 @@ from mdt_jax.models.linear import Linear
 KERNELS = ("plain", "pallas", "cudnn")
 
 
-def choose_kernels(platform: str, grid_size: int, num_heads: int, head_width: int) -> str:
+def choose_kernels(platform: str | None, grid_size: int, head_width: int) -> str:
     """How blocks with a bias are best computed: one of KERNELS.
 
     On a TPU by Pallas kernels, where they take these sizes; elsewhere by what the compiler makes of
-    the plain form (docs/performance.md has the measurements). "cudnn" is for who asks for it until
-    it has been timed on a GPU.
+    the plain form (docs/performance.md). "cudnn" is for who asks for it until it has been timed on
+    a GPU.
 
     Args:
-      platform: "tpu", "gpu" or "cpu".
+      platform: of the mesh that is in force; None for no mesh, where a kernel of ours could not be
+        divided.
     """
-    fits = attention_kernel.supports(grid_size, num_heads, head_width)
+    fits = attention_kernel.supports(grid_size, head_width)
     return "pallas" if platform == "tpu" and fits else "plain"
 
 
@@ -66,8 +67,8 @@ class Attention(nn.Module):
             else the bias-table rows of all pairs, (N, N) or (batch, kept, kept).
 
         Returns:
-          (batch, n, width), with "pallas" also the last bias, which then has its gradient of who
-          takes both.
+          (batch, n, width); with "pallas" also the last bias, which gets a gradient only from
+          `norm_kernels.gated_residual`, to be given both.
         """
         width = x.shape[-1]
         pallas = self.kernels == "pallas"

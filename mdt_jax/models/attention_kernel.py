@@ -29,20 +29,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import placement
+from mdt_jax.models.linear import matmul_precision
 
 LANES = 128
+TOKENS = 2 * LANES  # N, of which a head's logits fit the registers and the core's memory
 _VMEM_LIMIT = 96 * 2**20
+# Bytes of a group's scratch and blocks: with what the compiler adds they fit a v4 core's 16 MiB.
+_GROUP_BYTES = 12_300_000
 _UNROLL = 8  # rows of the bias moved in one turn of a loop
 _LOG2_E = math.log2(math.e)
-_HIGHEST = jax.lax.Precision.HIGHEST
 # Which axes of two matrices a product sums over: the usual ones, both first, both last.
 _NN, _TN, _NT = ((1,), (0,)), ((0,), (0,)), ((1,), (1,))
 
 
-def supports(grid_size: int, num_heads: int, head_width: int) -> bool:
-    """Whether the kernel takes these sizes: 128 or 256 tokens, whose logits fit the core."""
-    num_tokens = grid_size**2
-    return num_tokens % LANES == 0 and num_tokens <= 2 * LANES and head_width % 8 == 0
+def supports(grid_size: int, head_width: int) -> bool:
+    """Whether the kernel takes these sizes."""
+    return grid_size**2 == TOKENS and head_width % 8 == 0
 
 
 def bias_strips(
@@ -58,7 +60,9 @@ def bias_strips(
     offsets = table[: (2 * g - 1) ** 2].reshape(2 * g - 1, 2 * g - 1, -1)
     columns = np.arange(g)
     select = columns[None] - columns[:, None] + g - 1 == np.arange(2 * g - 1)[:, None, None]
-    strips = jnp.einsum("dkh,kab->hadb", offsets, select.astype(np.float32), precision=_HIGHEST)
+    strips = jnp.einsum(
+        "dkh,kab->hadb", offsets, select.astype(np.float32), precision=matmul_precision(jnp.float32)
+    )
     return strips.reshape(*strips.shape[:2], -1)
 
 
@@ -163,10 +167,23 @@ class _Kernel:
     @classmethod
     def of(cls, qkv: Array, strips: Array, masked: bool) -> _Kernel:
         batch, _, heads, width, tokens = qkv.shape
-        groups = 1 if heads % 2 else 2
-        return cls(
-            batch, groups, heads // groups, width, tokens, strips.shape[1], masked, qkv.dtype
+        sizes = cls(batch, 1, heads, width, tokens, strips.shape[1], masked, qkv.dtype)
+        # As few groups as fit, an even number where it can be, for two cores.
+        groups = next(
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0
+            and (n == heads or heads // n * sizes.bytes_per_head() <= _GROUP_BYTES)
+            and (n % 2 == 0 or heads % 2)
         )
+        return dataclasses.replace(sizes, groups=groups, heads=heads // groups)
+
+    def bytes_per_head(self) -> int:
+        """Of the backward kernel's scratch and blocks, which come twice, lanes padded."""
+        lanes, size = -(-self.tokens // LANES) * LANES, jnp.dtype(self.dtype).itemsize
+        scratch = 4 * self.places * (2 * self.places + self.masked * self.tokens)
+        blocks = 2 * self.width * (8 * lanes * size + 3 * LANES * 4)
+        return scratch + blocks
 
     @property
     def places(self) -> int:
@@ -185,7 +202,7 @@ class _Kernel:
     def forward(self, qkv: Array, strips: Array, *ids: Array, interpret: bool) -> Any:
         out, sums = self._tokens_spec(), self._sums_spec()
         return self._run(
-            _forward_kernel,
+            _attention_forward,
             (*_ids_twice(ids), qkv, strips),
             in_specs=[*self._ids_specs(), self._qkv_spec(), self._strips_spec()],
             out_specs=[out[1], sums[1]],
@@ -210,7 +227,7 @@ class _Kernel:
         tokens, sums = self._tokens_spec()[1], self._sums_spec()[1]
         bias = (3, self.groups * self.heads, self.width, 1)
         return self._run(
-            _backward_kernel,
+            _attention_backward,
             (*_ids_twice(ids), qkv, out, log_sums, d_out, strips),
             in_specs=[
                 *self._ids_specs(),
@@ -238,7 +255,7 @@ class _Kernel:
         return pl.pallas_call(
             partial(kernel, self),
             grid=(self.groups, self.batch),
-            name=kernel.__name__.strip("_"),
+            name=kernel.__name__.strip("_") + ("_masked" if self.masked else ""),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
             ),
@@ -355,14 +372,17 @@ def _pipeline(count: int, *stages: Callable[[int, Any], Any]) -> None:
 
 
 def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None) -> Array:
-    precision = _HIGHEST if a.dtype == jnp.float32 else None
     out = jax.lax.dot_general(
-        a, b, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        a,
+        b,
+        (contracted, ((), ())),
+        precision=matmul_precision(a.dtype),
+        preferred_element_type=jnp.float32,
     )
     return out if dtype is None else out.astype(dtype)
 
 
-def _forward_kernel(sizes: _Kernel, *refs: Any) -> None:
+def _attention_forward(sizes: _Kernel, *refs: Any) -> None:
     if sizes.masked:
         ids, column, qkv, strips, out, log_sums, bias, rows = refs
     else:
@@ -402,7 +422,7 @@ def _forward_kernel(sizes: _Kernel, *refs: Any) -> None:
     _pipeline(sizes.heads, place, logits, softmax, values, finish)
 
 
-def _backward_kernel(sizes: _Kernel, *refs: Any) -> None:
+def _attention_backward(sizes: _Kernel, *refs: Any) -> None:
     if sizes.masked:
         ids, column, qkv, out, log_sums, d_out, strips, *written, rows = refs
     else:

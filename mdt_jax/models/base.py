@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import attention_kernel, layers, placement
-from mdt_jax.models.attention import KERNELS, kept_position_index
+from mdt_jax.models.attention import KERNELS, choose_kernels, kept_position_index
 from mdt_jax.models.blocks import Block, BlockStack
 from mdt_jax.positions import relative_position_index, sincos_position_table
 
@@ -31,7 +31,8 @@ class LatentTransformer(nn.Module):
         guidance. An unconditional model has that row alone, and always uses it.
       learn_variance: whether C more output channels give the learned-range variance.
       dtype: compute dtype; parameters are float32. float32 also asks for float32 products.
-      kernels: what computes the blocks, one of `attention.KERNELS`.
+      kernels: what computes the blocks, one of `attention.KERNELS`, or "auto": by the mesh that is
+        in force, as `attention.choose_kernels` has it.
       remat: rematerialisation of the blocks, a key of `layers.REMAT_POLICIES`.
       scan_unroll: layers per turn of the scanned stacks. None of these changes a parameter's name.
 
@@ -50,7 +51,7 @@ class LatentTransformer(nn.Module):
     null_class: bool = True
     learn_variance: bool = True
     dtype: DTypeLike = jnp.float32
-    kernels: str = "plain"
+    kernels: str = "auto"
     remat: str = "none"
     scan_unroll: int = 1
 
@@ -71,27 +72,40 @@ class LatentTransformer(nn.Module):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
-        if self.kernels not in KERNELS:
-            known = ", ".join(KERNELS)
-            raise ValueError(f"kernels {self.kernels!r} is unknown; known: {known}")
-        head_width = self.hidden_size // self.num_heads
-        takes = attention_kernel.supports(self.grid_size, self.num_heads, head_width)
-        if self.kernels == "pallas" and not (self.relative_bias and takes):
+        if self.kernels not in ("auto", *KERNELS):
             raise ValueError(
-                f"kernels 'pallas' takes 128 or 256 tokens with a relative-position bias and "
-                f"heads of a multiple of 8, not {self.num_tokens} tokens and {head_width}; "
-                "'plain' takes any"
+                f"kernels {self.kernels!r} is unknown; known: {', '.join(('auto', *KERNELS))}"
             )
-        if self.kernels == "cudnn" and self.dtype != jnp.bfloat16:
-            raise ValueError(
-                f"kernels 'cudnn' computes in bfloat16, not {jnp.dtype(self.dtype).name}; "
-                "'plain' takes both"
-            )
+        self._check_kernels()
         if self.remat not in layers.REMAT_POLICIES:
             known = ", ".join(layers.REMAT_POLICIES)
             raise ValueError(f"remat {self.remat!r} is unknown; known: {known}")
         if self.scan_unroll < 1:
             raise ValueError(f"scan_unroll {self.scan_unroll} is below 1")
+
+    def _check_kernels(self) -> None:
+        """Refuses kernels that cannot compute this model."""
+        width, reason = self.hidden_size // self.num_heads, None
+        if self.kernels in ("pallas", "cudnn") and width % 8:
+            reason = f"takes heads of a multiple of 8, not {width}"
+        elif self.kernels == "pallas" and not self.relative_bias:
+            reason = "is for models with a relative-position bias"
+        elif self.kernels == "pallas" and not attention_kernel.supports(self.grid_size, width):
+            reason = f"takes {attention_kernel.TOKENS} tokens, not {self.num_tokens}"
+        elif self.kernels == "cudnn" and self.dtype != jnp.bfloat16:
+            reason = f"computes in bfloat16, not {jnp.dtype(self.dtype).name}"
+        if reason:
+            raise ValueError(f"model.kernels {self.kernels!r} {reason}; 'auto' computes any")
+
+    @property
+    def chosen_kernels(self) -> str:
+        """One of `attention.KERNELS`."""
+        if self.kernels != "auto":
+            return self.kernels
+        if not self.relative_bias:
+            return "plain"
+        platform = placement.current.get().platform
+        return choose_kernels(platform, self.grid_size, self.hidden_size // self.num_heads)
 
     @property
     def grid_size(self) -> int:
@@ -154,7 +168,7 @@ class LatentTransformer(nn.Module):
 
         The same in every layer, so a pass computes it once.
         """
-        if not self.relative_bias or self.kernels == "pallas":
+        if not self.relative_bias or self.chosen_kernels == "pallas":
             return ids_keep
         index = jnp.asarray(relative_position_index(self.grid_size))
         return index if ids_keep is None else kept_position_index(index, ids_keep)
@@ -170,7 +184,7 @@ class LatentTransformer(nn.Module):
             grid_size=self.grid_size if self.relative_bias else None,
             skips=skips,
             collect=collect,
-            kernels=self.kernels,
+            kernels=self.chosen_kernels,
             remat=self.remat,
             unroll=self.scan_unroll,
             dtype=self.dtype,
@@ -202,7 +216,7 @@ class LatentTransformer(nn.Module):
             self.grid_size,
             skip=False,
             collect=False,
-            kernels=self.kernels,
+            kernels=self.chosen_kernels,
             dtype=self.dtype,
             name="side_block",
         )

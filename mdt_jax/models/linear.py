@@ -1,7 +1,7 @@
-"""Linear maps with float32 kernels that may be sharded: cast, then gathered, then multiplied.
+"""Linear maps with float32 weights that may be sharded: cast, then gathered, then multiplied.
 
-Left to itself, the partitioner of a product with a sharded kernel may cut the contraction into one
-slice a chip, which leaves most of a TPU's matrix unit empty. Here a kernel is cast to the compute
+Left to itself, the partitioner of a product with sharded weights may cut the contraction into one
+slice a chip, which leaves much of a TPU's matrix unit empty. Here they are cast to the compute
 dtype, gathered once a use, and its gradient, summed over tokens in float32, goes back to its shards
 in float32 too.
 """
@@ -99,7 +99,7 @@ class Linear(nn.Module):
       kernel_init: of the kernel as one matrix, whose fans count.
       bias_init: of the bias.
       bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
-        for who can sum it on the way.
+        and has none but from a kernel that is given it (attention's, or the gated residual's).
       kept: whether the rematerialisation policy "dots" keeps the result.
     """
 

@@ -119,7 +119,7 @@ def _run(
         batch, n, width = arrays[0].shape
 
         def shape(axes: placement.Axes) -> tuple[int, ...]:
-            return (batch, n if axes is _TOKENS else 1, width)
+            return (batch, n if len(axes) == 3 else 1, width)
 
         def block(axes: placement.Axes) -> pl.BlockSpec:
             return pl.BlockSpec((1, *shape(axes)[1:]), lambda b: (b, 0, 0))
@@ -137,7 +137,7 @@ def _run(
             ),
         )(*(a.reshape(shape(axes)) for a, axes in zip(arrays, inputs, strict=True)))
         return tuple(
-            a if axes is _TOKENS else a.reshape(batch, width)
+            a if len(axes) == 3 else a.reshape(batch, width)
             for a, (axes, _) in zip(out, outputs, strict=True)
         )
 

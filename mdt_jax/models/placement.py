@@ -28,6 +28,7 @@ class Placement:
       gather: a parameter, by its logical axes, as its layer computes with it: whole but for the
         axes that several devices compute with together.
       shard: the same array, or its gradient, as the state holds it.
+      platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
       partition: (function, axes of its arguments, axes of its results) → the function run on each
         device's part of the arrays: for kernels that the compiler cannot divide itself. "batch" is
@@ -37,6 +38,7 @@ class Placement:
     batch: Callable[[Array], Array] = lambda x: x
     gather: Callable[[Array, Axes], Array] = _same
     shard: Callable[[Array, Axes], Array] = _same
+    platform: str | None = None
     merges: bool = True
     partition: Callable[[Callable, tuple[Axes, ...], tuple[Axes, ...]], Callable] = (
         lambda function, inputs, outputs: function

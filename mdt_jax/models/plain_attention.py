@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from mdt_jax.models import placement
 from mdt_jax.models.linear import matmul_precision
 
 
@@ -42,12 +43,24 @@ def cudnn_attention(
       qkv, bias: as of `attention`; the bias is rounded to bfloat16.
       implementation: of `jax.nn.dot_product_attention`.
     """
-    if bias is not None:
-        if qkv.shape[1] % 2:
-            return attention(qkv, bias)
-        bias = (bias if bias.ndim == 4 else bias[None]).astype(qkv.dtype)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    if bias is not None and qkv.shape[1] % 2:
+        return attention(qkv, bias)
+    shared = bias is not None and bias.ndim == 3
+    biases = [] if bias is None else [(bias[None] if shared else bias).astype(qkv.dtype)]
+
+    def local(qkv: Array, *biases: Array) -> tuple[Array]:
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        bias = biases[0] if biases else None
+        return (jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation),)
+
+    # Left to the partitioner, a bias of each sample may stay whole beside a divided batch.
+    axes = (None if shared else "batch", "heads", None, None)
+    (out,) = placement.current.get().partition(
+        local,
+        (("batch", None, None, "heads", None), *[axes] * len(biases)),
+        (("batch", None, "heads", None),),
+    )(qkv, *biases)
+    return out
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

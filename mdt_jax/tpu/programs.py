@@ -207,9 +207,6 @@ def on_tpu(config: ConfigDict) -> ConfigDict:
         config = config_lib.resolve_classes(config, ())
     if config.model.dtype == "auto":
         config.model.dtype = "bfloat16"
-    if config.model.kernels == "auto":
-        config.model.kernels = "plain"
-        config.model.kernels = config_lib.best_kernels(config_lib.create_network(config), "tpu")
     return config
 
 
