@@ -692,7 +692,7 @@ def test_a_checkpoint_that_cannot_be_sealed_leaves_nothing(source, tmp_path, mon
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write_json", fail)
+    monkeypatch.setattr("mdt_jax.checkpoints.store.write_json", fail)
     line = refusal(convert, "to-jax", "--input", source, "--output", tmp_path / "run")
     assert "No space left on device" in line and "is the disk full?" in line
     assert os.listdir(tmp_path) == [source.name]

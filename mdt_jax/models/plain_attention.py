@@ -116,8 +116,9 @@ def _add_bias_backward(shared: tuple[()] | None, gradient: Array) -> tuple[Array
         return gradient, gradient
 
     def product(g: Array) -> Array:
-        ones = jnp.ones(g.shape[0], g.dtype)
-        return jnp.einsum("b,bn->n", ones, g.reshape(g.shape[0], -1)).reshape(g.shape[1:])
+        with jax.named_scope("sum_over_samples"):
+            ones = jnp.ones(g.shape[0], g.dtype)
+            return jnp.einsum("b,bn->n", ones, g.reshape(g.shape[0], -1)).reshape(g.shape[1:])
 
     total = jax.lax.platform_dependent(gradient, cpu=product, default=lambda g: g.sum(axis=0))
     return gradient, total

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from mdt_jax.tpu import hlo, schedule, topologies
 from mdt_jax.tpu.topologies import Chip
 
 TARGET = "tpu_custom_call"
-Array = tuple[str, tuple[int, ...]]  # element type as HLO writes it, shape
-Key = tuple[str, tuple[Array, ...]]  # a kernel's name and results
+ArrayType = tuple[str, tuple[int, ...]]  # element type as HLO writes it, shape
+Key = tuple[str, tuple[ArrayType, ...]]  # a kernel's name and results
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "float16": "f16"}
 
 
@@ -42,16 +43,21 @@ class Kernel:
       grid, parallel: its grid, and which dimensions cores may share.
       bytes: that it reads and writes, each array once.
       flops: of its matrix products, in all turns of the grid.
-      program: the kernel alone, serialised (`jax.export`).
+      exported: the kernel alone.
     """
 
     name: str
-    outputs: tuple[Array, ...]
+    outputs: tuple[ArrayType, ...]
     grid: tuple[int, ...]
     parallel: tuple[bool, ...]
     bytes: int
     flops: int
-    program: bytes
+    exported: jax.export.Exported
+
+    @cached_property
+    def program(self) -> bytes:
+        """The kernel alone, serialised."""
+        return bytes(self.exported.serialize())
 
     @property
     def key(self) -> Key:
@@ -111,11 +117,11 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
-def _array(aval: Any) -> Array:
+def _array(aval: Any) -> ArrayType:
     return _TYPES.get(aval.dtype.name, aval.dtype.name), tuple(aval.shape)
 
 
-def _kernel(equation: Any, name: str, outputs: tuple[Array, ...]) -> Kernel:
+def _kernel(equation: Any, name: str, outputs: tuple[ArrayType, ...]) -> Kernel:
     params = equation.params
 
     def alone(*arrays: Any) -> Any:
@@ -128,7 +134,7 @@ def _kernel(equation: Any, name: str, outputs: tuple[Array, ...]) -> Kernel:
     parallel = tuple("parallel" in str(s).lower() for s in semantics) or (False,) * len(grid)
     size = sum(hlo.array_bytes(*_array(v.aval)) for v in (*equation.invars, *equation.outvars))
     flops = math.prod(grid) * _product_flops(params["jaxpr"])
-    return Kernel(name, outputs, grid, parallel, size, flops, bytes(exported.serialize()))
+    return Kernel(name, outputs, grid, parallel, size, flops, exported)
 
 
 def _product_flops(jaxpr: Any) -> int:
@@ -222,6 +228,8 @@ def _compile_each(task: dict[str, Any]) -> list[str]:
         jax.jit(exported.call).lower(*arguments).compile()
         # What a program consists of besides its kernel, moves of arguments at most, is small.
         new = {path for path in dump.glob("*-final_bundles.txt") if "schedule" not in path.name}
+        if not new - seen:
+            sys.exit("this libtpu wrote no final_bundles of a kernel; update jax[tpu]")
         largest = max(new - seen, key=lambda path: path.stat().st_size)
         names.append(largest.name)
         seen |= new
