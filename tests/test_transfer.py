@@ -20,8 +20,8 @@ import optax
 import pytest
 from fixtures import FAMILIES, make_trainer, reference
 
-from mdt_jax import checkpoints, metrics, pretrained, sharding, transfer, weight_files
 from mdt_jax import config as config_lib
+from mdt_jax import metrics, pretrained, sharding, transfer, weight_files
 from mdt_jax.checkpoints import Checkpoints, read_meta, restore_item
 from mdt_jax.convert.architecture import Architecture, UnknownWeights, parameter_shapes
 from mdt_jax.convert.optimizers import MOMENTS, moments_from_torch
