@@ -2,8 +2,8 @@
 
 Left to itself, the partitioner of a product with sharded weights may cut the contraction into one
 slice a chip, which leaves much of a TPU's matrix unit empty. Here they are cast to the compute
-dtype, gathered once a use and multiplied whole; their gradient is summed over tokens in float32, and
-over devices in float32 too.
+dtype, gathered once a use and multiplied whole; their gradient is summed over tokens and over
+devices in float32.
 """
 
 from __future__ import annotations
