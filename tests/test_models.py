@@ -89,7 +89,7 @@ def test_a_missing_weight_is_named():
 def test_layer_norm_epsilon_is_1e_6():
     # A row whose variance is as small as epsilon: 1e-5 instead would be off by a factor of 2.3.
     x = 1e-3 * jnp.array([[[1.0, -1.0, 1.0, -1.0]]])
-    out = layers.layer_norm().apply({}, x)
+    out = layers.layer_norm(x)
     np.testing.assert_allclose(out, x / np.sqrt(1e-6 + 1e-6), rtol=1e-5)
 
 

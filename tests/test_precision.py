@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from fixtures import make_trainer, reference
-from flax import linen as nn
 from jax.extend import core
 
 from mdt_jax.diffusion import GaussianDiffusion
@@ -75,7 +74,7 @@ def faults(found: list[Operation]) -> list[str]:
         if op.name == "dot_general" and BLOCK.search(op.scope) and not is_sum:
             return op.dtypes != {"bfloat16"}
         must_be_float32 = (
-            op.name in DELICATE or "/LayerNorm_" in op.scope or OUTSIDE_THE_MODEL.match(op.scope)
+            op.name in DELICATE or "/layer_norm/" in op.scope or OUTSIDE_THE_MODEL.match(op.scope)
         )
         # Outside the model, what converts its output.
         return must_be_float32 and "bfloat16" in op.dtypes and op.name != "convert_element_type"
@@ -105,7 +104,7 @@ def test_blocks_multiply_in_bfloat16_and_norms_softmax_and_loss_are_float32(name
     assert count("dot_general", "/mlp/", True) == (4 + again) * stacks
     assert count("dot_general", "/attn/", True) >= 2 * count("dot_general", "/attn/", False) > 0
     assert count("exp", "/attn/", False) >= stacks
-    assert count("rsqrt", "/LayerNorm_", False) == 2 * stacks + passes
+    assert count("rsqrt", "/layer_norm/", False) == 2 * stacks + passes
     assert sum(bool(OUTSIDE_THE_MODEL.match(op.scope)) for op in found) > 100 * passes
 
 
@@ -117,12 +116,16 @@ def float32_mlp(original):
 
 
 def bfloat16_softmax(original):
-    return lambda x, axis: original(x.astype(jnp.bfloat16), axis)
+    return lambda x, axis: original(x.astype(jnp.bfloat16), axis).astype(jnp.float32)
 
 
 def bfloat16_norm(original):
-    low = {"dtype": jnp.bfloat16, "use_fast_variance": False, "force_float32_reductions": False}
-    return lambda: lambda x: nn.LayerNorm(1e-6, **low)(x.astype(jnp.bfloat16))
+    def norm(x, shift, scale):
+        with jax.named_scope("layer_norm"):
+            x = x.astype(jnp.bfloat16)
+            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+
+    return norm
 
 
 def differentiated_logits(original):
@@ -144,7 +147,7 @@ def bfloat16_loss(original):
         (plain_attention, "attention_logits", differentiated_logits,
          "dot_general of bfloat16[+]float32: .*transpose.*/attn/"),
         (jax.nn, "softmax", bfloat16_softmax, "exp of bfloat16: .*/attn/"),
-        (layers, "layer_norm", bfloat16_norm, "rsqrt of bfloat16: .*/LayerNorm_0/"),
+        (layers, "modulated_norm", bfloat16_norm, "rsqrt of bfloat16: .*/layer_norm/"),
         (GaussianDiffusion, "losses", bfloat16_loss, "mul of bfloat16: .*full_pass"),
     ],
 )  # fmt: skip

@@ -79,12 +79,11 @@ class Attention(nn.Module):
         # cut across q, k and v. The fans are those of the fused (D, 3D) matrix.
         features = (3, self.num_heads, width // self.num_heads)
         axes = ("embed", None, "heads", None)
-        qkv = linear(features, axes, name="qkv")(x)
+        qkv = linear(features, axes, tokens_last=pallas, name="qkv")(x)
         table = self._bias_table() if self.grid_size is not None else None
         if pallas:
             strips = attention_kernel.bias_strips(table, self.grid_size)
-            qkv, bias = jnp.transpose(qkv[0], (0, 2, 3, 4, 1)), qkv[1]
-            out = attention_kernel.attention(qkv, bias, strips, positions)
+            out = attention_kernel.attention(*qkv, strips, positions)
             out = jnp.transpose(out, (0, 3, 1, 2))
         else:
             bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)

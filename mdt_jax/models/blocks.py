@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -53,11 +52,9 @@ class Block(nn.Module):
             x = norm_kernels.gated_residual(x, *mlp(h), mlp_gate)
         else:
             mlp = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")
-            h = layers.layer_norm()(x.astype(jnp.float32))
-            h = layers.modulate(h, attn_shift, attn_scale).astype(self.dtype)
+            h = layers.modulated_norm(x, attn_shift, attn_scale).astype(self.dtype)
             x = x + attn_gate[:, None] * attention(h, positions)
-            h = layers.layer_norm()(x.astype(jnp.float32))
-            h = layers.modulate(h, mlp_shift, mlp_scale).astype(self.dtype)
+            h = layers.modulated_norm(x, mlp_shift, mlp_scale).astype(self.dtype)
             x = x + mlp_gate[:, None] * mlp(h)
         x = placement.constrain_batch(x)
         return x, x if self.collect else None

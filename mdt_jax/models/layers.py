@@ -6,6 +6,7 @@ Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from mdt_jax.models import placement
 from mdt_jax.models.linear import OUTPUT, Linear, add_bias, project
@@ -37,6 +38,11 @@ REMAT_POLICIES = {
 }
 
 
+# For a function that costs little: its gradient keeps the arguments and computes the rest again,
+# which is faster than to write and read it. A loop keeps XLA from merging that away.
+kept_inputs = partial(jax.checkpoint, prevent_cse=False)
+
+
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
     """The initializer, its result labelled with logical axis names."""
     return nn.with_logical_partitioning(initializer, axes)
@@ -56,29 +62,35 @@ def timestep_features(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm without affine, computed and returned in float32; to be given float32.
+def layer_norm(x: Float[Array, "batch n width"]) -> Float32[Array, "batch n width"]:
+    """LayerNorm without affine, computed and returned in float32.
 
-    It would convert its input twice, for the statistics and for the rest, and their two parts of
-    the gradient would be rounded before they are added.
+    The variance is the mean of (x − mean)²: E[x²] − E[x]² cancels.
     """
-    return nn.LayerNorm(
-        epsilon=EPSILON,
-        use_bias=False,
-        use_scale=False,
-        use_fast_variance=False,  # E[x²] − E[x]² cancels
-        dtype=jnp.float32,
-        name=name,
-    )
+    with jax.named_scope("layer_norm"):
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
 
 
-def modulate(
+@kept_inputs
+def modulated_norm(
     x: Float[Array, "batch n width"],
     shift: Float[Array, "batch width"],
     scale: Float[Array, "batch width"],
-) -> Float[Array, "batch n width"]:
-    """x·(1 + scale) + shift, per sample, in x's dtype: bfloat16 would lose a scale below 1/256."""
-    return x * (1 + scale.astype(x.dtype)[:, None]) + shift.astype(x.dtype)[:, None]
+) -> Float32[Array, "batch n width"]:
+    """LayerNorm(x)·(1 + scale) + shift, per sample, in float32.
+
+    In bfloat16 a scale below 1/256 would be lost.
+    """
+    shift, scale = (vector.astype(jnp.float32)[:, None] for vector in (shift, scale))
+    return layer_norm(x) * (1 + scale) + shift
+
+
+@kept_inputs
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The tanh form of GELU."""
+    return nn.gelu(x, approximate=True)
 
 
 class PatchEmbed(nn.Module):
@@ -127,7 +139,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         hidden = int(width * self.ratio)
         h = Linear((hidden,), ("embed", "mlp"), self.dtype, xavier, name="fc1")(x)
-        h = nn.gelu(h, approximate=True)
+        h = gelu(h)
         back = Linear(
             (width,),
             ("mlp", "embed"),
@@ -187,6 +199,6 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        x = modulate(layer_norm()(x.astype(jnp.float32)), shift, scale)
+        x = modulated_norm(x, shift, scale)
         linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
         return linear(x).astype(jnp.float32)

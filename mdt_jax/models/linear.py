@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mdt_jax.models import placement
-from mdt_jax.models.placement import Axes
+from mdt_jax.models.placement import Axes, Placement
 
 OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
 
@@ -30,9 +30,12 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: Axes, num_contracted: int
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    axes: Axes,
+    num_contracted: int,
+    tokens_last: bool = False,
 ) -> Float[Array, "..."]:
     """x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
 
@@ -41,29 +44,69 @@ def project(
       kernel: float32, as the state holds it.
       axes: the kernel's logical axes.
       num_contracted: how many axes are summed over.
+      tokens_last: whether x is (batch, n, ...) and the result (batch, features, n). A transpose
+        would do, but the TPU's compiler makes a copy of it.
+
+    Returns:
+      The product, its features in one axis where `Placement.merges`.
     """
-    return _forward(x, kernel, axes, num_contracted)[0]
+    # The mesh in force now is the backward pass' too, wherever that is traced.
+    return _project(x, kernel, axes, num_contracted, tokens_last, placement.current.get())
 
 
-def _forward(x: Array, kernel: Array, axes: Axes, num_contracted: int) -> tuple[Array, Any]:
-    contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
-    return _product(x, _gathered(x, kernel, axes), contracted), (x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _project(x: Array, kernel: Array, *static: Any) -> Array:
+    return _forward(x, kernel, *static)[0]
 
 
-def _backward(axes: Axes, num_contracted: int, saved: Any, dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    rows = x.ndim - num_contracted  # axes of x that are kept
-    features = (tuple(range(rows, dy.ndim)), tuple(range(num_contracted, kernel.ndim)))
-    dx = _product(dy, _gathered(x, kernel, axes), features)
-    tokens = tuple(range(rows))
-    dkernel = _product(x, dy, (tokens, tokens), jnp.float32)
-    return dx, placement.current.get().shard(dkernel, axes)
+def _forward(
+    x: Array, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool, place: Placement
+) -> tuple[Array, Any]:
+    saved = x, kernel  # as given: a loop over layers need not stack copies of their kernels
+    x, kernel, axes, num_contracted = _matrices(x, kernel, axes, num_contracted, place)
+    kernel = _gathered(kernel, x.dtype, axes, place)
+    first, last = tuple(range(num_contracted)), tuple(range(x.ndim - num_contracted, x.ndim))
+    if tokens_last:
+        return jnp.moveaxis(_product(kernel, x, (first, last)), -2, 0), saved
+    return _product(x, kernel, (last, first)), saved
 
 
-def _gathered(x: Array, kernel: Array, axes: Axes) -> Array:
-    place = placement.current.get()
+def _backward(
+    axes: Axes, num_contracted: int, tokens_last: bool, place: Placement, saved: Any, dy: Array
+) -> tuple[Array, ...]:
+    x, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted, place)
+    rows = tuple(range(x.ndim - num_contracted))  # axes of x that are kept
+    dy_rows = (0, dy.ndim - 1) if tokens_last else rows
+    features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
+    kernel_features = tuple(range(num_contracted, kernel.ndim))
+    dx = _product(dy, _gathered(kernel, x.dtype, axes, place), (features, kernel_features))
+    dkernel = place.shard(_product(x, dy, (rows, dy_rows), jnp.float32), axes)
+    return tuple(d.reshape(s.shape) for d, s in zip((dx, dkernel), saved, strict=True))
+
+
+def _matrices(
+    x: Array, kernel: Array, axes: Axes, num_contracted: int, place: Placement
+) -> tuple[Array, Array, Axes, int]:
+    """The same with a kernel of two axes, if they may be merged.
+
+    Of more axes the TPU's compiler makes slower products.
+    """
+    if not place.merges:
+        return x, kernel, axes, num_contracted
+    rows, contracted = x.shape[: x.ndim - num_contracted], kernel.shape[:num_contracted]
+    size = math.prod(contracted)
+    merged = _merged(axes[:num_contracted]), _merged(axes[num_contracted:])
+    return x.reshape(*rows, size), kernel.reshape(size, -1), merged, 1
+
+
+def _merged(axes: Axes) -> str | None:
+    """What the axes are as one; of several only `embed`, the first of its group, is ever cut."""
+    return axes[0] if len(axes) == 1 or axes[0] == "embed" else None
+
+
+def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes, place: Placement) -> Array:
     # As sharded as before it is cast: what travels is of the smaller dtype.
-    return place.gather(place.shard(kernel.astype(x.dtype), axes), axes)
+    return place.gather(place.shard(kernel.astype(dtype), axes), axes)
 
 
 def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None) -> Array:
@@ -73,7 +116,7 @@ def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None
     )
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
@@ -100,6 +143,7 @@ class Linear(nn.Module):
       bias_init: of the bias.
       bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
         and has none but from a kernel that is given it (attention's, or the gated residual's).
+      tokens_last: of `project`; only without the bias' gradient.
       kept: whether the rematerialisation policy "dots" keeps the result.
     """
 
@@ -109,6 +153,7 @@ class Linear(nn.Module):
     kernel_init: nn.initializers.Initializer
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     bias_gradient: bool = True
+    tokens_last: bool = False
     kept: bool = True
 
     @nn.compact
@@ -133,25 +178,16 @@ class Linear(nn.Module):
             jnp.float32,
         )
         kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)  # NumPy's may be given
-        x, axes = x.astype(self.dtype), self.axes
         rows = x.shape[: x.ndim - count]
-        if placement.current.get().merges:
-            # One matrix: of more axes the TPU's compiler makes slower products.
-            x = x.reshape(*rows, math.prod(contracted))
-            kernel = kernel.reshape(math.prod(contracted), math.prod(self.features))
-            axes, count = (_merged(axes[:count]), _merged(axes[count:])), 1
-        y = project(x, kernel, axes, count)
-        shape = y.shape[len(rows) :]  # what follows is fused with the product in this shape
+        y = project(x.astype(self.dtype), kernel, self.axes, count, self.tokens_last)
+        # What follows is fused with the product in its shape.
+        shape = y.shape[1:-1] + (1,) if self.tokens_last else y.shape[len(rows) :]
         if self.bias_gradient:
             y = add_bias(y, bias.reshape(shape))
         else:
             y = y + jax.lax.stop_gradient(bias).reshape(shape).astype(y.dtype)
         if self.kept:
             y = checkpoint_name(y, OUTPUT)
-        y = y.reshape(*rows, *self.features)
+        before, after = (rows[:-1], rows[-1:]) if self.tokens_last else (rows, ())
+        y = y.reshape(*before, *self.features, *after)
         return y if self.bias_gradient else (y, bias)
-
-
-def _merged(axes: Axes) -> str | None:
-    """What the axes are as one; of several only `embed`, the first of its group, is ever cut."""
-    return axes[0] if len(axes) == 1 or axes[0] == "embed" else None

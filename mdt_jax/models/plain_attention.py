@@ -25,7 +25,7 @@ def attention(
     logits = attention_logits(q * q.shape[-1] ** -0.5, k, precision)
     if bias is not None:
         logits = add_bias(logits, bias)
-    weights = jax.nn.softmax(logits, axis=-1).astype(qkv.dtype)
+    weights = softmax(logits).astype(qkv.dtype)
     out = jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=precision)
     return jnp.transpose(out, (0, 2, 1, 3))
 
@@ -125,3 +125,22 @@ def _add_bias_backward(shared: tuple[()] | None, gradient: Array) -> tuple[Array
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_vjp
+def softmax(logits: Float32[Array, "batch heads n n"]) -> Float32[Array, "batch heads n n"]:
+    """Of the last axis; only the result is kept for its gradient, which is computed from it."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _softmax_forward(logits: Array) -> tuple[Array, Array]:
+    weights = softmax(logits)
+    return weights, weights
+
+
+def _softmax_backward(weights: Array, gradient: Array) -> tuple[Array]:
+    product = weights * gradient
+    return (product - weights * jnp.sum(product, axis=-1, keepdims=True),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
