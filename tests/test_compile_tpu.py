@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -337,6 +338,37 @@ def test_what_is_tried_shards_first_then_recomputes_then_cuts_the_batch(eight_ch
         (8, "full", 4),
         (8, "full", 8),
     ]
+
+
+def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
+    from tools import compile_tpu
+
+    compiled = []
+
+    def compile_step(job, count):
+        settings = job.mesh.shape["fsdp"], job.config.model.remat
+        compiled.append((*settings, count))
+        return a_program(f"step {count}", 10**7, fits=settings == (8, "dots"))
+
+    monkeypatch.setattr(TrainingJob, "compile_step", compile_step)
+    job = TrainingJob(tiny_config(), eight_chips)
+    arguments = SimpleNamespace(quick=False, sampler=False, calibration=False, sample_batch_size=8)
+    found, known, tried = compile_tpu.find_fitting(job, arguments)
+    most, *others = sorted(job.counts, reverse=True)
+    assert compiled == [(1, "none", most), (8, "none", most), (8, "dots", most)]
+    assert [": fits" in line for line in tried] == [False, False, True]
+    made = compile_tpu.compile_job(found, arguments, known)
+    assert compiled[3:] == [(8, "dots", count) for count in others]
+    assert [step.name for step in made.steps] == [f"step {n}" for n in (most, *others)]
+
+    # Nothing fits: the first, as it was given, is reported.
+    monkeypatch.setattr(
+        TrainingJob,
+        "compile_step",
+        lambda job, n: a_program(f"fsdp {job.mesh.shape['fsdp']}", 0, False),
+    )
+    found, known, _ = compile_tpu.find_fitting(job, arguments)
+    assert found is job and [program.name for program in known.values()] == ["fsdp 1"]
 
 
 def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):

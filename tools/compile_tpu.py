@@ -40,13 +40,18 @@ ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
 ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
 
 
-def compile_job(job: TrainingJob, arguments: Any) -> Report:
-    """Compiles a job's programs and reports on them."""
+def compile_job(
+    job: TrainingJob, arguments: Any, known: dict[int | None, Program] | None = None
+) -> Report:
+    """Compiles a job's programs, but those known by their number of kept tokens; reports on all."""
+    known = known or {}
     counts, probabilities = chosen_counts(job, arguments.quick)
     steps: list[Program] = []
     for count in sorted(counts, key=lambda n: -(n or 0)):  # the largest first: it may not fit
-        progress(f"compiling the step{f' that keeps {count} tokens' if count else ''}")
-        steps.append(job.compile_step(count))
+        if count not in known:
+            progress(f"compiling the step{f' that keeps {count} tokens' if count else ''}")
+            known[count] = job.compile_step(count)
+        steps.append(known[count])
         if not steps[-1].fits:
             break
     by_count = dict(zip(counts, probabilities, strict=True))
@@ -86,29 +91,41 @@ def chosen_counts(
     return (min(n for n in job.counts if n >= mean),), (1.0,)
 
 
-def find_fitting(job: TrainingJob, arguments: Any) -> tuple[TrainingJob, list[str]]:
-    """The job, or the first with other settings, whose largest step fits; and what was tried."""
+def find_fitting(
+    job: TrainingJob, arguments: Any
+) -> tuple[TrainingJob, dict[int | None, Program], list[str]]:
+    """The job, or the first with other settings, whose largest step fits.
+
+    Returns:
+      The job, that step by its number of kept tokens, and what was tried.
+    """
     before, tried = advice.Levers.of(job), []
-    count = max(job.counts, key=lambda n: n or 0)
+    count = max(chosen_counts(job, arguments.quick)[0], key=lambda n: n or 0)
+    first: Program | None = None
     candidates = [(before, job)]
     for levers, candidate in (*candidates, *advice.attempts(job)):
         progress(f"trying {levers.changes(before) or 'the settings as they are'}")
         program = candidate.compile_step(count)
+        first = first or program
         peak = program.memory.peak
         known = "?" if peak is None else f"{peak / GIB:.2f} GiB"
         flags_ = levers.changes(before) or "as given"
         tried.append(f"{flags_}: {'fits' if program.fits else 'does not fit'}, {known} a chip")
         jax.clear_caches()
         if program.fits:
-            return candidate, tried
-    return job, tried
+            return candidate, {count: program}, tried
+    return job, {count: first}, tried
 
 
 def markdown_row(report: Report) -> str:
     """A line of `--all`'s table."""
     c, peak = report.config, report.largest.memory.peak
-    mesh = f"fsdp {report.mesh['fsdp']}, remat {c.model.remat}, {c.accumulation_steps} micro"
-    cells = [c.model.name, str(report.topology), mesh, f"{(peak or 0) / GIB:.1f}"]
+    settings = [f"fsdp {report.mesh['fsdp']}", f"scan_unroll {c.model.scan_unroll}"]
+    settings += [f"remat {c.model.remat}"] if c.model.remat != "none" else []
+    settings += [f"{c.accumulation_steps} microbatches"] if c.accumulation_steps > 1 else []
+    of = report.topology.chip.hbm_bytes / GIB
+    cells = [c.model.name, str(report.topology), ", ".join(settings)]
+    cells.append(f"{(peak or 0) / GIB:.1f} of {of:.0f}")
     seconds = report.step_seconds
     if seconds is None:
         cells += ["does not fit", "", "", "", ""]
@@ -132,19 +149,19 @@ def compile_all(arguments: Any) -> list[dict[str, Any]]:
     records = []
     for name in arguments.models:
         for topology in map(topologies.parse, arguments.topologies):
-            job = TrainingJob(imagenet_config(name, topology), topology)
-            job, _ = find_fitting(job, arguments)
-            report = compile_job(job, arguments)
+            config = imagenet_config(name, topology, arguments.unroll)
+            job, known, _ = find_fitting(TrainingJob(config, topology), arguments)
+            report = compile_job(job, arguments, known)
             print(markdown_row(report), flush=True)
             records.append(report.as_json())
             jax.clear_caches()
     return records
 
 
-def imagenet_config(model: str, topology: Topology) -> ConfigDict:
+def imagenet_config(model: str, topology: Topology, unroll: int) -> ConfigDict:
     """The recipe of a family on ImageNet's latents, its state in as many shards as can be."""
     config = default_config()
-    config.model.name = model
+    config.model.update(name=model, scan_unroll=unroll)
     apply_recipe(config)
     config.num_steps = 2_000_000 if "XL" in model else 400_000
     config.mesh.fsdp = min(16, topology.chips_per_slice)
@@ -171,10 +188,10 @@ def run(arguments: Any) -> Any:
     if arguments.config is None:
         raise ValueError("--config is missing: such as configs/imagenet256.py:MDTv2-XL/2")
     job = TrainingJob(arguments.config, topology)
-    tried: list[str] = []
+    known, tried = None, []
     if arguments.advise:
-        job, tried = find_fitting(job, arguments)
-    report = compile_job(job, arguments)
+        job, known, tried = find_fitting(job, arguments)
+    report = compile_job(job, arguments, known)
     for line in tried:
         print(f"tried          {line}")
     print("\n".join(report.lines()))
@@ -204,6 +221,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.")
     flags.DEFINE_bool("calibrate", False, "Only that; needs no --config.")
     flags.DEFINE_bool("all", False, "A table of the MDTv2 models over four kinds of chip.")
+    flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles in a third of the time.")
     flags.DEFINE_list("models", list(ALL_MODELS), "Of --all.")
     flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "Of --all.")
     app.run(main, flags_parser=parse_flags)
