@@ -94,6 +94,33 @@ def test_a_mesh_divides_the_kernels_work(interpreted, monkeypatch):
         assert_alike(output_and_gradients("pallas", *arguments, mesh), expected)
 
 
+def model_output_and_gradients(family, kernels, remat, kept):
+    """A whole network's masked pass from random parameters, in float32."""
+    sizes = SIZES if family == "MDTv2" else {k: v for k, v in SIZES.items() if k != "decoder_depth"}
+    model = create_model(family, **sizes, kernels=kernels, remat=remat, dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    x, t, labels = draw(1, *model.image_shape), jnp.array([300]), jnp.array([1])
+    ids = jnp.asarray(np.sort(rng.permutation(256)[:kept])[None].astype(np.int32))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), x, t, labels)["params"]
+    params = jax.tree.map(lambda leaf: 0.1 * draw(*leaf.shape), nn.unbox(abstract))
+
+    def through(params, x):
+        out, pull = jax.vjp(lambda p, x: model.apply({"params": p}, x, t, labels, ids), params, x)
+        return out, pull(jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    return jax.jit(through)(params, x)
+
+
+@pytest.mark.parametrize(
+    ("family", "remat", "kept"), [("MDTv2", "dots", 144), ("MDT", "none", 179)]
+)
+def test_a_network_is_that_of_the_plain_form(interpreted, family, remat, kept):
+    """Shortcuts, loops over layers, side-interpolator and what rematerialisation keeps."""
+    expected = model_output_and_gradients(family, "plain", "none", kept)
+    assert_alike(model_output_and_gradients(family, "pallas", remat, kept), expected)
+
+
 def test_kernels_are_chosen_where_a_mesh_of_tpus_is_in_force():
     model = create_model("MDTv2", **SIZES)
     assert model.chosen_kernels == "plain"  # as whoever calls the network itself has it
