@@ -141,6 +141,34 @@ def test_collectives_with_their_bytes():
     assert reduce.wire_bytes == 2 * reduce.bytes * 3 // 4
 
 
+def test_an_all_reduce_whose_result_is_sliced_in_one_fusion_is_a_reduce_scatter():
+    text = """HloModule m
+
+%sum (a.1: f32[], b.1: f32[]) -> f32[] {
+  %a.1 = f32[] parameter(0)
+  %b.1 = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a.1, %b.1)
+}
+
+%all-reduce-scatter.3 (input.3: f32[1152,3456]) -> f32[288,3456] {
+  %input.3 = f32[1152,3456]{1,0} parameter(0)
+  %all-reduce.51 = f32[1152,3456]{1,0} all-reduce(%input.3), channel_id=16, replica_groups={{0,1,2,3}}, to_apply=%sum
+  %start = s32[] constant(0)
+  ROOT %slice.1 = f32[288,3456]{1,0} dynamic-slice(%all-reduce.51, %start, %start), dynamic_slice_sizes={288,3456}
+}
+
+ENTRY %main (p.0: f32[1152,3456]) -> f32[288,3456] {
+  %p.0 = f32[1152,3456]{1,0} parameter(0)
+  ROOT %fusion.3 = f32[288,3456]{1,0} fusion(%p.0), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""  # noqa: E501
+    (found,) = estimate.parse(text).collectives
+    assert (found.opcode, found.group, found.bytes) == ("reduce-scatter", 4, 1152 * 3456 * 4)
+    assert found.wire_bytes == found.bytes * 3 // 4
+    (plain,) = estimate.parse(text.replace("%all-reduce-scatter.3", "%fused.3")).collectives
+    assert (plain.opcode, plain.wire_bytes) == ("all-reduce", 2 * found.wire_bytes)
+
+
 @pytest.mark.parametrize(
     ("attributes", "size", "across"),
     [

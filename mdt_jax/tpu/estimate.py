@@ -194,11 +194,16 @@ def _is_collective(one: Instruction) -> bool:
 def _transfers(
     module: Module, computation: Computation, one: Instruction
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """The collectives of an instruction: itself, or those of a fusion."""
+    """The collectives of an instruction: itself, or those of a fusion.
+
+    A reduce-scatter is written as an all-reduce and a slice in a fusion `all-reduce-scatter`.
+    """
     if _is_collective(one):
         yield computation, one
     for where, inner in module.inside(one):
-        if _is_collective(inner):
+        if inner.opcode == "all-reduce" and where.name.startswith("all-reduce-scatter"):
+            yield where, dataclasses.replace(inner, opcode="reduce-scatter")
+        elif _is_collective(inner):
             yield where, inner
 
 
