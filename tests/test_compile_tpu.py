@@ -178,6 +178,11 @@ ENTRY %main (p.0: f32[1152,3456]) -> f32[288,3456] {
         ("replica_groups=[2,2]<=[2,2]T(1,0)", 2, True),
         ("source_target_pairs={{0,1},{1,0}}", 2, False),
         ("source_target_pairs={{1,2},{2,1}}", 2, True),
+        ("replica_groups=mesh['x'=2,'y'=2] {'y'}, use_global", 2, False),
+        ("replica_groups=mesh['x'=2,'y'=2] {'x'}, use_global", 2, True),
+        ("replica_groups=mesh['x'=4,'y'=1] {'x'}", 4, True),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}", 2, True),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}", 2, False),
         ("channel_id=1", 0, False),
     ],
 )

@@ -248,14 +248,21 @@ def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[
     if iota:
         ids = _iota_groups(int(iota[1]), int(iota[2]), iota[3], iota[4])
         return int(iota[2]), any(map(spans, ids))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r"\s*\{([^}]*)\}",
+        attributes,
+    )
     if named:
         sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        axes = re.findall(r"'([^']+)'", named[2])
+        axes = re.findall(r"'([^']+)'", named[4])
+        count = math.prod(sizes.values())
+        (chips,) = _iota_groups(1, count, named[2] or str(count), named[3])
+        others = [i for i, axis in enumerate(sizes) if axis not in axes]
+        mesh = np.reshape(chips, list(sizes.values()))
         group = math.prod(sizes[axis] for axis in axes)
-        # Our meshes number the chips along their axes, the first one crossing the slices.
-        crosses = chips_per_slice is not None and next(iter(sizes), None) in axes
-        return group, crosses and group > 1
+        mesh = mesh.transpose(*others, *(list(sizes).index(axis) for axis in axes))
+        return group, any(map(spans, mesh.reshape(-1, group).tolist()))
     return 0, False
 
 
