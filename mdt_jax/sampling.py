@@ -372,7 +372,12 @@ class CompiledBatch:
         batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
         return (
             jax.jit(begin, in_shardings=(whole, whole), out_shardings=(batch, batch)),
-            jax.jit(chunk, out_shardings=batch, donate_argnums=1),
+            jax.jit(
+                chunk,
+                out_shardings=batch,
+                donate_argnums=1,
+                compiler_options=sharding.compiler_options(mesh),
+            ),
         )
 
     def _guided(self, apply: Callable, labels: Array) -> Callable:

@@ -243,14 +243,14 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
     The TPU's would turn a product whose result is to be divided into a ring of small products, one
     for each device's part, that read their operands from copies: slower than the whole product,
-    beside which the other kernels' results travel anyway (docs/performance.md).
+    beside which the other kernels' results travel anyway. And it lets one product use 16 MiB of a
+    core's vector memory, where 24 make larger tiles (docs/performance.md).
     """
     if mesh.devices.flat[0].platform != "tpu":
         return None
     return {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-        # What one product may use of a core's vector memory: of 16 MiB, the default, its tiles are
-        # too small for width 1,152 (v5p: 65% of the peak, alone 92%). v4 has no more to give.
+        # A v4 core has 16 MiB; its compiler takes this and makes the same program.
         "xla_tpu_scoped_vmem_limit_kib": "24576",
     }
 

@@ -183,6 +183,10 @@ ENTRY %main (p.0: f32[1152,3456]) -> f32[288,3456] {
         ("replica_groups=mesh['x'=4,'y'=1] {'x'}", 4, True),
         ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}", 2, True),
         ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}", 2, False),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=(0,2,1,3) {'x'}", 2, False),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=(0,2,1,3) {'y'}", 2, True),
+        ("replica_groups=mesh['x'=4] {'x':(1)2}", 2, True),
+        ("replica_groups=mesh['x'=4] {'x':(2)2}", 2, False),
         ("channel_id=1", 0, False),
     ],
 )

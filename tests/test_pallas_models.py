@@ -1,6 +1,7 @@
 """Blocks on Pallas kernels, interpreted, against the plain ones; also over a mesh."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,18 @@ def output_and_gradients(kernels, params, x, c, ids, along, mesh=None):
     block, positions = create_block(kernels), where_tokens_are(ids, kernels)
 
     def apply(params, x, c):
-        with sharding.activations(mesh) if mesh else contextlib.nullcontext():
-            return block.apply(params, x, None, c, positions)[0]
+        return block.apply(params, x, None, c, positions)[0]
 
     def through(params, x, c):
-        out, pull = jax.vjp(apply, params, x, c)
-        return out, pull(along)
+        with sharding.activations(mesh) if mesh else contextlib.nullcontext():
+            out, pull = jax.vjp(apply, params, x, c)
+            return out, pull(along)
 
+    if mesh:  # every kernel's work is divided, on the way back too
+        primitives = str(jax.make_jaxpr(through)(params, x, c))
+        kernels = len(re.findall(r"= pallas_call\[", primitives))
+        assert len(re.findall(r"= shard_map\[", primitives)) == kernels
+        assert kernels == (8 if block.kernels == "pallas" else 0)
     return jax.jit(through)(params, x, c)
 
 

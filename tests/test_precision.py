@@ -74,7 +74,9 @@ def faults(found: list[Operation]) -> list[str]:
         if op.name == "dot_general" and BLOCK.search(op.scope) and not is_sum:
             return op.dtypes != {"bfloat16"}
         must_be_float32 = (
-            op.name in DELICATE or "/layer_norm/" in op.scope or OUTSIDE_THE_MODEL.match(op.scope)
+            op.name in DELICATE
+            or "/modulated_norm/" in op.scope
+            or OUTSIDE_THE_MODEL.match(op.scope)
         )
         # Outside the model, what converts its output.
         return must_be_float32 and "bfloat16" in op.dtypes and op.name != "convert_element_type"
@@ -104,7 +106,7 @@ def test_blocks_multiply_in_bfloat16_and_norms_softmax_and_loss_are_float32(name
     assert count("dot_general", "/mlp/", True) == (4 + again) * stacks
     assert count("dot_general", "/attn/", True) >= 2 * count("dot_general", "/attn/", False) > 0
     assert count("exp", "/attn/", False) >= stacks
-    assert count("rsqrt", "/layer_norm/", False) == 2 * stacks + passes
+    assert count("rsqrt", "/modulated_norm/", False) == 2 * stacks + passes
     assert sum(bool(OUTSIDE_THE_MODEL.match(op.scope)) for op in found) > 100 * passes
 
 
@@ -121,9 +123,18 @@ def bfloat16_softmax(original):
 
 def bfloat16_norm(original):
     def norm(x, shift, scale):
-        with jax.named_scope("layer_norm"):
+        with jax.named_scope("modulated_norm"):
             x = x.astype(jnp.bfloat16)
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+
+    return norm
+
+
+def bfloat16_modulation(original):
+    def norm(x, shift, scale):
+        with jax.named_scope("modulated_norm"):
+            x = layers.layer_norm(x).astype(jnp.bfloat16)
+            return x * (1 + scale[:, None]) + shift[:, None]
 
     return norm
 
@@ -147,7 +158,8 @@ def bfloat16_loss(original):
         (plain_attention, "attention_logits", differentiated_logits,
          "dot_general of bfloat16[+]float32: .*transpose.*/attn/"),
         (jax.nn, "softmax", bfloat16_softmax, "exp of bfloat16: .*/attn/"),
-        (layers, "modulated_norm", bfloat16_norm, "rsqrt of bfloat16: .*/layer_norm/"),
+        (layers, "modulated_norm", bfloat16_norm, "rsqrt of bfloat16: .*/modulated_norm/"),
+        (layers, "modulated_norm", bfloat16_modulation, "mul of bfloat16: .*/modulated_norm/"),
         (GaussianDiffusion, "losses", bfloat16_loss, "mul of bfloat16: .*full_pass"),
     ],
 )  # fmt: skip

@@ -43,8 +43,14 @@ ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
 def compile_job(
     job: TrainingJob, arguments: Any, known: dict[int | None, Program] | None = None
 ) -> Report:
-    """Compiles a job's programs, but those known by their number of kept tokens; reports on all."""
-    known = known or {}
+    """Compiles a job's programs and reports on them.
+
+    Args:
+      job: the run.
+      arguments: the flags.
+      known: steps that are compiled already, by their number of kept tokens.
+    """
+    known = dict(known or {})
     counts, probabilities = chosen_counts(job, arguments.quick)
     steps: list[Program] = []
     for count in sorted(counts, key=lambda n: -(n or 0)):  # the largest first: it may not fit
@@ -96,8 +102,11 @@ def find_fitting(
 ) -> tuple[TrainingJob, dict[int | None, Program], list[str]]:
     """The job, or the first with other settings, whose largest step fits.
 
+    With --quick that is the one step that stands for all, not the largest of a run.
+
     Returns:
-      The job, that step by its number of kept tokens, and what was tried.
+      The job that fits, or else the job as it was given; that step of it, by its number of kept
+      tokens; and what was tried.
     """
     before, tried = advice.Levers.of(job), []
     count = max(chosen_counts(job, arguments.quick)[0], key=lambda n: n or 0)
@@ -108,9 +117,9 @@ def find_fitting(
         program = candidate.compile_step(count)
         first = first or program
         peak = program.memory.peak
-        known = "?" if peak is None else f"{peak / GIB:.2f} GiB"
+        size = "?" if peak is None else f"{peak / GIB:.2f} GiB"
         flags_ = levers.changes(before) or "as given"
-        tried.append(f"{flags_}: {'fits' if program.fits else 'does not fit'}, {known} a chip")
+        tried.append(f"{flags_}: {'fits' if program.fits else 'does not fit'}, {size} a chip")
         jax.clear_caches()
         if program.fits:
             return candidate, {count: program}, tried
@@ -221,7 +230,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.")
     flags.DEFINE_bool("calibrate", False, "Only that; needs no --config.")
     flags.DEFINE_bool("all", False, "A table of the MDTv2 models over four kinds of chip.")
-    flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles in a third of the time.")
+    flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles much faster.")
     flags.DEFINE_list("models", list(ALL_MODELS), "Of --all.")
     flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "Of --all.")
     app.run(main, flags_parser=parse_flags)

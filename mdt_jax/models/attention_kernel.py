@@ -1,9 +1,8 @@
 """Attention with a relative-position bias as one Pallas TPU kernel, forward and backward.
 
 The logits (tokens × tokens), the bias and the probabilities never leave the core's vector memory.
-Everything lies transposed against the usual form, with tokens along the lanes, which is how the TPU
-compiler lays out the projections' results by itself: S is (keys, queries), a softmax reduces over
-sublanes, and only k and v have to be turned.
+Everything lies transposed against the usual form, with tokens along the lanes, as qkv is computed
+for it: S is (keys, queries), a softmax reduces over sublanes, and only k and v have to be turned.
 
 The bias of a head is G strips of one small array (`bias_strips`), laid out as N × N once for all
 samples; its gradient is summed over samples in the same form. A masked pass keeps K tokens, other

@@ -1,4 +1,4 @@
-"""What every transformer here is made of: embeddings, adaLN blocks, their stacks and initialisers.
+"""What every transformer here is made of: embeddings, norms, MLPs, last layers, initialisers.
 
 Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 """
@@ -38,9 +38,10 @@ REMAT_POLICIES = {
 }
 
 
-# For a function that costs little: its gradient keeps the arguments and computes the rest again,
-# which is faster than to write and read it. A loop keeps XLA from merging that away.
-kept_inputs = partial(jax.checkpoint, prevent_cse=False)
+# For a function that costs little: a loop over layers keeps its arguments for the way back, and
+# what follows from them is computed again, faster than it would be written and read. Where layers
+# are unrolled XLA may merge both computations, and keeps what it likes.
+recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
@@ -67,13 +68,12 @@ def layer_norm(x: Float[Array, "batch n width"]) -> Float32[Array, "batch n widt
 
     The variance is the mean of (x − mean)²: E[x²] − E[x]² cancels.
     """
-    with jax.named_scope("layer_norm"):
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
 
 
-@kept_inputs
+@recompute
 def modulated_norm(
     x: Float[Array, "batch n width"],
     shift: Float[Array, "batch width"],
@@ -83,11 +83,12 @@ def modulated_norm(
 
     In bfloat16 a scale below 1/256 would be lost.
     """
-    shift, scale = (vector.astype(jnp.float32)[:, None] for vector in (shift, scale))
-    return layer_norm(x) * (1 + scale) + shift
+    with jax.named_scope("modulated_norm"):
+        shift, scale = (vector.astype(jnp.float32)[:, None] for vector in (shift, scale))
+        return layer_norm(x) * (1 + scale) + shift
 
 
-@kept_inputs
+@recompute
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The tanh form of GELU."""
     return nn.gelu(x, approximate=True)
@@ -183,11 +184,15 @@ class SkipLinear(nn.Module):
             jnp.float32,
         )
         bias = self.param("bias", partitioned(zeros, None), (width,), jnp.float32)
-        x, skip = (
-            project(part.astype(self.dtype), half, ("embed", "mlp"), 1)
-            for part, half in zip((x, skip), jnp.asarray(kernel), strict=True)
-        )
-        return checkpoint_name(add_bias(x + skip, jnp.asarray(bias)), OUTPUT)
+        kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)
+
+        def part(i: int, x: Array, kernel: Array) -> Array:
+            return project(x, kernel[i], ("embed", "mlp"), 1)
+
+        # As `recompute`, not to keep halves of a kernel that a loop is given anyway.
+        x = recompute(partial(part, 0))(x.astype(self.dtype), kernel)
+        skip = recompute(partial(part, 1))(skip.astype(self.dtype), kernel)
+        return checkpoint_name(add_bias(x + skip, bias), OUTPUT)
 
 
 class FinalLayer(nn.Module):

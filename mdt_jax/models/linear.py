@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mdt_jax.models import placement
-from mdt_jax.models.placement import Axes, Placement
+from mdt_jax.models.placement import Axes
 
 OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
 
@@ -30,6 +30,7 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def project(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
@@ -44,27 +45,21 @@ def project(
       kernel: float32, as the state holds it.
       axes: the kernel's logical axes.
       num_contracted: how many axes are summed over.
-      tokens_last: whether x is (batch, n, ...) and the result (batch, features, n). A transpose
-        would do, but the TPU's compiler makes a copy of it.
+      tokens_last: whether the result is (batch, *features, n), for an x (batch, n, ...). A
+        transpose would do, but the TPU's compiler makes a copy of it.
 
     Returns:
       The product, its features in one axis where `Placement.merges`.
     """
-    # The mesh in force now is the backward pass' too, wherever that is traced.
-    return _project(x, kernel, axes, num_contracted, tokens_last, placement.current.get())
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _project(x: Array, kernel: Array, *static: Any) -> Array:
-    return _forward(x, kernel, *static)[0]
+    return _forward(x, kernel, axes, num_contracted, tokens_last)[0]
 
 
 def _forward(
-    x: Array, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool, place: Placement
+    x: Array, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool
 ) -> tuple[Array, Any]:
     saved = x, kernel  # as given: a loop over layers need not stack copies of their kernels
-    x, kernel, axes, num_contracted = _matrices(x, kernel, axes, num_contracted, place)
-    kernel = _gathered(kernel, x.dtype, axes, place)
+    x, kernel, axes, num_contracted = _matrices(x, kernel, axes, num_contracted)
+    kernel = _gathered(kernel, x.dtype, axes)
     first, last = tuple(range(num_contracted)), tuple(range(x.ndim - num_contracted, x.ndim))
     if tokens_last:
         return jnp.moveaxis(_product(kernel, x, (first, last)), -2, 0), saved
@@ -72,26 +67,27 @@ def _forward(
 
 
 def _backward(
-    axes: Axes, num_contracted: int, tokens_last: bool, place: Placement, saved: Any, dy: Array
+    axes: Axes, num_contracted: int, tokens_last: bool, saved: Any, dy: Array
 ) -> tuple[Array, ...]:
-    x, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted, place)
+    x, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted)
     rows = tuple(range(x.ndim - num_contracted))  # axes of x that are kept
     dy_rows = (0, dy.ndim - 1) if tokens_last else rows
     features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
     kernel_features = tuple(range(num_contracted, kernel.ndim))
-    dx = _product(dy, _gathered(kernel, x.dtype, axes, place), (features, kernel_features))
-    dkernel = place.shard(_product(x, dy, (rows, dy_rows), jnp.float32), axes)
+    dx = _product(dy, _gathered(kernel, x.dtype, axes), (features, kernel_features))
+    dkernel = _product(x, dy, (rows, dy_rows), jnp.float32)
+    dkernel = placement.current.get().shard(dkernel, axes)
     return tuple(d.reshape(s.shape) for d, s in zip((dx, dkernel), saved, strict=True))
 
 
 def _matrices(
-    x: Array, kernel: Array, axes: Axes, num_contracted: int, place: Placement
+    x: Array, kernel: Array, axes: Axes, num_contracted: int
 ) -> tuple[Array, Array, Axes, int]:
     """The same with a kernel of two axes, if they may be merged.
 
     Of more axes the TPU's compiler makes slower products.
     """
-    if not place.merges:
+    if not placement.current.get().merges:
         return x, kernel, axes, num_contracted
     rows, contracted = x.shape[: x.ndim - num_contracted], kernel.shape[:num_contracted]
     size = math.prod(contracted)
@@ -104,7 +100,8 @@ def _merged(axes: Axes) -> str | None:
     return axes[0] if len(axes) == 1 or axes[0] == "embed" else None
 
 
-def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes, place: Placement) -> Array:
+def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes) -> Array:
+    place = placement.current.get()
     # As sharded as before it is cast: what travels is of the smaller dtype.
     return place.gather(place.shard(kernel.astype(dtype), axes), axes)
 
@@ -116,7 +113,7 @@ def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None
     )
 
 
-_project.defvjp(_forward, _backward)
+project.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
@@ -143,7 +140,7 @@ class Linear(nn.Module):
       bias_init: of the bias.
       bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
         and has none but from a kernel that is given it (attention's, or the gated residual's).
-      tokens_last: of `project`; only without the bias' gradient.
+      tokens_last: whether the result is (batch, *features, n); without the bias' gradient only.
       kept: whether the rematerialisation policy "dots" keeps the result.
     """
 
@@ -158,6 +155,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Array | tuple[Array, Array]:
+        if self.tokens_last and self.bias_gradient:
+            raise ValueError("tokens_last=True is to be used with bias_gradient=False")
         count = len(self.axes) - len(self.features)
         contracted = x.shape[x.ndim - count :]
 

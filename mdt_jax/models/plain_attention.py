@@ -129,7 +129,7 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 @jax.custom_vjp
 def softmax(logits: Float32[Array, "batch heads n n"]) -> Float32[Array, "batch heads n n"]:
-    """Of the last axis; only the result is kept for its gradient, which is computed from it."""
+    """Of the last axis. Its gradient is computed from the result, and nothing else is kept."""
     return jax.nn.softmax(logits, axis=-1)
 
 

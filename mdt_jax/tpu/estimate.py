@@ -249,21 +249,40 @@ def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[
         ids = _iota_groups(int(iota[1]), int(iota[2]), iota[3], iota[4])
         return int(iota[2]), any(map(spans, ids))
     named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-        r"\s*\{([^}]*)\}",
-        attributes,
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes
     )
     if named:
-        sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        axes = re.findall(r"'([^']+)'", named[4])
-        count = math.prod(sizes.values())
-        (chips,) = _iota_groups(1, count, named[2] or str(count), named[3])
-        others = [i for i, axis in enumerate(sizes) if axis not in axes]
-        mesh = np.reshape(chips, list(sizes.values()))
-        group = math.prod(sizes[axis] for axis in axes)
-        mesh = mesh.transpose(*others, *(list(sizes).index(axis) for axis in axes))
-        return group, any(map(spans, mesh.reshape(-1, group).tolist()))
+        ids = _mesh_groups(*named.groups())
+        return len(ids[0]), any(map(spans, ids))
     return 0, False
+
+
+def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
+    """Groups along axes of a mesh: 'x'=4,'y'=2 and 'x', or a part of one: 'x':(1)2.
+
+    The devices are in order, listed (0,2,1,3), or an iota that is reshaped and transposed.
+    """
+    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    count = math.prod(sizes.values())
+    iota = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or "")
+    if iota:
+        (chips,) = _iota_groups(1, count, iota[1], iota[2])
+    else:
+        chips = [int(i) for i in device_ids.split(",")] if device_ids else list(range(count))
+    # Of an axis' part: how often what precedes it, and its own size; the rest follows.
+    parts = {
+        k: (int(before or 1), int(size or sizes[k]))
+        for k, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    shape: list[int] = []
+    along: list[int] = []
+    for k, size in sizes.items():
+        before, part = parts.get(k, (size, 1))
+        along += [len(shape) + 1] if k in parts else []
+        shape += [before, part, size // (before * part)]
+    others = [i for i in range(len(shape)) if i not in along]
+    group = math.prod(shape[i] for i in along)
+    return np.reshape(chips, shape).transpose(*others, *along).reshape(-1, group).tolist()
 
 
 def _iota_groups(count: int, size: int, shape: str, order: str | None) -> list[list[int]]:

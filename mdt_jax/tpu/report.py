@@ -98,6 +98,7 @@ class Report:
             "batch_size": c.batch_size,
             "accumulation_steps": c.accumulation_steps,
             "remat": c.model.remat,
+            "scan_unroll": c.model.scan_unroll,
             "fits": self.fits,
             "hbm_bytes": chip.hbm_bytes,
             "state_bytes": self.state_bytes,
