@@ -48,7 +48,8 @@ def test_a_layer_keeps_little_for_its_gradient(skips):
     kept = kept_by_the_stack(skips)
     assert kept[LOGITS] == 1  # the softmax
     assert kept[HIDDEN] == 2  # GELU's argument and result
-    # The stream before each norm, what the norms give, what both branches add; before a shortcut.
+    # The stream before each norm, what the norms give, what both branches add; and the stream
+    # before a shortcut joins it.
     assert kept[STREAM] == 6 + (skips != "none")
     # Neither kernels, nor parts or other shapes of them: the loop is given those.
     assert all(shape[0] == BATCH or len(shape) < 2 for shape in kept)

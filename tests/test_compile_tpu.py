@@ -196,13 +196,19 @@ def test_groups_of_chips_and_whether_they_span_slices_of_two(attributes, size, a
 
 def test_a_transfer_written_again_where_it_is_driven_counts_once():
     line = next(x for x in STEP.splitlines() if "all-reduce(" in x)
-    again = STEP.replace(line, line + "\n" + line.replace("%all-reduce.1 =", "%all-reduce.2 ="))
-    assert estimate.parse(again).collectives == estimate.parse(STEP).collectives
-    other = again.replace(
-        "%all-reduce.2 = bf16[16,64,32]{2,1,0} all-reduce(%kernel), channel_id=2",
-        "%all-reduce.2 = bf16[16,64,32]{2,1,0} all-reduce(%kernel), channel_id=3",
-    )
-    assert estimate.parse(other).collectives != estimate.parse(STEP).collectives
+    driven = line + ', frontend_attributes={chain_id="7"}'
+    again = driven.replace("%all-reduce.1 =", "%all-reduce.2 =")
+    (once,) = [c for c in estimate.parse(STEP).collectives if c.opcode == "all-reduce"]
+
+    def counted(*lines):
+        found = estimate.parse(STEP.replace(line, "\n".join(lines))).collectives
+        return next(c for c in found if c.opcode == "all-reduce")
+
+    assert counted(driven, again) == once
+    # Of another chain, or of none, it is another transfer, though layers may share a channel.
+    for other in (again.replace('"7"', '"8"'), line.replace("%all-reduce.1 =", "%all-reduce.2 =")):
+        assert counted(driven, other).count == 2 * once.count
+        assert counted(driven, other).bytes == 2 * once.bytes
 
 
 def test_a_batched_product_written_as_a_dilated_convolution_counts_what_is_multiplied():

@@ -117,14 +117,15 @@ def estimate(
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
     flops, moved = 0, defaultdict(lambda: [0, 0, 0])
     not_estimated: dict[str, int] = {}
-    channels: set[str] = set()
+    chains: set[tuple[str, ...]] = set()
     for computation, one, times in module.executed():
         for where, transfer in _transfers(module, computation, one):
-            # One that runs beside other work is written again into each fusion that drives it.
-            channel = re.search(r"channel_id=(\d+)", transfer.attributes)
-            if channel and channel[1] in channels:
+            # One that runs beside other work is written again into each fusion that drives it, all
+            # of one chain. (A channel alone may be shared by the layers of an unrolled loop.)
+            chain = re.findall(r'(?:channel_id=|chain_id=")\d+', transfer.attributes)
+            if len(chain) > 1 and tuple(chain) in chains:
                 continue
-            channels |= {channel[1]} if channel else set()
+            chains.add(tuple(chain))
             group, across = replica_group(transfer.attributes, chips_per_slice)
             size = _collective_bytes(where, transfer)
             opcode = transfer.opcode.removesuffix("-start")
