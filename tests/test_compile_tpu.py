@@ -141,6 +141,21 @@ def test_collectives_with_their_bytes():
     assert reduce.wire_bytes == 2 * reduce.bytes * 3 // 4
 
 
+def test_what_slices_send_each_other_has_no_group():
+    text = """HloModule m
+
+ENTRY %main (p.0: f32[64,32]) -> token[] {
+  %p.0 = f32[64,32]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send.1 = (f32[64,32], u32[], token[]) send(%p.0, %token), channel_id=3, is_host_transfer=true
+  ROOT %done = token[] send-done(%send.1), channel_id=3, is_host_transfer=true
+}
+"""
+    (sent,) = estimate.parse(text, chips_per_slice=4).collectives
+    assert (sent.opcode, sent.group, sent.across_slices) == ("send", 0, True)
+    assert sent.wire_bytes == sent.bytes >= 64 * 32 * 4
+
+
 def test_an_all_reduce_whose_result_is_sliced_in_one_fusion_is_a_reduce_scatter():
     text = """HloModule m
 

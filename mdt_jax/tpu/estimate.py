@@ -127,6 +127,8 @@ def estimate(
                 continue
             chains.add(tuple(chain))
             group, across = replica_group(transfer.attributes, chips_per_slice)
+            # Slices send to each other through their hosts.
+            across = across or (transfer.opcode == "send" and chips_per_slice is not None)
             size = _collective_bytes(where, transfer)
             opcode = transfer.opcode.removesuffix("-start")
             total = moved[opcode, group, across]
@@ -221,10 +223,10 @@ def _collective_bytes(computation: Computation, one: Instruction) -> int:
 
 def _wire_bytes(opcode: str, size: int, group: int) -> int:
     """What a chip sends in a ring of `group` chips."""
-    if group <= 1 and opcode not in ("collective-permute", "send"):
-        return 0 if group == 1 else size
-    share = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0, "send": 1.0}
-    return round(size * share.get(opcode, (group - 1) / max(group, 1)))
+    if opcode in ("collective-permute", "send") or group == 0:  # from one to another, or not told
+        return size
+    rounds = 2 if opcode == "all-reduce" else 1
+    return round(size * rounds * (group - 1) / group)
 
 
 def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[int, bool]:
