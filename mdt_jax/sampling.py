@@ -376,7 +376,7 @@ class CompiledBatch:
                 chunk,
                 out_shardings=batch,
                 donate_argnums=1,
-                compiler_options=sharding.compiler_options(mesh),
+                compiler_options=sharding.compiler_options(self.mesh),
             ),
         )
 
