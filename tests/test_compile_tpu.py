@@ -333,6 +333,22 @@ def test_the_job_computes_as_a_tpu_would(eight_chips):
     assert TrainingJob(tiny_config(), eight_chips).trainer.model.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+def test_the_sampler_takes_what_it_is_compiled_for(eight_chips, monkeypatch, sampler):
+    compiled = []
+
+    def trace(name, function, arguments, topology):
+        compiled.append((arguments[1], jax.eval_shape(function, *arguments)))
+        return a_program(name, 10**7)
+
+    monkeypatch.setattr(programs, "compile_program", trace)
+    job = TrainingJob(tiny_config("DiT-S/2", **{"sample.sampler": sampler}), eight_chips)
+    job.compile_sampler(16)
+    ((state, stepped),) = compiled
+    assert state.x.shape == stepped.x.shape == (16, 32, 32, 4)
+    assert state.x.sharding.shard_shape(state.x.shape) == (2, 32, 32, 4)
+
+
 def test_model_flops_of_a_step_take_every_kept_count_by_its_probability(eight_chips):
     job = TrainingJob(tiny_config(), eight_chips)
     assert job.counts == (128, 144, 160, 176)
@@ -479,3 +495,5 @@ def test_the_compiler_itself_on_a_small_run():
     assert all(work.by_kind[kind] > 0 for kind in ("dense", "attention", "optimiser"))
     assert all(c.group in (2, 4) for c in work.collectives) and work.collectives
     assert 0 < made.mfu(made.step_seconds) < 1
+    sampler = job.compile_sampler(8)
+    assert sampler.fits and 0 < sampler.estimate.cycles < work.cycles

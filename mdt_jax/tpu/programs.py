@@ -183,20 +183,15 @@ class TrainingJob:
         options = sampling.resolve_options(model)
         sampler = sampling.CompiledSampler(model, self.mesh, batch_size, options)
         batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-
-        def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
-
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+        key = jax.eval_shape(lambda: jax.random.key(0))
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        arguments = (
-            self.abstract.params,
-            rows(sampler.shape, jnp.float32),
-            rows(keys.shape, keys.dtype),
-            rows((batch_size,), jnp.int32),
-            step,
-            step,
+        keys, state = jax.eval_shape(sampler._start, key, step)
+        labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        state, keys, labels = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch),
+            (state, keys, labels),
         )
+        arguments = (self.abstract.params, state, keys, labels, step, step)
         return compile_program("sampler", sampler._chunk, arguments, self.topology)
 
 
