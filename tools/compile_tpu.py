@@ -8,7 +8,8 @@
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler, libtpu (pip install "mdt_jax[tpu]"), is the
-TPU's own. No data and no TPU are needed; XL/2 takes minutes and some gigabytes of memory.
+TPU's own. No data and no TPU are needed; XL/2 takes minutes and some gigabytes of memory, unrolled
+up to 12; --all takes hours.
 
 --topology takes v4-512 and v5p-32 (TensorCores, two a chip), v5litepod-16 and v6e-16 (chips), and
 grids (v5e:4x4, v5p:2x2x4), each also "x 4 slices". The time is the compiler's own expectation: its

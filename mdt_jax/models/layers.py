@@ -189,7 +189,7 @@ class SkipLinear(nn.Module):
         def part(i: int, x: Array, kernel: Array) -> Array:
             return project(x, kernel[i], ("embed", "mlp"), 1)
 
-        # As `recompute`, not to keep halves of a kernel that a loop is given anyway.
+        # Recomputed, lest a loop keep the halves of a kernel that it is given anyway.
         x = recompute(partial(part, 0))(x.astype(self.dtype), kernel)
         skip = recompute(partial(part, 1))(skip.astype(self.dtype), kernel)
         return checkpoint_name(add_bias(x + skip, bias), OUTPUT)
