@@ -15,7 +15,7 @@ class StepProfiler:
     """Traces the steps from the first to the last of two, both included, on process 0.
 
     Every process runs the same program, so one's trace shows them all. A run that starts after the
-    first of the steps is not traced. The step's parts are the scopes "full_pass", "masked_pass",
+    first of the steps is not traced. The step's parts are the scopes "model" (both passes), "loss",
     "optimizer" and "ema".
     """
 

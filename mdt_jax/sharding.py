@@ -228,6 +228,7 @@ def activations(mesh: Mesh) -> Iterator[None]:
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
             platform=mesh.devices.flat[0].platform,
+            batch_parts=batch_shards(mesh),
             merges=mesh.shape["tensor"] == 1,
             partition=partition,
         )

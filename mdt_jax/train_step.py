@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 from mdt_jax import masking, sharding
 from mdt_jax.data.transforms import LATENT_SCALE
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
-from mdt_jax.models import LatentTransformer
+from mdt_jax.models import LatentTransformer, Pass
 from mdt_jax.optimizers import at_step
 
 Params = dict[str, Any]
@@ -284,21 +284,23 @@ class Trainer:
         """
         images, labels, t, weights, draws = samples
 
-        def run(noise: Array, label_drop: Array, *ids_keep: Array) -> dict[str, Array]:
+        def create_pass(noise: Array, label_drop: Array, ids_keep: Array | None) -> Pass:
             dropped = jnp.where(label_drop < self.label_dropout, self.model.num_classes, labels)
-            return self.diffusion.losses(
-                lambda x, t: self.model.apply({"params": params}, x, t, dropped, *ids_keep),
-                images,
-                t,
-                noise,
-            )
+            return Pass(*self.diffusion.training_input(images, t, noise), dropped, ids_keep)
 
-        with jax.named_scope("full_pass"):
-            losses = {"full": run(draws.full_noise, draws.full_label_drop)}
+        noises = {"full": draws.full_noise}
+        passes = {"full": create_pass(draws.full_noise, draws.full_label_drop, None)}
         if num_kept is not None:
-            with jax.named_scope("masked_pass"):
-                ids_keep = masking.ids_to_keep(draws.mask, num_kept)
-                losses["masked"] = run(draws.masked_noise, draws.masked_label_drop, ids_keep)
+            ids_keep = masking.ids_to_keep(draws.mask, num_kept)
+            noises["masked"] = draws.masked_noise
+            passes["masked"] = create_pass(draws.masked_noise, draws.masked_label_drop, ids_keep)
+        with jax.named_scope("model"):
+            outputs = self.model.apply({"params": params}, tuple(passes.values()), method="run")
+        with jax.named_scope("loss"):
+            losses = {
+                name: self.diffusion.training_terms(output, passes[name].x, images, t, noises[name])
+                for name, output in zip(passes, outputs, strict=True)
+            }
         total = sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())
         return total, losses
 

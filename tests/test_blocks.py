@@ -31,12 +31,14 @@ def kept_by_the_stack(skips="none", dtype=jnp.float32):
     x, c = jnp.zeros(STREAM, dtype), jnp.zeros((BATCH, WIDTH), dtype)
     positions = jnp.zeros((TOKENS, TOKENS), jnp.int32)
     skip = {"none": None, "shared": x, "per_layer": jnp.stack([x] * DEPTH)}[skips]
-    params = stack.init(jax.random.key(0), x, c, positions, skip)
+    skips = None if skip is None else (skip,)
+    params = stack.init(jax.random.key(0), (x,), (c,), (positions,), skips)
 
-    def total(params, x, c, skip):
-        return stack.apply(params, x, c, positions, skip)[0].sum()
+    def total(params, x, c, skips):
+        (out,), _ = stack.apply(params, (x,), (c,), (positions,), skips)
+        return out.sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(total))(params, x, c, skip).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(total))(params, x, c, skips).jaxpr
     forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
     stacked = forward.outvars[forward.params["num_carry"] :]
     assert all(var.aval.shape[0] == DEPTH for var in stacked)

@@ -1,6 +1,7 @@
 """Products with weights that may be sharded."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,16 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (2, 2, 2)])
 def test_tokens_last_is_the_product_transposed(mesh_shape):
     """With features merged into one axis (no tensor axis) and apart."""
-    x, kernel = draw(4, 16, 8), draw(8, 3, 2, 6)
+    x, kernel = draw(8, 16, 8), draw(8, 3, 2, 6)
     axes = ("embed", None, "heads", None)
-    along = draw(4, 3, 2, 6, 16, seed=1)
+    along = draw(8, 3, 2, 6, 16, seed=1)
 
     def einsum(x, kernel):
         return jnp.einsum("bnd,dshw->bshwn", x, kernel)
 
     def ours(x, kernel):
-        y = linear.project(x, kernel, axes, 1, tokens_last=True)
-        return y.reshape(4, 3, 2, 6, 16)
+        (y,) = linear.project((x,), kernel, axes, 1, tokens_last=True)
+        return y.reshape(8, 3, 2, 6, 16)
 
     def through(function):
         y, pull = jax.vjp(function, x, kernel)
@@ -43,4 +44,61 @@ def test_tokens_last_is_the_product_transposed(mesh_shape):
 def test_tokens_last_needs_someone_else_to_sum_the_bias_gradient():
     layer = linear.Linear((8,), ("embed", None), jnp.float32, layers.xavier, tokens_last=True)
     with pytest.raises(ValueError, match="with bias_gradient=False"):
-        layer.init(jax.random.key(0), draw(1, 4, 8))
+        layer.init(jax.random.key(0), (draw(1, 4, 8),))
+
+
+def transfers(function, kernel, xs):
+    """How often a kernel is gathered for an output and its gradients, and how often its gradient is
+    summed over eight devices."""
+    mesh = sharding.create_mesh(1, 8, 1)
+
+    def gradients(kernel, xs):
+        with sharding.activations(mesh):
+            return jax.grad(lambda *args: sum(y.sum() for y in function(*args)), (0, 1))(kernel, xs)
+
+    cut = jax.NamedSharding(mesh, jax.P("fsdp"))
+    lowered = jax.jit(gradients, in_shardings=(cut, cut), out_shardings=(cut, cut)).lower(
+        kernel, xs
+    )
+    program = lowered.compile().as_text()
+
+    # One transfer may take several arrays.
+    def arrays(names):
+        results = re.findall(rf"= (.*) (?:{names})(?:-start)?\(", program)
+        return sum(result.count("[") for result in results)
+
+    return arrays("all-gather"), arrays("all-reduce|reduce-scatter")
+
+
+def test_passes_share_a_gathered_kernel_and_one_sum_of_its_gradient():
+    kernel, xs = draw(64, 32), (draw(16, 8, 64), draw(16, 3, 64, seed=1))
+    axes = ("embed", "mlp")
+
+    def together(kernel, xs):
+        return linear.project(xs, kernel, axes, 1)
+
+    def apart(kernel, xs):
+        return [linear.project((x,), kernel, axes, 1)[0] for x in xs]
+
+    gathered, summed = transfers(together, kernel, xs)
+    assert (gathered, summed) == (1, 1)
+    assert transfers(apart, kernel, xs)[1] == 2
+    for a, e in zip(together(kernel, xs), apart(kernel, xs), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (2, 2, 2)])
+def test_gradients_of_passes_add_up(mesh_shape):
+    kernel, xs = draw(8, 12), (draw(8, 16, 8), draw(8, 5, 8, seed=1))
+    along = draw(8, 16, 12, seed=2), draw(8, 5, 12, seed=3)
+
+    def through(function):
+        return jax.vjp(function, xs, kernel)[1](along)
+
+    mesh = sharding.create_mesh(*mesh_shape) if mesh_shape else None
+    with sharding.activations(mesh) if mesh else contextlib.nullcontext():
+        project = lambda xs, kernel: linear.project(xs, kernel, ("embed", "mlp"), 1)  # noqa: E731
+        found = jax.jit(lambda: through(project))()
+    expected = through(lambda xs, kernel: tuple(x @ kernel for x in xs))
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)

@@ -46,7 +46,7 @@ def setting(batch, tokens, seed=0):
     ids = None if tokens == 256 else jnp.asarray(ids)
     x, c, along = draw(batch, tokens, WIDTH), draw(batch, WIDTH), draw(batch, tokens, WIDTH)
     block, positions = create_block("plain"), where_tokens_are(ids, "plain")
-    abstract = jax.eval_shape(block.init, jax.random.key(0), x, None, c, positions)
+    abstract = jax.eval_shape(block.init, jax.random.key(0), (x,), None, (c,), (positions,))
     params = jax.tree.map(lambda leaf: 0.1 * draw(*leaf.shape), nn.unbox(abstract))
     return params, x, c, ids, along
 
@@ -55,7 +55,8 @@ def output_and_gradients(kernels, params, x, c, ids, along, mesh=None):
     block, positions = create_block(kernels), where_tokens_are(ids, kernels)
 
     def apply(params, x, c):
-        return block.apply(params, x, None, c, positions)[0]
+        (out,), _ = block.apply(params, (x,), None, (c,), (positions,))
+        return out
 
     def through(params, x, c):
         with sharding.activations(mesh) if mesh else contextlib.nullcontext():

@@ -18,9 +18,7 @@ from mdt_jax.models import layers, plain_attention
 # activations are tanh and logistic.
 DELICATE = {"exp", "exp2", "expm1", "log", "log1p", "rsqrt", "sqrt", "pow", "reduce_max", "argmax"}
 # Where modules' names end the scope is within the model; the loss is what comes after them.
-OUTSIDE_THE_MODEL = re.compile(
-    r"^/+((transpose\()?(jvp\()?(full|masked)_pass\)*/+|optimizer/|ema/)$"
-)
+OUTSIDE_THE_MODEL = re.compile(r"^/+((transpose\()?(jvp\()?loss\)*/+|optimizer/|ema/)$")
 BLOCK = re.compile(r"/(attn|mlp|skip|modulation)/")
 
 
@@ -111,8 +109,9 @@ def test_blocks_multiply_in_bfloat16_and_norms_softmax_and_loss_are_float32(name
 
 
 def float32_mlp(original):
-    def mlp(ratio, dtype, name):
-        return lambda x: original(ratio, jnp.float32, name=name)(x).astype(dtype)
+    def mlp(ratio, dtype, **more):
+        module = original(ratio, jnp.float32, **more)
+        return lambda xs: layers.each(lambda x: x.astype(dtype), module(xs))
 
     return mlp
 
@@ -145,10 +144,10 @@ def differentiated_logits(original):
 
 
 def bfloat16_loss(original):
-    def losses(self, model_fn, x0, i, noise):
-        return original(self, lambda x, t: model_fn(x, t).astype(jnp.bfloat16) * 1, x0, i, noise)
+    def terms(self, output, *args):
+        return original(self, output.astype(jnp.bfloat16) * 1, *args)
 
-    return losses
+    return terms
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def bfloat16_loss(original):
         (jax.nn, "softmax", bfloat16_softmax, "exp of bfloat16: .*/attn/"),
         (layers, "modulated_norm", bfloat16_norm, "rsqrt of bfloat16: .*/modulated_norm/"),
         (layers, "modulated_norm", bfloat16_modulation, "mul of bfloat16: .*/modulated_norm/"),
-        (GaussianDiffusion, "losses", bfloat16_loss, "mul of bfloat16: .*full_pass"),
+        (GaussianDiffusion, "training_terms", bfloat16_loss, "mul of bfloat16: .*loss"),
     ],
 )  # fmt: skip
 def test_one_wrong_precision_is_told(owner, attribute, spoil, told, monkeypatch):

@@ -12,7 +12,7 @@ from mdt_jax import metrics, sharding, train
 from mdt_jax.profiling import StepProfiler
 from mdt_jax.run import Run
 
-SCOPES = ("full_pass", "masked_pass", "optimizer", "ema")
+SCOPES = ("model", "loss", "optimizer", "ema")
 
 
 @pytest.fixture(scope="module")

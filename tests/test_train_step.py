@@ -191,14 +191,14 @@ def test_labels_are_dropped_at_the_rate_of_each_pass(monkeypatch):
     r = reference("dit")
     trainer = make_trainer("dit", label_dropout=0.5)
     seen = []
-    monkeypatch.setattr(
-        type(trainer.model),
-        "apply",
-        lambda self, v, x, t, y: seen.append(y) or jnp.zeros((4, 8, 8, 8)),
-    )
-    draws = Draws(*[jnp.zeros((4,))] * 6)._replace(
-        full_noise=jnp.zeros((4, 8, 8, 4)), full_label_drop=jnp.array([0.0, 0.49, 0.5, 0.9])
-    )
-    samples = (jnp.zeros((4, 8, 8, 4)), jnp.arange(4), jnp.zeros(4, jnp.int32), jnp.ones(4), draws)
-    trainer.loss(r.tree("param/"), samples, None)
-    assert seen[0].tolist() == [10, 10, 2, 3]
+
+    def outputs(self, variables, passes, method):
+        seen.extend(one.labels.tolist() for one in passes)
+        return (jnp.zeros((4, 8, 8, 8)),) * len(passes)
+
+    monkeypatch.setattr(type(trainer.model), "apply", outputs)
+    noise, drop = jnp.zeros((4, 8, 8, 4)), jnp.array([0.0, 0.49, 0.5, 0.9])
+    draws = Draws(jnp.zeros(4), noise, noise, drop, drop[::-1], jnp.zeros((4, 16)))
+    samples = (noise, jnp.arange(4), jnp.zeros(4, jnp.int32), jnp.ones(4), draws)
+    trainer.loss(r.tree("param/"), samples, 8)
+    assert seen == [[10, 10, 2, 3], [0, 1, 10, 10]]

@@ -123,9 +123,25 @@ class GaussianDiffusion:
         noise: Float[Array, "b h w c"],
     ) -> dict[str, Float[Array, " b"]]:
         """Per-sample training terms: "loss", and "mse" and "vb" where the loss has them."""
-        x = self.add_noise(x0, i, noise)
-        timesteps = jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
-        output = model_fn(x, timesteps).astype(jnp.float32)
+        x, t = self.training_input(x0, i, noise)
+        return self.training_terms(model_fn(x, t), x, x0, i, noise)
+
+    def training_input(
+        self, x0: Float[Array, "b h w c"], i: Int[Array, " b"], noise: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
+        """What the model is given to learn from: x_i, and i's timesteps."""
+        return self.add_noise(x0, i, noise), jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
+
+    def training_terms(
+        self,
+        output: Float[Array, "b h w out"],
+        x: Float[Array, "b h w c"],
+        x0: Float[Array, "b h w c"],
+        i: Int[Array, " b"],
+        noise: Float[Array, "b h w c"],
+    ) -> dict[str, Float[Array, " b"]]:
+        """The terms of `losses` of the model's output for x, `training_input`'s of the rest."""
+        output = output.astype(jnp.float32)
         self._check_channels(output, x)
         if self.loss in ("kl", "rescaled_kl"):
             bound = self.variational_term(self.interpret(output, x, i), x0, x, i)

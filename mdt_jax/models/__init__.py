@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from mdt_jax.models.base import LatentTransformer
+from mdt_jax.models.base import LatentTransformer, Pass
 from mdt_jax.models.dit import DiT
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.mdt_v2 import MDTv2
@@ -61,4 +61,4 @@ def create_model(name: str, **overrides: Any) -> LatentTransformer:
     return module(**{**sizes, **overrides})
 
 
-__all__ = ["DiT", "MDT", "MDTv2", "LatentTransformer", "create_model", "model_names"]
+__all__ = ["DiT", "MDT", "MDTv2", "LatentTransformer", "Pass", "create_model", "model_names"]

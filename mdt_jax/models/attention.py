@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import attention_kernel, layers, plain_attention
-from mdt_jax.models.linear import Linear
+from mdt_jax.models.linear import Linear, Streams
 
 KERNELS = ("plain", "pallas", "cudnn")
 
@@ -57,20 +57,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch n width"], positions: Int[Array, "*where"] | None
-    ) -> Array | tuple[Array, Array]:
-        """Attends.
+        self, xs: Streams, positions: tuple[Array | None, ...]
+    ) -> Streams | tuple[Streams, Array]:
+        """Attends, in every pass.
 
         Args:
-          x: tokens.
-          positions: where they are: for "pallas" the kept ids (batch, kept), None for all tokens;
-            else the bias-table rows of all pairs, (N, N) or (batch, kept, kept).
+          xs: tokens (batch, n, width).
+          positions: where they are, int32: for "pallas" the kept ids (batch, kept), None for all
+            tokens; else the bias-table rows of all pairs, (N, N) or (batch, kept, kept).
 
         Returns:
-          (batch, n, width); with "pallas" also the last bias, which gets a gradient only from
+          (batch, n, width) each; with "pallas" also the last bias, which gets a gradient only from
           `norm_kernels.gated_residual`, to be given both.
         """
-        width = x.shape[-1]
+        width = xs[0].shape[-1]
         pallas = self.kernels == "pallas"
         linear = partial(
             Linear, dtype=self.dtype, kernel_init=layers.xavier, bias_gradient=not pallas
@@ -79,17 +79,15 @@ class Attention(nn.Module):
         # cut across q, k and v. The fans are those of the fused (D, 3D) matrix.
         features = (3, self.num_heads, width // self.num_heads)
         axes = ("embed", None, "heads", None)
-        qkv = linear(features, axes, tokens_last=pallas, name="qkv")(x)
+        qkv = linear(features, axes, tokens_last=pallas, name="qkv")(xs)
         table = self._bias_table() if self.grid_size is not None else None
         if pallas:
+            qkv, qkv_bias = qkv
             strips = attention_kernel.bias_strips(table, self.grid_size)
-            out = attention_kernel.attention(*qkv, strips, positions)
-            out = jnp.transpose(out, (0, 3, 1, 2))
+            attend = partial(_attend_on_tpu, qkv_bias, strips)
         else:
-            bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)
-            cudnn = self.kernels == "cudnn"
-            attend = plain_attention.cudnn_attention if cudnn else plain_attention.attention
-            out = attend(qkv, bias)
+            attend = partial(_attend, self.kernels, table)
+        out = layers.each(attend, qkv, positions)
         # With Pallas kernels it costs less to compute attention and this again than to keep it.
         return linear((width,), ("heads", None, "embed"), kept=not pallas, name="proj")(out)
 
@@ -102,3 +100,18 @@ class Attention(nn.Module):
             (rows, self.num_heads),
             jnp.float32,
         )
+
+
+def _attend(
+    kernels: str, table: Array | None, qkv: Array, positions: Array | None
+) -> Float[Array, "batch n heads width"]:
+    bias = None if table is None else jnp.moveaxis(table[positions], -1, -3)
+    cudnn = kernels == "cudnn"
+    return (plain_attention.cudnn_attention if cudnn else plain_attention.attention)(qkv, bias)
+
+
+def _attend_on_tpu(
+    qkv_bias: Array, strips: Array, qkv: Array, ids_keep: Array | None
+) -> Float[Array, "batch n heads width"]:
+    out = attention_kernel.attention(qkv, qkv_bias, strips, ids_keep)
+    return jnp.transpose(out, (0, 3, 1, 2))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -12,7 +15,25 @@ from jaxtyping import Array, Float, Int
 from mdt_jax.models import attention_kernel, layers, placement
 from mdt_jax.models.attention import KERNELS, choose_kernels, kept_position_index
 from mdt_jax.models.blocks import Block, BlockStack
+from mdt_jax.models.layers import each
+from mdt_jax.models.linear import Streams
 from mdt_jax.positions import relative_position_index, sincos_position_table
+
+
+class Pass(NamedTuple):
+    """What a model is given for one forward pass.
+
+    Attributes:
+      x: noisy latents or images (batch, H, W, C).
+      t: timesteps of the 1000-step training process (batch,), integers or floats.
+      labels: classes (batch,); num_classes is the null class.
+      ids_keep: kept token ids (batch, kept) of a masked pass, None for the full pass.
+    """
+
+    x: Float[Array, "batch h w c"]
+    t: Int[Array, " batch"] | Float[Array, " batch"]
+    labels: Int[Array, " batch"] | None = None
+    ids_keep: Int[Array, "batch kept"] | None = None
 
 
 class LatentTransformer(nn.Module):
@@ -127,31 +148,55 @@ class LatentTransformer(nn.Module):
         """Whether `__call__` takes `ids_keep`."""
         return self.relative_bias
 
-    def embed(
+    def __call__(
         self,
         x: Float[Array, "batch h w c"],
         t: Int[Array, " batch"] | Float[Array, " batch"],
-        labels: Int[Array, " batch"] | None,
-    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch width"]]:
-        """Patch tokens without positions, and the conditioning vector c."""
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"input of shape {x.shape[1:]}, the model takes {self.image_shape}")
-        tokens = layers.PatchEmbed(
+        labels: Int[Array, " batch"] | None = None,
+        ids_keep: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch h w out"]:
+        """Model output for noisy inputs x at original timesteps t: one `Pass`, its arguments'."""
+        (output,) = self.run([Pass(x, t, labels, ids_keep)])
+        return output
+
+    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
+        """The output of each of several passes, which go through the layers side by side.
+
+        A layer's parameters are then gathered once for all passes, and what they add to its
+        gradient is summed on the device before it is sent. Passes are of the same batch size.
+        """
+        raise NotImplementedError
+
+    def embed(self, passes: Sequence[Pass]) -> tuple[Streams, Streams]:
+        """Patch tokens (batch, n, width) without positions, and conditioning vectors c."""
+        for x, *_ in passes:
+            if x.shape[1:] != self.image_shape:
+                raise ValueError(
+                    f"input of shape {x.shape[1:]}, the model takes {self.image_shape}"
+                )
+        patches = layers.PatchEmbed(
             self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
-        )(x)
-        c = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")(t)
+        )
+        tokens = patches(tuple(one.x for one in passes))
+        timesteps = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")
+        cs = timesteps(tuple(one.t for one in passes))
         table = self.param(
             "label_embed",
             layers.partitioned(layers.normal, None, "embed"),
             (self.num_classes + (self.null_class or self.num_classes == 0), self.hidden_size),
             jnp.float32,
         )
-        if self.num_classes == 0:
-            labels = jnp.zeros(x.shape[:1], jnp.int32)
-        elif labels is None:
-            raise ValueError(f"a model of {self.num_classes} classes needs labels")
-        c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
-        return placement.constrain_batch(tokens), placement.constrain_batch(c)
+
+        def condition(c: Array, labels: Array | None) -> Array:
+            if self.num_classes == 0:
+                labels = jnp.zeros(c.shape[:1], jnp.int32)
+            elif labels is None:
+                raise ValueError(f"a model of {self.num_classes} classes needs labels")
+            c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
+            return placement.constrain_batch(c)
+
+        cs = each(condition, cs, tuple(one.labels for one in passes))
+        return each(placement.constrain_batch, tokens), cs
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
         """A trained position table that starts as MAE's 2-D sin-cos."""
@@ -220,26 +265,51 @@ class LatentTransformer(nn.Module):
             dtype=self.dtype,
             name="side_block",
         )
-        interpolated, _ = side(tokens, None, c, self.positions())
+        (interpolated,), _ = side((tokens,), None, (c,), (self.positions(),))
         return jnp.where(masked[..., None], interpolated, tokens)
 
-    def ids_to_initialize(self, x: Float[Array, "batch h w c"]) -> Int[Array, "batch n"]:
-        """All token ids: `init` runs the masked pass, for the side-interpolator's parameters."""
-        return jnp.broadcast_to(jnp.arange(self.num_tokens), (x.shape[0], self.num_tokens))
+    def decoder_input(
+        self,
+        tokens: Streams,
+        cs: Streams,
+        passes: Sequence[Pass],
+        decoder_positions: Float[Array, "n width"],
+    ) -> Streams:
+        """All N tokens of every pass from what the encoder gave, decoder positions added.
 
-    def unembed(
-        self, x: Float[Array, "batch n width"], c: Float[Array, "batch width"]
-    ) -> Float[Array, "batch h w out"]:
+        Those of a masked pass go through the side-interpolator.
+        """
+
+        def whole(tokens: Array, c: Array, one: Pass) -> Array:
+            if one.ids_keep is None:
+                return tokens + decoder_positions
+            return self.interpolate_masked(tokens, c, one.ids_keep, decoder_positions)
+
+        return each(whole, tokens, cs, tuple(passes))
+
+    def with_masks(self, passes: Sequence[Pass]) -> Sequence[Pass]:
+        """The passes; `init` runs masked ones, of all tokens, for the side-interpolator's sake."""
+        if not self.is_initializing():
+            return passes
+
+        def masked(one: Pass) -> Pass:
+            if one.ids_keep is not None:
+                return one
+            ids = jnp.broadcast_to(jnp.arange(self.num_tokens), (len(one.x), self.num_tokens))
+            return one._replace(ids_keep=ids)
+
+        return [masked(one) for one in passes]
+
+    def unembed(self, xs: Streams, cs: Streams) -> tuple[Float[Array, "batch h w out"], ...]:
         """The final layer, and its patches laid out as (B, H, W, C or 2C) float32.
 
         The linear layer's features are (p_row, p_col, channels), the mean's before the variance's.
         """
         p = self.patch_size
         channels = self.in_channels * (2 if self.learn_variance else 1)
-        x = layers.FinalLayer(p * p * channels, self.dtype, name="final_layer")(x, c)
-        return rearrange(
-            x, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid_size, p=p, q=p, c=channels
-        )
+        xs = layers.FinalLayer(p * p * channels, self.dtype, name="final_layer")(xs, cs)
+        pattern, sides = "b (h w) (p q c) -> b (h p) (w q) c", {"h": self.grid_size, "p": p, "q": p}
+        return each(lambda x: rearrange(x, pattern, **sides, c=channels), xs)
 
 
 def scatter_kept(
@@ -261,7 +331,9 @@ def scatter_kept(
 
 
 def gather_kept(
-    tokens: Float[Array, "batch n width"], ids_keep: Int[Array, "batch kept"]
+    tokens: Float[Array, "batch n width"], ids_keep: Int[Array, "batch kept"] | None
 ) -> Float[Array, "batch kept width"]:
-    """The kept tokens, in the order of `ids_keep`."""
+    """The kept tokens, in the order of `ids_keep`; all of them for None."""
+    if ids_keep is None:
+        return tokens
     return jnp.take_along_axis(tokens, ids_keep[..., None], axis=1)

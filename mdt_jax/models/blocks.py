@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from mdt_jax.models import layers, norm_kernels, placement
 from mdt_jax.models.attention import Attention
+from mdt_jax.models.layers import each
+from mdt_jax.models.linear import Streams
 
 
 class Block(nn.Module):
@@ -33,31 +35,58 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch n width"],
-        skip: Float[Array, "batch n width"] | None,
-        c: Float[Array, "batch width"],
-        positions: Int[Array, "*where"] | None,
-    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch n width"] | None]:
+        xs: Streams,
+        skips: Streams | None,
+        cs: Streams,
+        positions: tuple[Array | None, ...],
+    ) -> tuple[Streams, Streams | None]:
+        """The block in every pass: x (batch, n, width), skip alike, c (batch, width).
+
+        Positions are what `Attention` takes.
+        """
         if self.skip:
-            x = layers.SkipLinear(self.dtype, name="skip")(x, skip)
-        modulation = layers.Modulation(6, self.dtype, name="modulation")(c)
+            xs = layers.SkipLinear(self.dtype, name="skip")(xs, skips)
+        modulation = layers.Modulation(6, self.dtype, name="modulation")(cs)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
         attention = Attention(self.num_heads, self.grid_size, self.kernels, self.dtype, name="attn")
-        if self.kernels == "pallas":
-            mlp = layers.Mlp(self.mlp_ratio, self.dtype, bias_gradient=False, name="mlp")
-            x = x.astype(self.dtype)
-            h, x = norm_kernels.modulated_norm(x, attn_shift, attn_scale, layers.EPSILON)
-            x = norm_kernels.gated_residual(x, *attention(h, positions), attn_gate)
-            h, x = norm_kernels.modulated_norm(x, mlp_shift, mlp_scale, layers.EPSILON)
-            x = norm_kernels.gated_residual(x, *mlp(h), mlp_gate)
-        else:
-            mlp = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")
-            h = layers.modulated_norm(x, attn_shift, attn_scale).astype(self.dtype)
-            x = x + attn_gate[:, None] * attention(h, positions)
-            h = layers.modulated_norm(x, mlp_shift, mlp_scale).astype(self.dtype)
-            x = x + mlp_gate[:, None] * mlp(h)
-        x = placement.constrain_batch(x)
-        return x, x if self.collect else None
+        pallas = self.kernels == "pallas"
+        mlp = layers.Mlp(self.mlp_ratio, self.dtype, bias_gradient=not pallas, name="mlp")
+        norm, add = (_norm_on_tpu, _add_on_tpu) if pallas else (_norm, _add)
+        if pallas:
+            xs = each(lambda x: x.astype(self.dtype), xs)
+        hs, xs = norm(xs, attn_shift, attn_scale, self.dtype)
+        xs = add(xs, attn_gate, attention(hs, positions))
+        hs, xs = norm(xs, mlp_shift, mlp_scale, self.dtype)
+        xs = add(xs, mlp_gate, mlp(hs))
+        xs = each(placement.constrain_batch, xs)
+        return xs, xs if self.collect else None
+
+
+def _norm(
+    xs: Streams, shifts: Streams, scales: Streams, dtype: DTypeLike
+) -> tuple[Streams, Streams]:
+    """The modulated norm of every pass, and what goes on as the residual stream."""
+    hs = each(layers.modulated_norm, xs, shifts, scales)
+    return each(lambda h: h.astype(dtype), hs), xs
+
+
+def _norm_on_tpu(
+    xs: Streams, shifts: Streams, scales: Streams, dtype: DTypeLike
+) -> tuple[Streams, Streams]:
+    def norm(x: Array, shift: Array, scale: Array) -> tuple[Array, Array]:
+        return norm_kernels.modulated_norm(x, shift, scale, layers.EPSILON)
+
+    hs, xs = zip(*each(norm, xs, shifts, scales), strict=True)
+    return hs, xs
+
+
+def _add(xs: Streams, gates: Streams, hs: Streams) -> Streams:
+    return each(lambda x, gate, h: x + gate[:, None] * h, xs, gates, hs)
+
+
+def _add_on_tpu(xs: Streams, gates: Streams, hs_and_bias: tuple[Streams, Array]) -> Streams:
+    hs, bias = hs_and_bias
+    return each(lambda x, h, g: norm_kernels.gated_residual(x, h, bias, g), xs, hs, gates)
 
 
 class BlockStack(nn.Module):
@@ -84,9 +113,13 @@ class BlockStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, c: Array, positions: Array | None, skip: Array | None = None
-    ) -> tuple[Float[Array, "batch n width"], Float[Array, "depth batch n width"] | None]:
-        """Returns the last block's output and, if collecting, every block's, stacked."""
+        self,
+        xs: Streams,
+        cs: Streams,
+        positions: tuple[Array | None, ...],
+        skips: Streams | None = None,
+    ) -> tuple[Streams, Streams | None]:
+        """Returns the last block's outputs and, if collecting, every block's, stacked."""
         block = Block
         if self.remat != "none":
             # Under a scan the loop itself keeps XLA from merging the recomputation away.
@@ -112,4 +145,4 @@ class BlockStack(nn.Module):
             self.kernels,
             self.dtype,
             name="layers",
-        )(x, skip, c, positions)
+        )(xs, skips, cs, positions)

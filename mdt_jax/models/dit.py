@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from mdt_jax.models.base import LatentTransformer
+from mdt_jax.models.base import LatentTransformer, Pass
+from mdt_jax.models.layers import each
 
 
 class DiT(LatentTransformer):
@@ -16,20 +19,12 @@ class DiT(LatentTransformer):
     frozen = ("pos_embed",)
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch h w c"],
-        t: Int[Array, " batch"] | Float[Array, " batch"],
-        labels: Int[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch h w out"]:
-        """Model output for noisy inputs x at original timesteps t.
-
-        Args:
-          x: noisy latents or images.
-          t: timesteps of the 1000-step training process.
-          labels: classes; num_classes is the null class.
-        """
-        tokens, c = self.embed(x, t, labels)
-        tokens = tokens + jax.lax.stop_gradient(self.position_table("pos_embed"))
-        tokens, _ = self.stack(self.depth, "blocks")(tokens, c, None)
-        return self.unembed(tokens, c)
+    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
+        """As `LatentTransformer.run` has it."""
+        if any(one.ids_keep is not None for one in passes):
+            raise ValueError("DiT has no masked pass; MDT and MDTv2 have")
+        tokens, cs = self.embed(passes)
+        table = jax.lax.stop_gradient(self.position_table("pos_embed"))
+        tokens = each(lambda x: x + table, tokens)
+        tokens, _ = self.stack(self.depth, "blocks")(tokens, cs, (None,) * len(passes))
+        return self.unembed(tokens, cs)

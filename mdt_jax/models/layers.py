@@ -1,5 +1,7 @@
 """What every transformer here is made of: embeddings, norms, MLPs, last layers, initialisers.
 
+Modules take the arrays of several passes at once (`linear.Streams`), functions those of one.
+
 Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from mdt_jax.models import placement
-from mdt_jax.models.linear import OUTPUT, Linear, add_bias, project
+from mdt_jax.models.linear import OUTPUT, Linear, Streams, add_bias, project
 from mdt_jax.models.placement import Axes
 
 # The authors' initialisation (DiT's): Xavier-uniform linears, N(0, 0.02) for tables and the
@@ -42,6 +45,11 @@ REMAT_POLICIES = {
 # what follows from them is computed again, faster than it would be written and read. Where layers
 # are unrolled XLA may merge both computations, and keeps what it likes.
 recompute = partial(jax.checkpoint, prevent_cse=False)
+
+
+def each(function: Callable, *streams: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The function of every pass' arrays: each of the streams has one for every pass."""
+    return tuple(map(function, *streams))
 
 
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
@@ -95,16 +103,17 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, H, W, C) to patch tokens (B, (H/p)², width): a linear map of each p × p patch."""
+    """Images (B, H, W, C) to patch tokens (B, (H/p)², width): a linear map of each p × p patch."""
 
     patch_size: int
     width: int
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch n width"]:
+    def __call__(self, xs: Streams) -> Streams:
         p = self.patch_size
-        patches = rearrange(x, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
+        cut = partial(rearrange, pattern="b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
+        patches = each(cut, xs)
         axes = (None, None, None, "embed")
         return Linear((self.width,), axes, self.dtype, xavier, name="proj")(patches)
 
@@ -115,13 +124,13 @@ class TimestepEmbed(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, t: Array) -> Float[Array, "batch width"]:
-        def linear(name: str, axes: Axes, x: Array) -> Array:
-            x = placement.constrain_batch(x)
-            return Linear((self.width,), axes, jnp.float32, normal, name=name)(x)
+    def __call__(self, ts: Streams) -> Streams:
+        def linear(name: str, axes: Axes, xs: Streams) -> Streams:
+            xs = each(placement.constrain_batch, xs)
+            return Linear((self.width,), axes, jnp.float32, normal, name=name)(xs)
 
-        h = linear("fc1", (None, "embed"), timestep_features(t))
-        return linear("fc2", ("embed", None), nn.silu(h))
+        h = linear("fc1", (None, "embed"), each(timestep_features, ts))
+        return linear("fc2", ("embed", None), each(nn.silu, h))
 
 
 class Mlp(nn.Module):
@@ -136,11 +145,11 @@ class Mlp(nn.Module):
     bias_gradient: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch n width"]) -> Array | tuple[Array, Array]:
-        width = x.shape[-1]
+    def __call__(self, xs: Streams) -> Streams | tuple[Streams, Array]:
+        width = xs[0].shape[-1]
         hidden = int(width * self.ratio)
-        h = Linear((hidden,), ("embed", "mlp"), self.dtype, xavier, name="fc1")(x)
-        h = gelu(h)
+        h = Linear((hidden,), ("embed", "mlp"), self.dtype, xavier, name="fc1")(xs)
+        h = each(gelu, h)
         back = Linear(
             (width,),
             ("mlp", "embed"),
@@ -153,16 +162,19 @@ class Mlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`count` vectors of the width from linear(SiLU(c)), zero at the start (adaLN-Zero)."""
+    """`count` vectors of the width from linear(SiLU(c)), zero at the start (adaLN-Zero).
+
+    Each of the `count` that are returned is every pass' (B, width).
+    """
 
     count: int
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, c: Float[Array, "batch width"]) -> list[Float[Array, "batch width"]]:
-        features, axes = (self.count, c.shape[-1]), ("embed", None, "modulation")
-        out = Linear(features, axes, self.dtype, zeros, name="linear")(nn.silu(c))
-        return [out[:, i] for i in range(self.count)]
+    def __call__(self, cs: Streams) -> list[Streams]:
+        features, axes = (self.count, cs[0].shape[-1]), ("embed", None, "modulation")
+        out = Linear(features, axes, self.dtype, zeros, name="linear")(each(nn.silu, cs))
+        return [each(lambda vectors, i=i: vectors[:, i], out) for i in range(self.count)]
 
 
 class SkipLinear(nn.Module):
@@ -171,8 +183,8 @@ class SkipLinear(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, skip: Array) -> Float[Array, "batch n width"]:
-        width = x.shape[-1]
+    def __call__(self, xs: Streams, skips: Streams) -> Streams:
+        width = xs[0].shape[-1]
 
         def fused_xavier(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return xavier(key, (2 * width, width), dtype).reshape(shape)
@@ -186,13 +198,14 @@ class SkipLinear(nn.Module):
         bias = self.param("bias", partitioned(zeros, None), (width,), jnp.float32)
         kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)
 
-        def part(i: int, x: Array, kernel: Array) -> Array:
-            return project(x, kernel[i], ("embed", "mlp"), 1)
+        def part(i: int, xs: Streams, kernel: Array) -> Streams:
+            xs = each(lambda x: x.astype(self.dtype), xs)
+            return project(xs, kernel[i], ("embed", "mlp"), 1)
 
         # Recomputed, lest a loop keep the halves of a kernel that it is given anyway.
-        x = recompute(partial(part, 0))(x.astype(self.dtype), kernel)
-        skip = recompute(partial(part, 1))(skip.astype(self.dtype), kernel)
-        return checkpoint_name(add_bias(x + skip, bias), OUTPUT)
+        xs = recompute(partial(part, 0))(xs, kernel)
+        skips = recompute(partial(part, 1))(skips, kernel)
+        return each(lambda x, s: checkpoint_name(add_bias(x + s, bias), OUTPUT), xs, skips)
 
 
 class FinalLayer(nn.Module):
@@ -202,8 +215,8 @@ class FinalLayer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
-        shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        x = modulated_norm(x, shift, scale)
+    def __call__(self, xs: Streams, cs: Streams) -> Streams:
+        shift, scale = Modulation(2, self.dtype, name="modulation")(cs)
+        xs = each(modulated_norm, xs, shift, scale)
         linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
-        return linear(x).astype(jnp.float32)
+        return each(lambda x: x.astype(jnp.float32), linear(xs))

@@ -2,14 +2,14 @@
 
 Left to itself, the partitioner of a product with sharded weights may cut the contraction into one
 slice a chip, which leaves much of a TPU's matrix unit empty. Here they are cast to the compute
-dtype, gathered once a use and multiplied whole; their gradient is summed over tokens and over
+dtype, gathered once a use and multiplied whole; their gradient is summed over tokens, passes and
 devices in float32.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -22,6 +22,10 @@ from jaxtyping import Array, Float
 from mdt_jax.models import placement
 from mdt_jax.models.placement import Axes
 
+# What several passes through the same layers have of one kind, batch first: the full pass' and the
+# masked one's, say, which differ in their number of tokens.
+Streams = tuple[Array, ...]
+
 OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
 
 
@@ -32,67 +36,100 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def project(
-    x: Float[Array, "..."],
+    xs: Streams,
     kernel: Float[Array, "..."],
     axes: Axes,
     num_contracted: int,
     tokens_last: bool = False,
-) -> Float[Array, "..."]:
-    """x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
+) -> Streams:
+    """Each x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
+
+    The kernel is gathered once for all of them, and their gradients are one sum before it leaves
+    the device.
 
     Args:
-      x: activations, batch first.
+      xs: activations of passes that share the kernel, batch first.
       kernel: float32, as the state holds it.
       axes: the kernel's logical axes.
       num_contracted: how many axes are summed over.
-      tokens_last: whether the result is (batch, *features, n), for an x (batch, n, ...). A
-        transpose would do, but the TPU's compiler makes a copy of it.
+      tokens_last: whether results are (batch, *features, n), for xs (batch, n, ...). A transpose
+        would do, but the TPU's compiler makes a copy of it.
 
     Returns:
-      The product, its features in one axis where `Placement.merges`.
+      The products, their features in one axis where `Placement.merges`.
     """
-    return _forward(x, kernel, axes, num_contracted, tokens_last)[0]
+    return _forward(xs, kernel, axes, num_contracted, tokens_last)[0]
 
 
 def _forward(
-    x: Array, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool
-) -> tuple[Array, Any]:
-    saved = x, kernel  # as given: a loop over layers need not stack copies of their kernels
-    x, kernel, axes, num_contracted = _matrices(x, kernel, axes, num_contracted)
-    kernel = _gathered(kernel, x.dtype, axes)
-    first, last = tuple(range(num_contracted)), tuple(range(x.ndim - num_contracted, x.ndim))
-    if tokens_last:
-        return jnp.moveaxis(_product(kernel, x, (first, last)), -2, 0), saved
-    return _product(x, kernel, (last, first)), saved
+    xs: Streams, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool
+) -> tuple[Streams, Any]:
+    saved = xs, kernel  # as given: a loop over layers need not stack copies of their kernels
+    xs, kernel, axes, num_contracted = _matrices(xs, kernel, axes, num_contracted)
+    kernel = _gathered(kernel, xs[0].dtype, axes)
+    first = tuple(range(num_contracted))
+
+    def multiply(x: Array) -> Array:
+        last = tuple(range(x.ndim - num_contracted, x.ndim))
+        if tokens_last:
+            return jnp.moveaxis(_product(kernel, x, (first, last)), -2, 0)
+        return _product(x, kernel, (last, first))
+
+    return tuple(map(multiply, xs)), saved
 
 
 def _backward(
-    axes: Axes, num_contracted: int, tokens_last: bool, saved: Any, dy: Array
-) -> tuple[Array, ...]:
-    x, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted)
-    rows = tuple(range(x.ndim - num_contracted))  # axes of x that are kept
-    dy_rows = (0, dy.ndim - 1) if tokens_last else rows
-    features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
+    axes: Axes, num_contracted: int, tokens_last: bool, saved: Any, dys: Streams
+) -> tuple[Streams, Array]:
+    xs, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted)
+    gathered = _gathered(kernel, xs[0].dtype, axes)
     kernel_features = tuple(range(num_contracted, kernel.ndim))
-    dx = _product(dy, _gathered(kernel, x.dtype, axes), (features, kernel_features))
-    dkernel = _product(x, dy, (rows, dy_rows), jnp.float32)
-    dkernel = placement.current.get().shard(dkernel, axes)
-    return tuple(d.reshape(s.shape) for d, s in zip((dx, dkernel), saved, strict=True))
+    place = placement.current.get()
+    dxs, dkernels = [], []
+    for x, dy in zip(xs, dys, strict=True):
+        # Axes that are neither features nor summed over in the product forward.
+        x_rows = tuple(range(x.ndim - num_contracted))
+        dy_rows = (0, dy.ndim - 1) if tokens_last else x_rows
+        features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
+        dxs.append(_product(dy, gathered, (features, kernel_features)))
+        dkernels.append(_product_by_device(x, dy, (x_rows, dy_rows), place.batch_parts))
+    dkernel = reduce(jnp.add, dkernels)
+    if place.batch_parts > 1:
+        dkernel = place.gather(dkernel, ("batch", *axes)).sum(axis=0)
+    dkernel = place.shard(dkernel, axes)
+    given_xs, given_kernel = saved
+    dxs = tuple(d.reshape(x.shape) for d, x in zip(dxs, given_xs, strict=True))
+    return dxs, dkernel.reshape(given_kernel.shape)
+
+
+def _product_by_device(
+    a: Array, b: Array, contracted: tuple[tuple[int, ...], tuple[int, ...]], parts: int
+) -> Array:
+    """A float32 product summed over the batch, for each of its parts apart: (parts, ...).
+
+    What the partitioner makes of a product summed over a divided batch adds devices' results at
+    once. These can be added to others first. One part has no axis of its own.
+    """
+    if parts == 1:
+        return _product(a, b, contracted, jnp.float32)
+    a, b = (x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for x in (a, b))
+    rows = tuple(tuple(axis + 1 for axis in axes) for axes in contracted)
+    return _product(a, b, rows, jnp.float32, batch=((0,), (0,)))
 
 
 def _matrices(
-    x: Array, kernel: Array, axes: Axes, num_contracted: int
-) -> tuple[Array, Array, Axes, int]:
+    xs: Streams, kernel: Array, axes: Axes, num_contracted: int
+) -> tuple[Streams, Array, Axes, int]:
     """The same with a kernel of two axes, if they may be merged.
 
     Of more axes the TPU's compiler makes slower products.
     """
     if not placement.current.get().merges:
-        return x, kernel, axes, num_contracted
-    rows, contracted = x.shape[: x.ndim - num_contracted], kernel.shape[:num_contracted]
-    size = math.prod(contracted)
+        return xs, kernel, axes, num_contracted
+    size = math.prod(kernel.shape[:num_contracted])
     merged = _merged(axes[:num_contracted]), _merged(axes[num_contracted:])
-    return x.reshape(*rows, size), kernel.reshape(size, -1), merged, 1
+    xs = tuple(x.reshape(*x.shape[: x.ndim - num_contracted], size) for x in xs)
+    return xs, kernel.reshape(size, -1), merged, 1
 
 
 def _merged(axes: Axes) -> str | None:
@@ -106,10 +143,16 @@ def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes) -> Array:
     return place.gather(place.shard(kernel.astype(dtype), axes), axes)
 
 
-def _product(a: Array, b: Array, contracted: Any, dtype: DTypeLike | None = None) -> Array:
+def _product(
+    a: Array,
+    b: Array,
+    contracted: Any,
+    dtype: DTypeLike | None = None,
+    batch: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+) -> Array:
     precision = matmul_precision(a.dtype)
     return jax.lax.dot_general(
-        a, b, (contracted, ((), ())), precision=precision, preferred_element_type=dtype
+        a, b, (contracted, batch), precision=precision, preferred_element_type=dtype
     )
 
 
@@ -130,7 +173,7 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_gradient)
 
 
 class Linear(nn.Module):
-    """A linear map of the last axes, with bias.
+    """A linear map of the last axes, with bias, of every pass' activations.
 
     Attributes:
       features: sizes of the axes that come out.
@@ -140,7 +183,7 @@ class Linear(nn.Module):
       bias_init: of the bias.
       bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
         and has none but from a kernel that is given it (attention's, or the gated residual's).
-      tokens_last: whether the result is (batch, *features, n); without the bias' gradient only.
+      tokens_last: whether results are (batch, *features, n); without the bias' gradient only.
       kept: whether the rematerialisation policy "dots" keeps the result.
     """
 
@@ -154,11 +197,11 @@ class Linear(nn.Module):
     kept: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Array | tuple[Array, Array]:
+    def __call__(self, xs: Streams) -> Streams | tuple[Streams, Array]:
         if self.tokens_last and self.bias_gradient:
             raise ValueError("tokens_last=True is to be used with bias_gradient=False")
         count = len(self.axes) - len(self.features)
-        contracted = x.shape[x.ndim - count :]
+        contracted = xs[0].shape[xs[0].ndim - count :]
 
         def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             flat = (math.prod(contracted), math.prod(self.features))
@@ -177,8 +220,14 @@ class Linear(nn.Module):
             jnp.float32,
         )
         kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)  # NumPy's may be given
-        rows = x.shape[: x.ndim - count]
-        y = project(x.astype(self.dtype), kernel, self.axes, count, self.tokens_last)
+        rows = [x.shape[: x.ndim - count] for x in xs]
+        xs = tuple(x.astype(self.dtype) for x in xs)
+        ys = project(xs, kernel, self.axes, count, self.tokens_last)
+        ys = tuple(self._finish(y, bias, shape) for y, shape in zip(ys, rows, strict=True))
+        return ys if self.bias_gradient else (ys, bias)
+
+    def _finish(self, y: Array, bias: Array, rows: tuple[int, ...]) -> Array:
+        """Adds the bias to a product with an x (*rows, ...), and gives features their axes back."""
         # What follows is fused with the product in its shape.
         shape = y.shape[1:-1] + (1,) if self.tokens_last else y.shape[len(rows) :]
         if self.bias_gradient:
@@ -188,5 +237,4 @@ class Linear(nn.Module):
         if self.kept:
             y = checkpoint_name(y, OUTPUT)
         before, after = (rows[:-1], rows[-1:]) if self.tokens_last else (rows, ())
-        y = y.reshape(*before, *self.features, *after)
-        return y if self.bias_gradient else (y, bias)
+        return y.reshape(*before, *self.features, *after)

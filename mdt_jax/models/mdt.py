@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from collections.abc import Sequence
 
-from mdt_jax.models.base import LatentTransformer, gather_kept
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
+from mdt_jax.models.layers import each
 
 
 class MDT(LatentTransformer):
@@ -26,33 +29,18 @@ class MDT(LatentTransformer):
             )
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch h w c"],
-        t: Int[Array, " batch"] | Float[Array, " batch"],
-        labels: Int[Array, " batch"] | None = None,
-        ids_keep: Int[Array, "batch kept"] | None = None,
-    ) -> Float[Array, "batch h w out"]:
-        """Model output for noisy inputs x at original timesteps t.
-
-        Args:
-          x: noisy latents or images.
-          t: timesteps of the 1000-step training process.
-          labels: classes; num_classes is the null class.
-          ids_keep: kept token ids of a masked pass, None for the full pass.
-        """
-        tokens, c = self.embed(x, t, labels)
-        tokens = tokens + self.position_table("pos_embed")
+    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
+        """As `LatentTransformer.run` has it."""
+        passes = self.with_masks(passes)
+        ids = tuple(one.ids_keep for one in passes)
+        tokens, cs = self.embed(passes)
+        table = self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
+        tokens = each(lambda x, ids: gather_kept(x + table, ids), tokens, ids)
+
         encoder = self.stack(self.depth - self.decoder_depth, "encoder_blocks")
-
-        if ids_keep is None and not self.is_initializing():
-            tokens, _ = encoder(tokens, c, self.positions())
-            tokens = tokens + decoder_positions
-        else:
-            ids_keep = self.ids_to_initialize(x) if ids_keep is None else ids_keep
-            kept, _ = encoder(gather_kept(tokens, ids_keep), c, self.positions(ids_keep))
-            tokens = self.interpolate_masked(kept, c, ids_keep, decoder_positions)
-
-        tokens, _ = self.stack(self.decoder_depth, "decoder_blocks")(tokens, c, self.positions())
-        return self.unembed(tokens, c)
+        tokens, _ = encoder(tokens, cs, each(self.positions, ids))
+        tokens = self.decoder_input(tokens, cs, passes, decoder_positions)
+        decoder = self.stack(self.decoder_depth, "decoder_blocks")
+        tokens, _ = decoder(tokens, cs, (self.positions(),) * len(passes))
+        return self.unembed(tokens, cs)

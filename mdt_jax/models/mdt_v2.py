@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from collections.abc import Sequence
 
-from mdt_jax.models.base import LatentTransformer, gather_kept
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
+from mdt_jax.models.layers import each
 
 
 class MDTv2(LatentTransformer):
@@ -35,41 +38,25 @@ class MDTv2(LatentTransformer):
             )
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch h w c"],
-        t: Int[Array, " batch"] | Float[Array, " batch"],
-        labels: Int[Array, " batch"] | None = None,
-        ids_keep: Int[Array, "batch kept"] | None = None,
-    ) -> Float[Array, "batch h w out"]:
-        """Model output for noisy inputs x at original timesteps t.
-
-        Args:
-          x: noisy latents or images.
-          t: timesteps of the 1000-step training process.
-          labels: classes; num_classes is the null class.
-          ids_keep: kept token ids of a masked pass, None for the full pass.
-        """
-        tokens, c = self.embed(x, t, labels)
-        embedded = tokens = tokens + self.position_table("pos_embed")
+    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
+        """As `LatentTransformer.run` has it."""
+        passes = self.with_masks(passes)
+        ids = tuple(one.ids_keep for one in passes)
+        tokens, cs = self.embed(passes)
+        table = self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
-        masked = ids_keep is not None or self.is_initializing()
-        if masked:
-            ids_keep = self.ids_to_initialize(x) if ids_keep is None else ids_keep
-            tokens = gather_kept(tokens, ids_keep)
+        embedded = each(lambda x: x + table, tokens)
+        tokens = each(gather_kept, embedded, ids)
 
         half = (self.depth - self.decoder_depth) // 2
-        positions = self.positions(ids_keep)
-        tokens, outputs = self.stack(half, "in_blocks", collect=True)(tokens, c, positions)
+        positions = each(self.positions, ids)
+        tokens, outputs = self.stack(half, "in_blocks", collect=True)(tokens, cs, positions)
+        shortcuts = each(lambda x: x[::-1], outputs)
         tokens, _ = self.stack(half, "out_blocks", skips="per_layer")(
-            tokens, c, positions, outputs[::-1]
+            tokens, cs, positions, shortcuts
         )
 
-        if masked:
-            tokens = self.interpolate_masked(tokens, c, ids_keep, decoder_positions)
-        else:
-            tokens = tokens + decoder_positions
-
+        tokens = self.decoder_input(tokens, cs, passes, decoder_positions)
         decoder = self.stack(self.decoder_depth, "decoder_blocks", skips="shared")
-        tokens, _ = decoder(tokens, c, self.positions(), embedded)
-        return self.unembed(tokens, c)
+        tokens, _ = decoder(tokens, cs, (self.positions(),) * len(passes), embedded)
+        return self.unembed(tokens, cs)

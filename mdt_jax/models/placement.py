@@ -29,6 +29,7 @@ class Placement:
         axes that several devices compute with together.
       shard: the same array, or its gradient, as the state holds it.
       platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
+      batch_parts: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
       partition: (function, axes of its arguments, axes of its results) → the function run on each
         device's part of the arrays: for kernels that the compiler cannot divide itself. "batch" is
@@ -39,6 +40,7 @@ class Placement:
     gather: Callable[[Array, Axes], Array] = _same
     shard: Callable[[Array, Axes], Array] = _same
     platform: str | None = None
+    batch_parts: int = 1
     merges: bool = True
     partition: Callable[[Callable, tuple[Axes, ...], tuple[Axes, ...]], Callable] = (
         lambda function, inputs, outputs: function
