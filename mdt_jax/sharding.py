@@ -222,11 +222,23 @@ def activations(mesh: Mesh) -> Iterator[None]:
     def lay_out(x: jax.Array, axes: Axes, rules: dict) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
 
+    def add_up(x: jax.Array, axes: Axes) -> jax.Array:
+        def lay_out_by(groups: tuple[str, ...], x: jax.Array, rules: dict) -> jax.Array:
+            at = NamedSharding(mesh, PartitionSpec(*groups, *spec(axes, rules)))
+            return jax.lax.with_sharding_constraint(x, at)
+
+        # First among those that divide the parameter, so that only its parts go on over `data`,
+        # which may cross slices or nodes.
+        x = x.reshape(*(mesh.shape[axis] for axis in BATCH_AXES), *x.shape[1:])
+        x = lay_out_by(("data",), lay_out_by(BATCH_AXES, x, whole).sum(axis=1), rules)
+        return lay_out_by((), x.sum(axis=0), rules)
+
     token = placement.current.set(
         Placement(
             batch=partial(constrain_batch, mesh),
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
+            add_up=add_up,
             platform=mesh.devices.flat[0].platform,
             batch_parts=batch_shards(mesh),
             merges=mesh.shape["tensor"] == 1,

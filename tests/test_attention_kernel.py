@@ -68,6 +68,23 @@ def test_output_and_gradients_are_those_of_the_plain_form(batch, heads, width, k
         assert a.shape == e.shape and error(a, e) < 1e-5
 
 
+def test_lanes_after_the_tokens_are_not_read():
+    """What stands in them is not a number, and their gradient is zero."""
+    qkv, bias, table, ids, along = arrays(2, 2, 8, 179)
+    padded = jnp.pad(qkv, [(0, 0)] * 4 + [(0, 77)], constant_values=jnp.nan)
+
+    def through(qkv):
+        out, pull = jax.vjp(lambda *a: kernel(*a, ids), qkv, bias, table)
+        return out, *pull(along)
+
+    out, d_qkv, *rest = through(padded)
+    expected, d_expected, *rest_expected = through(qkv)
+    assert not d_qkv[..., 179:].any()
+    found = (out, d_qkv[..., :179], *rest)
+    for a, e in zip(found, (expected, d_expected, *rest_expected), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
 def test_a_bias_with_queries_and_keys_exchanged_shows():
     qkv, bias, table, ids, _ = arrays(1, 1, 8, 144)
     turned = jnp.concatenate([table[-4::-1], table[-3:]])  # the row of (−r, −c)

@@ -1,5 +1,7 @@
 """The models compute the authors' function: outputs, gradients, initialisation, sizes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from fixtures import FAMILIES, reference, relative_error
 from flax import linen as nn
 
+from mdt_jax import sharding
 from mdt_jax.convert.transformers import from_torch, to_torch
-from mdt_jax.models import create_model, layers, model_names
+from mdt_jax.models import Pass, create_model, layers, model_names
 
 MASKED = ("mdt_v1", "mdt_v2")
 
@@ -32,6 +35,84 @@ def test_masked_pass_equals_the_authors(name):
     r = reference(name)
     out = forward(r, r.tree("param/"), r["mask/ids_keep"])
     assert relative_error(out, r.nhwc("out/masked")) < 1e-5
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passes_side_by_side_are_the_authors(name):
+    """Other noise, timesteps and labels in each pass, which no two samples share."""
+    r = reference(name)
+    x, t, labels = r.nhwc("in/x"), r["in/t"], r["in/y"]
+    ids, masked = (r["mask/ids_keep"], "out/masked") if r.masks else (None, "out/eval")
+    reverse = [a[::-1] for a in (x, t, labels)]
+    passes = Pass(x, t, labels, ids), Pass(*reverse)
+    first, second = r.model().apply({"params": r.tree("param/")}, passes, method="run")
+    assert relative_error(first, r.nhwc(masked)) < 1e-5
+    assert relative_error(second[::-1], r.nhwc("out/eval")) < 1e-5
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passes_side_by_side_are_those_apart(name, mesh_shape):
+    """Outputs and gradients, with a mesh that divides the batch and without."""
+    r, rng = reference(name), np.random.default_rng(0)
+    model, params = r.model(), r.tree("param/")
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    kept = jnp.argsort(draw(16, model.num_tokens))[:, :7] if r.masks else None
+    passes = [
+        Pass(
+            draw(16, *model.image_shape),
+            jnp.asarray(rng.integers(0, 1000, 16)),
+            jnp.asarray(rng.integers(0, model.num_classes, 16)),
+            ids,
+        )
+        for ids in (None, kept)
+    ]
+    along = draw(2, *jax.eval_shape(lambda: model.apply({"params": params}, *passes[0])).shape)
+
+    def apart(params):
+        return jnp.stack([model.apply({"params": params}, *one) for one in passes])
+
+    def side_by_side(params):
+        return jnp.stack(model.apply({"params": params}, passes, method="run"))
+
+    def through(function):
+        out, pull = jax.vjp(function, params)
+        return out, *pull(along)
+
+    mesh = sharding.create_mesh(*mesh_shape) if mesh_shape else None
+    with sharding.activations(mesh) if mesh else contextlib.nullcontext():
+        found = jax.jit(lambda: through(side_by_side))()
+    for a, e in zip(*map(jax.tree.leaves, (found, through(apart))), strict=True):
+        assert np.linalg.norm(a - e) <= 1e-5 * np.linalg.norm(e)  # 0 of a table that is frozen
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_joined_passes_come_apart_and_stay_on_their_devices(count):
+    mesh = sharding.create_mesh(2, 4, 1)
+    at = sharding.batch_sharding(mesh)
+    streams = tuple(jax.device_put(jnp.arange(16) + 100 * i, at) for i in range(count))
+
+    @jax.jit
+    def through(streams):
+        with sharding.activations(mesh):
+            joined = layers.join(streams)
+            return joined, layers.split(joined, count)
+
+    joined, back = through(streams)
+    for a, e in zip(back, streams, strict=True):
+        np.testing.assert_array_equal(a, e)
+    samples = {
+        shard.device: {int(x) for stream in streams for x in local(stream, shard.device)}
+        for shard in joined.addressable_shards
+    }
+    for shard in joined.addressable_shards:
+        assert {int(x) for x in shard.data} == samples[shard.device]
+
+
+def local(x, device):
+    """What a device holds of an array."""
+    return next(shard.data for shard in x.addressable_shards if shard.device == device)
 
 
 @pytest.mark.parametrize("name", MASKED)

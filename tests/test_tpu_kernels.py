@@ -127,7 +127,7 @@ def test_the_kernels_fit_a_v4_core(dtype, heads, width, kept):
         return pull(out)
 
     shapes = (
-        ((2, 3, heads, width, kept), dtype),
+        ((2, 3, heads, width, 256), dtype),
         ((3, heads, width), jnp.float32),
         ((heads, 16, 31 * 16), jnp.float32),
         ((2, kept), jnp.int32),

@@ -28,9 +28,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import placement
-from mdt_jax.models.linear import matmul_precision
+from mdt_jax.models.linear import LANES, matmul_precision
 
-LANES = 128
 TOKENS = 2 * LANES  # N, of which a head's logits fit the registers and the core's memory
 _VMEM_LIMIT = 96 * 2**20
 # Bytes of a group's scratch and blocks: with what the compiler adds they fit a v4 core's 16 MiB.
@@ -67,16 +66,17 @@ def bias_strips(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(
-    qkv: Float[Array, "batch 3 heads width tokens"],
+    qkv: Float[Array, "batch 3 heads width lanes"],
     qkv_bias: Float[Array, "3 heads width"],
-    strips: Float[Array, "heads grid lanes"],
+    strips: Float[Array, "heads grid places"],
     ids_keep: Int[Array, "batch tokens"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads width tokens"]:
     """softmax(qᵀk/√width + bias) v of each head, tokens last.
 
     Args:
-      qkv: queries, keys and values, bfloat16 or float32.
+      qkv: queries, keys and values, bfloat16 or float32; lanes after those of the tokens are not
+        read, and their gradient is zero.
       qkv_bias: what was added to them, whose gradient is summed here.
       strips: the relative-position bias (`bias_strips`), float32.
       ids_keep: which of the G² tokens these are, None for all of them in order.
@@ -99,7 +99,7 @@ def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array | N
     ids = [] if ids_keep is None else [ids_keep]
 
     def local(qkv: Array, strips: Array, out: Array, log_sums: Array, d_out: Array, *ids: Array):
-        kernel = _Kernel.of(qkv, strips, bool(ids))
+        kernel = _Kernel.of(qkv, strips, *ids)
         found = kernel.backward(qkv, strips, out, log_sums, d_out, *ids, interpret=interpret)
         d_qkv, d_strips, d_bias = found
         return d_qkv, d_strips[None], d_bias[None, ..., 0]  # sums of this device's samples
@@ -110,6 +110,10 @@ def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array | N
         (_QKV, _BY_HEAD, ("batch", None, "heads", None)),
     )
     d_qkv, d_strips, d_bias = run(qkv, strips, out, log_sums, d_out, *ids)
+    # Features as one axis, as they come from the product: there both this and its slice vanish.
+    flat = d_qkv.reshape(d_qkv.shape[0], -1, d_qkv.shape[-1])
+    more = qkv.shape[-1] - d_qkv.shape[-1]
+    d_qkv = jnp.pad(flat, ((0, 0), (0, 0), (0, more))).reshape(qkv.shape)
     return d_qkv, d_bias.sum(axis=0), d_strips.sum(axis=0), None
 
 
@@ -125,7 +129,7 @@ def _run_forward(
     ids = [] if ids_keep is None else [ids_keep]
 
     def local(qkv: Array, strips: Array, *ids: Array) -> tuple[Array, Array]:
-        kernel = _Kernel.of(qkv, strips, bool(ids))
+        kernel = _Kernel.of(qkv, strips, *ids)
         return kernel.forward(qkv, strips, *ids, interpret=interpret)
 
     run = placement.current.get().partition(
@@ -149,6 +153,7 @@ class _Kernel:
       groups, heads: of heads, and heads of one group.
       width: of a head.
       tokens: K, or N without a mask.
+      lanes: of qkv, at least as many.
       grid_size: G.
       masked: whether the tokens are kept ones.
       dtype: of everything but bias and sums.
@@ -159,14 +164,17 @@ class _Kernel:
     heads: int
     width: int
     tokens: int
+    lanes: int
     grid_size: int
     masked: bool
     dtype: DTypeLike
 
     @classmethod
-    def of(cls, qkv: Array, strips: Array, masked: bool) -> _Kernel:
-        batch, _, heads, width, tokens = qkv.shape
-        sizes = cls(batch, 1, heads, width, tokens, strips.shape[1], masked, qkv.dtype)
+    def of(cls, qkv: Array, strips: Array, ids: Array | None = None) -> _Kernel:
+        batch, _, heads, width, lanes = qkv.shape
+        tokens = lanes if ids is None else ids.shape[1]
+        masked = ids is not None
+        sizes = cls(batch, 1, heads, width, tokens, lanes, strips.shape[1], masked, qkv.dtype)
         # As few groups as fit, an even number where it can be, for two cores.
         groups = next(
             n
@@ -179,7 +187,7 @@ class _Kernel:
 
     def bytes_per_head(self) -> int:
         """Of the backward kernel's scratch and blocks, which come twice, lanes padded."""
-        lanes, size = -(-self.tokens // LANES) * LANES, jnp.dtype(self.dtype).itemsize
+        lanes, size = -(-self.lanes // LANES) * LANES, jnp.dtype(self.dtype).itemsize
         scratch = 4 * self.places * (2 * self.places + self.masked * self.tokens)
         blocks = 2 * self.width * (8 * lanes * size + 3 * LANES * 4)
         return scratch + blocks
@@ -203,7 +211,7 @@ class _Kernel:
         return self._run(
             _attention_forward,
             (*_ids_twice(ids), qkv, strips),
-            in_specs=[*self._ids_specs(), self._qkv_spec(), self._strips_spec()],
+            in_specs=[*self._ids_specs(), self._qkv_spec(self.lanes), self._strips_spec()],
             out_specs=[out[1], sums[1]],
             out_shape=[
                 jax.ShapeDtypeStruct(out[0], self.dtype),
@@ -230,19 +238,19 @@ class _Kernel:
             (*_ids_twice(ids), qkv, out, log_sums, d_out, strips),
             in_specs=[
                 *self._ids_specs(),
-                self._qkv_spec(),
+                self._qkv_spec(self.lanes),
                 tokens,
                 sums,
                 tokens,
                 self._strips_spec(),
             ],
             out_specs=[
-                self._qkv_spec(),
+                self._qkv_spec(self.tokens),
                 self._strips_spec(),
                 pl.BlockSpec((3, self.heads, self.width, 1), lambda g, _: (0, g, 0, 0)),
             ],
             out_shape=[
-                jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+                jax.ShapeDtypeStruct((*qkv.shape[:-1], self.tokens), qkv.dtype),
                 jax.ShapeDtypeStruct(strips.shape, jnp.float32),
                 jax.ShapeDtypeStruct(bias, jnp.float32),
             ],
@@ -261,8 +269,8 @@ class _Kernel:
             **more,
         )(*arguments)
 
-    def _qkv_spec(self) -> pl.BlockSpec:
-        block = (1, 3, self.heads, self.width, self.tokens)
+    def _qkv_spec(self, lanes: int) -> pl.BlockSpec:
+        block = (1, 3, self.heads, self.width, lanes)
         return pl.BlockSpec(block, lambda g, b: (b, 0, g, 0, 0))
 
     def _strips_spec(self) -> pl.BlockSpec:
@@ -331,6 +339,10 @@ class _Kernel:
         for tile in range(rows.shape[0]):
             rows.at[tile][at, :] = values[:, tile * LANES : (tile + 1) * LANES]
 
+    def part(self, qkv: Any, which: int, h: int) -> Array:
+        """(width, tokens) of a head: 0 for its queries, 1 its keys, 2 its values."""
+        return qkv[0, which, h, :, : self.tokens]
+
     def move_rows(self, ids: Any, move: Callable[[Any, Any], Any]) -> None:
         """Calls move(where kept key j's rows of all heads are, where its place's are) for all j."""
 
@@ -398,11 +410,11 @@ def _attention_forward(sizes: _Kernel, *refs: Any) -> None:
         selected = sizes.selection(column)
 
     def place(h: int, _: None) -> Array:
-        q = (qkv[0, 0, h].astype(jnp.float32) * sizes.scale).astype(dtype)
+        q = (sizes.part(qkv, 0, h).astype(jnp.float32) * sizes.scale).astype(dtype)
         return _product(q, selected, _NN, dtype) if sizes.masked else q
 
     def logits(h: int, q: Array) -> Array:
-        return _product(qkv[0, 1, h], q, _TN) + sizes.load(rows, h)
+        return _product(sizes.part(qkv, 1, h), q, _TN) + sizes.load(rows, h)
 
     def softmax(h: int, s: Array) -> tuple[Array, Array]:
         largest = jnp.max(s, axis=0, keepdims=True)
@@ -413,7 +425,7 @@ def _attention_forward(sizes: _Kernel, *refs: Any) -> None:
 
     def values(h: int, weights: tuple[Array, Array]) -> Array:
         p, normaliser = weights
-        return (_product(qkv[0, 2, h], p, _NN) * normaliser).astype(dtype)
+        return (_product(sizes.part(qkv, 2, h), p, _NN) * normaliser).astype(dtype)
 
     def finish(h: int, o: Array) -> None:
         out[0, h] = _product(o, selected, _NT, dtype) if sizes.masked else o
@@ -441,15 +453,15 @@ def _attention_backward(sizes: _Kernel, *refs: Any) -> None:
         selected = sizes.selection(column)
 
     def place(h: int, _: None) -> tuple[Array, Array]:
-        q = (qkv[0, 0, h].astype(jnp.float32) * sizes.scale).astype(dtype)
+        q = (sizes.part(qkv, 0, h).astype(jnp.float32) * sizes.scale).astype(dtype)
         if not sizes.masked:
             return q, d_out[0, h]
         return _product(q, selected, _NN, dtype), _product(d_out[0, h], selected, _NN, dtype)
 
     def products(h: int, placed: tuple[Array, Array]) -> tuple[Array, ...]:
         q, do = placed
-        s = _product(qkv[0, 1, h], q, _TN) + sizes.load(rows, h)
-        return q, do, s, _product(qkv[0, 2, h], do, _TN)
+        s = _product(sizes.part(qkv, 1, h), q, _TN) + sizes.load(rows, h)
+        return q, do, s, _product(sizes.part(qkv, 2, h), do, _TN)
 
     def softmax(h: int, x: tuple[Array, ...]) -> tuple[Array, ...]:
         q, do, s, dp = x
@@ -474,7 +486,7 @@ def _attention_backward(sizes: _Kernel, *refs: Any) -> None:
         q, do, p, ds = x
         write(2, h, _product(do, p, _NT))
         write(1, h, _product(q, ds, _NT) * (1 / _LOG2_E))
-        return _product(qkv[0, 1, h], ds, _NN) * sizes.width**-0.5
+        return _product(sizes.part(qkv, 1, h), ds, _NN) * sizes.width**-0.5
 
     def finish(h: int, dq: Array) -> None:
         write(0, h, _product(dq.astype(dtype), selected, _NT) if sizes.masked else dq)

@@ -160,43 +160,39 @@ class LatentTransformer(nn.Module):
         return output
 
     def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
-        """The output of each of several passes, which go through the layers side by side.
+        """The output of each of several passes of one batch size, computed side by side.
 
         A layer's parameters are then gathered once for all passes, and what they add to its
-        gradient is summed on the device before it is sent. Passes are of the same batch size.
+        gradient is summed on the device before it is sent. Where passes have the same tokens they
+        go as one batch.
         """
         raise NotImplementedError
 
-    def embed(self, passes: Sequence[Pass]) -> tuple[Streams, Streams]:
-        """Patch tokens (batch, n, width) without positions, and conditioning vectors c."""
-        for x, *_ in passes:
-            if x.shape[1:] != self.image_shape:
-                raise ValueError(
-                    f"input of shape {x.shape[1:]}, the model takes {self.image_shape}"
-                )
-        patches = layers.PatchEmbed(
+    def embed(
+        self, passes: Sequence[Pass]
+    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch width"]]:
+        """Patch tokens without positions, and conditioning vectors c; all passes as one batch."""
+        x, t = (layers.join(field) for field in list(zip(*passes, strict=True))[:2])
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"input of shape {x.shape[1:]}, the model takes {self.image_shape}")
+        tokens = layers.PatchEmbed(
             self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
-        )
-        tokens = patches(tuple(one.x for one in passes))
-        timesteps = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")
-        cs = timesteps(tuple(one.t for one in passes))
+        )(x)
+        c = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")(t)
         table = self.param(
             "label_embed",
             layers.partitioned(layers.normal, None, "embed"),
             (self.num_classes + (self.null_class or self.num_classes == 0), self.hidden_size),
             jnp.float32,
         )
-
-        def condition(c: Array, labels: Array | None) -> Array:
-            if self.num_classes == 0:
-                labels = jnp.zeros(c.shape[:1], jnp.int32)
-            elif labels is None:
-                raise ValueError(f"a model of {self.num_classes} classes needs labels")
-            c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
-            return placement.constrain_batch(c)
-
-        cs = each(condition, cs, tuple(one.labels for one in passes))
-        return each(placement.constrain_batch, tokens), cs
+        if self.num_classes == 0:
+            labels = jnp.zeros(x.shape[:1], jnp.int32)
+        elif any(one.labels is None for one in passes):
+            raise ValueError(f"a model of {self.num_classes} classes needs labels")
+        else:
+            labels = layers.join(tuple(one.labels for one in passes))
+        c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
+        return placement.constrain_batch(tokens), placement.constrain_batch(c)
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
         """A trained position table that starts as MAE's 2-D sin-cos."""
@@ -274,8 +270,8 @@ class LatentTransformer(nn.Module):
         cs: Streams,
         passes: Sequence[Pass],
         decoder_positions: Float[Array, "n width"],
-    ) -> Streams:
-        """All N tokens of every pass from what the encoder gave, decoder positions added.
+    ) -> Float[Array, "batch n width"]:
+        """All N tokens of what the encoder gave, decoder positions added; passes as one batch.
 
         Those of a masked pass go through the side-interpolator.
         """
@@ -285,7 +281,7 @@ class LatentTransformer(nn.Module):
                 return tokens + decoder_positions
             return self.interpolate_masked(tokens, c, one.ids_keep, decoder_positions)
 
-        return each(whole, tokens, cs, tuple(passes))
+        return layers.join(each(whole, tokens, cs, tuple(passes)))
 
     def with_masks(self, passes: Sequence[Pass]) -> Sequence[Pass]:
         """The passes; `init` runs masked ones, of all tokens, for the side-interpolator's sake."""
@@ -300,16 +296,19 @@ class LatentTransformer(nn.Module):
 
         return [masked(one) for one in passes]
 
-    def unembed(self, xs: Streams, cs: Streams) -> tuple[Float[Array, "batch h w out"], ...]:
+    def unembed(
+        self, x: Float[Array, "batch n width"], c: Float[Array, "batch width"]
+    ) -> Float[Array, "batch h w out"]:
         """The final layer, and its patches laid out as (B, H, W, C or 2C) float32.
 
         The linear layer's features are (p_row, p_col, channels), the mean's before the variance's.
         """
         p = self.patch_size
         channels = self.in_channels * (2 if self.learn_variance else 1)
-        xs = layers.FinalLayer(p * p * channels, self.dtype, name="final_layer")(xs, cs)
-        pattern, sides = "b (h w) (p q c) -> b (h p) (w q) c", {"h": self.grid_size, "p": p, "q": p}
-        return each(lambda x: rearrange(x, pattern, **sides, c=channels), xs)
+        x = layers.FinalLayer(p * p * channels, self.dtype, name="final_layer")(x, c)
+        return rearrange(
+            x, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid_size, p=p, q=p, c=channels
+        )
 
 
 def scatter_kept(

@@ -81,7 +81,7 @@ def _norm_on_tpu(
 
 
 def _add(xs: Streams, gates: Streams, hs: Streams) -> Streams:
-    return each(lambda x, gate, h: x + gate[:, None] * h, xs, gates, hs)
+    return each(lambda x, gate, h: x + gate[:, None].astype(h.dtype) * h, xs, gates, hs)
 
 
 def _add_on_tpu(xs: Streams, gates: Streams, hs_and_bias: tuple[Streams, Array]) -> Streams:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mdt_jax.models.base import LatentTransformer, Pass
-from mdt_jax.models.layers import each
+from mdt_jax.models.layers import split
 
 
 class DiT(LatentTransformer):
@@ -23,8 +23,7 @@ class DiT(LatentTransformer):
         """As `LatentTransformer.run` has it."""
         if any(one.ids_keep is not None for one in passes):
             raise ValueError("DiT has no masked pass; MDT and MDTv2 have")
-        tokens, cs = self.embed(passes)
-        table = jax.lax.stop_gradient(self.position_table("pos_embed"))
-        tokens = each(lambda x: x + table, tokens)
-        tokens, _ = self.stack(self.depth, "blocks")(tokens, cs, (None,) * len(passes))
-        return self.unembed(tokens, cs)
+        tokens, c = self.embed(passes)
+        tokens = tokens + jax.lax.stop_gradient(self.position_table("pos_embed"))
+        (tokens,), _ = self.stack(self.depth, "blocks")((tokens,), (c,), (None,))
+        return split(self.unembed(tokens, c), len(passes))

@@ -1,6 +1,6 @@
 """What every transformer here is made of: embeddings, norms, MLPs, last layers, initialisers.
 
-Modules take the arrays of several passes at once (`linear.Streams`), functions those of one.
+What a block is made of takes the arrays of several passes at once (`linear.Streams`).
 
 Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
 """
@@ -52,6 +52,28 @@ def each(function: Callable, *streams: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map(function, *streams))
 
 
+def join(streams: Streams) -> Array:
+    """Arrays (B, ...) of P passes, alike in shape, as one batch (P·B, ...).
+
+    Each device's samples are put one pass after the other, and stay on it.
+    """
+    if len(streams) == 1:
+        return streams[0]
+    parts = placement.current.get().batch_parts
+    shape = streams[0].shape
+    stacked = jnp.stack([x.reshape(parts, -1, *shape[1:]) for x in streams], axis=1)
+    return placement.constrain_batch(stacked.reshape(-1, *shape[1:]))
+
+
+def split(x: Array, num_passes: int) -> Streams:
+    """What `join` joined."""
+    if num_passes == 1:
+        return (x,)
+    parts, shape = placement.current.get().batch_parts, x.shape[1:]
+    x = x.reshape(parts, num_passes, -1, *shape)
+    return tuple(placement.constrain_batch(x[:, i].reshape(-1, *shape)) for i in range(num_passes))
+
+
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
     """The initializer, its result labelled with logical axis names."""
     return nn.with_logical_partitioning(initializer, axes)
@@ -84,16 +106,15 @@ def layer_norm(x: Float[Array, "batch n width"]) -> Float32[Array, "batch n widt
 @recompute
 def modulated_norm(
     x: Float[Array, "batch n width"],
-    shift: Float[Array, "batch width"],
-    scale: Float[Array, "batch width"],
+    shift: Float32[Array, "batch width"],
+    scale: Float32[Array, "batch width"],
 ) -> Float32[Array, "batch n width"]:
     """LayerNorm(x)·(1 + scale) + shift, per sample, in float32.
 
     In bfloat16 a scale below 1/256 would be lost.
     """
     with jax.named_scope("modulated_norm"):
-        shift, scale = (vector.astype(jnp.float32)[:, None] for vector in (shift, scale))
-        return layer_norm(x) * (1 + scale) + shift
+        return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 @recompute
@@ -103,19 +124,19 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, H, W, C) to patch tokens (B, (H/p)², width): a linear map of each p × p patch."""
+    """Image (B, H, W, C) to patch tokens (B, (H/p)², width): a linear map of each p × p patch."""
 
     patch_size: int
     width: int
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, xs: Streams) -> Streams:
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch n width"]:
         p = self.patch_size
-        cut = partial(rearrange, pattern="b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
-        patches = each(cut, xs)
+        patches = rearrange(x, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
         axes = (None, None, None, "embed")
-        return Linear((self.width,), axes, self.dtype, xavier, name="proj")(patches)
+        (tokens,) = Linear((self.width,), axes, self.dtype, xavier, name="proj")((patches,))
+        return tokens
 
 
 class TimestepEmbed(nn.Module):
@@ -124,13 +145,14 @@ class TimestepEmbed(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, ts: Streams) -> Streams:
-        def linear(name: str, axes: Axes, xs: Streams) -> Streams:
-            xs = each(placement.constrain_batch, xs)
-            return Linear((self.width,), axes, jnp.float32, normal, name=name)(xs)
+    def __call__(self, t: Array) -> Float[Array, "batch width"]:
+        def linear(name: str, axes: Axes, x: Array) -> Array:
+            x = placement.constrain_batch(x)
+            (y,) = Linear((self.width,), axes, jnp.float32, normal, name=name)((x,))
+            return y
 
-        h = linear("fc1", (None, "embed"), each(timestep_features, ts))
-        return linear("fc2", ("embed", None), each(nn.silu, h))
+        h = linear("fc1", (None, "embed"), timestep_features(t))
+        return linear("fc2", ("embed", None), nn.silu(h))
 
 
 class Mlp(nn.Module):
@@ -164,7 +186,8 @@ class Mlp(nn.Module):
 class Modulation(nn.Module):
     """`count` vectors of the width from linear(SiLU(c)), zero at the start (adaLN-Zero).
 
-    Each of the `count` that are returned is every pass' (B, width).
+    Each of the `count` that are returned is every pass' (B, width), float32: whose gradients are
+    put together before they are rounded.
     """
 
     count: int
@@ -173,8 +196,11 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, cs: Streams) -> list[Streams]:
         features, axes = (self.count, cs[0].shape[-1]), ("embed", None, "modulation")
-        out = Linear(features, axes, self.dtype, zeros, name="linear")(each(nn.silu, cs))
-        return [each(lambda vectors, i=i: vectors[:, i], out) for i in range(self.count)]
+        linear = Linear(features, axes, self.dtype, zeros, name="linear")
+        # As one batch: so few rows take as long as reading the kernel does.
+        (out,) = linear((nn.silu(join(cs)),))
+        out = out.astype(jnp.float32)
+        return [split(out[:, i], len(cs)) for i in range(self.count)]
 
 
 class SkipLinear(nn.Module):
@@ -215,8 +241,9 @@ class FinalLayer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, xs: Streams, cs: Streams) -> Streams:
-        shift, scale = Modulation(2, self.dtype, name="modulation")(cs)
-        xs = each(modulated_norm, xs, shift, scale)
+    def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
+        (shift,), (scale,) = Modulation(2, self.dtype, name="modulation")((c,))
+        x = modulated_norm(x, shift, scale)
         linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
-        return each(lambda x: x.astype(jnp.float32), linear(xs))
+        (y,) = linear((x,))
+        return y.astype(jnp.float32)

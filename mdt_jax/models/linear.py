@@ -26,6 +26,7 @@ from mdt_jax.models.placement import Axes
 # masked one's, say, which differ in their number of tokens.
 Streams = tuple[Array, ...]
 
+LANES = 128  # of a TPU's vector registers
 OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
 
 
@@ -52,8 +53,9 @@ def project(
       kernel: float32, as the state holds it.
       axes: the kernel's logical axes.
       num_contracted: how many axes are summed over.
-      tokens_last: whether results are (batch, *features, n), for xs (batch, n, ...). A transpose
-        would do, but the TPU's compiler makes a copy of it.
+      tokens_last: whether results are (batch, *features, lanes), for xs (batch, n, ...): n tokens,
+        and others that nobody is to read up to a multiple of LANES. A transpose would do, but the
+        TPU's compiler makes a copy of it, and of a result that does not fill its rows of lanes.
 
     Returns:
       The products, their features in one axis where `Placement.merges`.
@@ -72,7 +74,9 @@ def _forward(
     def multiply(x: Array) -> Array:
         last = tuple(range(x.ndim - num_contracted, x.ndim))
         if tokens_last:
-            return jnp.moveaxis(_product(kernel, x, (first, last)), -2, 0)
+            padding = [(0, 0)] * x.ndim
+            padding[1] = (0, -x.shape[1] % LANES)
+            return jnp.moveaxis(_product(kernel, jnp.pad(x, padding), (first, last)), -2, 0)
         return _product(x, kernel, (last, first))
 
     return tuple(map(multiply, xs)), saved
@@ -87,6 +91,8 @@ def _backward(
     place = placement.current.get()
     dxs, dkernels = [], []
     for x, dy in zip(xs, dys, strict=True):
+        if tokens_last:
+            dy = dy[..., : x.shape[1]]
         # Axes that are neither features nor summed over in the product forward.
         x_rows = tuple(range(x.ndim - num_contracted))
         dy_rows = (0, dy.ndim - 1) if tokens_last else x_rows
@@ -94,9 +100,8 @@ def _backward(
         dxs.append(_product(dy, gathered, (features, kernel_features)))
         dkernels.append(_product_by_device(x, dy, (x_rows, dy_rows), place.batch_parts))
     dkernel = reduce(jnp.add, dkernels)
-    if place.batch_parts > 1:
-        dkernel = place.gather(dkernel, ("batch", *axes)).sum(axis=0)
-    dkernel = place.shard(dkernel, axes)
+    add_up = place.add_up if place.batch_parts > 1 else place.shard
+    dkernel = add_up(dkernel, axes)
     given_xs, given_kernel = saved
     dxs = tuple(d.reshape(x.shape) for d, x in zip(dxs, given_xs, strict=True))
     return dxs, dkernel.reshape(given_kernel.shape)
@@ -183,7 +188,8 @@ class Linear(nn.Module):
       bias_init: of the bias.
       bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
         and has none but from a kernel that is given it (attention's, or the gated residual's).
-      tokens_last: whether results are (batch, *features, n); without the bias' gradient only.
+      tokens_last: whether results are (batch, *features, lanes), as `project` has it; without the
+        bias' gradient only.
       kept: whether the rematerialisation policy "dots" keeps the result.
     """
 
@@ -236,5 +242,6 @@ class Linear(nn.Module):
             y = y + jax.lax.stop_gradient(bias).reshape(shape).astype(y.dtype)
         if self.kept:
             y = checkpoint_name(y, OUTPUT)
-        before, after = (rows[:-1], rows[-1:]) if self.tokens_last else (rows, ())
-        return y.reshape(*before, *self.features, *after)
+        if self.tokens_last:
+            return y.reshape(y.shape[0], *self.features, y.shape[-1])
+        return y.reshape(*rows, *self.features)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
-from mdt_jax.models.layers import each
+from mdt_jax.models.layers import each, split
 
 
 class MDT(LatentTransformer):
@@ -33,14 +33,15 @@ class MDT(LatentTransformer):
         """As `LatentTransformer.run` has it."""
         passes = self.with_masks(passes)
         ids = tuple(one.ids_keep for one in passes)
-        tokens, cs = self.embed(passes)
-        table = self.position_table("pos_embed")
+        tokens, c = self.embed(passes)
+        tokens = tokens + self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
-        tokens = each(lambda x, ids: gather_kept(x + table, ids), tokens, ids)
 
+        kept, cs = each(gather_kept, split(tokens, len(passes)), ids), split(c, len(passes))
         encoder = self.stack(self.depth - self.decoder_depth, "encoder_blocks")
-        tokens, _ = encoder(tokens, cs, each(self.positions, ids))
-        tokens = self.decoder_input(tokens, cs, passes, decoder_positions)
+        kept, _ = encoder(kept, cs, each(self.positions, ids))
+
+        tokens = self.decoder_input(kept, cs, passes, decoder_positions)
         decoder = self.stack(self.decoder_depth, "decoder_blocks")
-        tokens, _ = decoder(tokens, cs, (self.positions(),) * len(passes))
-        return self.unembed(tokens, cs)
+        (tokens,), _ = decoder((tokens,), (c,), (self.positions(),))
+        return split(self.unembed(tokens, c), len(passes))

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
-from mdt_jax.models.layers import each
+from mdt_jax.models.layers import each, split
 
 
 class MDTv2(LatentTransformer):
@@ -42,21 +42,18 @@ class MDTv2(LatentTransformer):
         """As `LatentTransformer.run` has it."""
         passes = self.with_masks(passes)
         ids = tuple(one.ids_keep for one in passes)
-        tokens, cs = self.embed(passes)
-        table = self.position_table("pos_embed")
+        tokens, c = self.embed(passes)
+        embedded = tokens + self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
-        embedded = each(lambda x: x + table, tokens)
-        tokens = each(gather_kept, embedded, ids)
 
+        kept, cs = each(gather_kept, split(embedded, len(passes)), ids), split(c, len(passes))
         half = (self.depth - self.decoder_depth) // 2
         positions = each(self.positions, ids)
-        tokens, outputs = self.stack(half, "in_blocks", collect=True)(tokens, cs, positions)
+        kept, outputs = self.stack(half, "in_blocks", collect=True)(kept, cs, positions)
         shortcuts = each(lambda x: x[::-1], outputs)
-        tokens, _ = self.stack(half, "out_blocks", skips="per_layer")(
-            tokens, cs, positions, shortcuts
-        )
+        kept, _ = self.stack(half, "out_blocks", skips="per_layer")(kept, cs, positions, shortcuts)
 
-        tokens = self.decoder_input(tokens, cs, passes, decoder_positions)
+        tokens = self.decoder_input(kept, cs, passes, decoder_positions)
         decoder = self.stack(self.decoder_depth, "decoder_blocks", skips="shared")
-        tokens, _ = decoder(tokens, cs, (self.positions(),) * len(passes), embedded)
-        return self.unembed(tokens, cs)
+        (tokens,), _ = decoder((tokens,), (c,), (self.positions(),), (embedded,))
+        return split(self.unembed(tokens, c), len(passes))

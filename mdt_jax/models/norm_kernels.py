@@ -83,7 +83,7 @@ def gated_residual(
       gate: per sample.
       interpret: whether to interpret the kernels, which needs no TPU.
     """
-    return x + gate[:, None] * h
+    return x + gate[:, None].astype(h.dtype) * h
 
 
 def _residual_forward(x: Array, h: Array, bias: Array, gate: Array, interpret: bool) -> Any:

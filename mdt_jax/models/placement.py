@@ -28,6 +28,8 @@ class Placement:
       gather: a parameter, by its logical axes, as its layer computes with it: whole but for the
         axes that several devices compute with together.
       shard: the same array, or its gradient, as the state holds it.
+      add_up: a parameter's gradient of each part of the batch, (batch_parts, ...), by the
+        parameter's logical axes, to their sum, as the state holds it.
       platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
       batch_parts: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
@@ -39,6 +41,7 @@ class Placement:
     batch: Callable[[Array], Array] = lambda x: x
     gather: Callable[[Array, Axes], Array] = _same
     shard: Callable[[Array, Axes], Array] = _same
+    add_up: Callable[[Array, Axes], Array] = lambda x, axes: x.sum(axis=0)
     platform: str | None = None
     batch_parts: int = 1
     merges: bool = True
