@@ -10,6 +10,7 @@ import pytest
 
 from mdt_jax import sharding
 from mdt_jax.models import layers, linear
+from mdt_jax.tpu import estimate
 
 
 def draw(*shape, seed=0):
@@ -103,3 +104,19 @@ def test_gradients_of_passes_add_up(mesh_shape):
     expected = through(lambda xs, kernel: tuple(x @ kernel for x in xs))
     for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)
+
+
+def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
+    """Whole gradients are summed within fsdp; what crosses data, which slices may be, is a part."""
+    kernel, x, mesh = draw(64, 32), draw(16, 8, 64), sharding.create_mesh(2, 4, 1)
+
+    def gradient(kernel, x):
+        with sharding.activations(mesh):
+            return jax.grad(lambda k: linear.project((x,), k, ("embed", "mlp"), 1)[0].sum())(kernel)
+
+    cut = jax.NamedSharding(mesh, jax.P("fsdp"))
+    at = (cut, sharding.batch_sharding(mesh))
+    jitted = jax.jit(gradient, in_shardings=at, out_shardings=cut)
+    collectives = estimate.parse(jitted.lower(kernel, x).compile().as_text()).collectives
+    summed = {(c.group, c.bytes) for c in collectives if c.opcode == "all-reduce"}
+    assert summed == {(4, 64 * 32 * 4), (2, 64 * 32 * 4 // 4)}
