@@ -240,7 +240,7 @@ def activations(mesh: Mesh) -> Iterator[None]:
             shard=partial(lay_out, rules=rules),
             add_up=add_up,
             platform=mesh.devices.flat[0].platform,
-            batch_parts=batch_shards(mesh),
+            batch_shards=batch_shards(mesh),
             merges=mesh.shape["tensor"] == 1,
             partition=partition,
         )

@@ -301,7 +301,7 @@ class Trainer:
                 name: self.diffusion.training_terms(output, passes[name].x, images, t, noises[name])
                 for name, output in zip(passes, outputs, strict=True)
             }
-        total = sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())
+            total = sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())
         return total, losses
 
     def _gradients(

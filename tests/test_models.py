@@ -87,6 +87,13 @@ def test_passes_side_by_side_are_those_apart(name, mesh_shape):
         assert np.linalg.norm(a - e) <= 1e-5 * np.linalg.norm(e)  # 0 of a table that is frozen
 
 
+def test_two_masked_passes_are_refused():
+    r = reference("mdt_v2")
+    masked = Pass(r.nhwc("in/x"), r["in/t"], r["in/y"], r["mask/ids_keep"])
+    with pytest.raises(ValueError, match="more than one masked pass"):
+        r.model().apply({"params": r.tree("param/")}, (masked, masked), method="run")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_joined_passes_come_apart_and_stay_on_their_devices(count):
     mesh = sharding.create_mesh(2, 4, 1)

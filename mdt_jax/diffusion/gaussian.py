@@ -129,7 +129,7 @@ class GaussianDiffusion:
     def training_input(
         self, x0: Float[Array, "b h w c"], i: Int[Array, " b"], noise: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
-        """What the model is given to learn from: x_i, and i's timesteps."""
+        """The model's inputs in training: x_i, and the timesteps of i."""
         return self.add_noise(x0, i, noise), jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
 
     def training_terms(
@@ -140,7 +140,7 @@ class GaussianDiffusion:
         i: Int[Array, " b"],
         noise: Float[Array, "b h w c"],
     ) -> dict[str, Float[Array, " b"]]:
-        """The terms of `losses` of the model's output for x, `training_input`'s of the rest."""
+        """What `losses` gives, of the model's output for the x that `training_input` made."""
         output = output.astype(jnp.float32)
         self._check_channels(output, x)
         if self.loss in ("kl", "rescaled_kl"):

@@ -47,7 +47,7 @@ def supports(grid_size: int, head_width: int) -> bool:
 
 def bias_strips(
     table: Float[Array, "rows heads"], grid_size: int
-) -> Float[Array, "heads {grid_size} lanes"]:
+) -> Float[Array, "heads {grid_size} offsets"]:
     """The bias table as (H, G, (2G−1)·G): key (r', c') finds its bias towards all queries in
     [h, c', (G−1−r')·G : (G−1−r')·G + N].
 
@@ -68,15 +68,15 @@ def bias_strips(
 def attention(
     qkv: Float[Array, "batch 3 heads width lanes"],
     qkv_bias: Float[Array, "3 heads width"],
-    strips: Float[Array, "heads grid places"],
+    strips: Float[Array, "heads grid offsets"],
     ids_keep: Int[Array, "batch tokens"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads width tokens"]:
     """softmax(qᵀk/√width + bias) v of each head, tokens last.
 
     Args:
-      qkv: queries, keys and values, bfloat16 or float32; lanes after those of the tokens are not
-        read, and their gradient is zero.
+      qkv: queries, keys and values, bfloat16 or float32. With `ids_keep`, lanes after those of the
+        tokens are not read, and their gradient is zero.
       qkv_bias: what was added to them, whose gradient is summed here.
       strips: the relative-position bias (`bias_strips`), float32.
       ids_keep: which of the G² tokens these are, None for all of them in order.
@@ -110,10 +110,11 @@ def _backward_rule(interpret: bool, saved: Any, d_out: Array) -> tuple[Array | N
         (_QKV, _BY_HEAD, ("batch", None, "heads", None)),
     )
     d_qkv, d_strips, d_bias = run(qkv, strips, out, log_sums, d_out, *ids)
-    # Features as one axis, as they come from the product: there both this and its slice vanish.
-    flat = d_qkv.reshape(d_qkv.shape[0], -1, d_qkv.shape[-1])
-    more = qkv.shape[-1] - d_qkv.shape[-1]
-    d_qkv = jnp.pad(flat, ((0, 0), (0, 0), (0, more))).reshape(qkv.shape)
+    more, shape = qkv.shape[-1] - d_qkv.shape[-1], d_qkv.shape
+    if placement.current.get().merges:
+        # Features as one axis, as they come from the product: there both this and its slice vanish.
+        d_qkv = d_qkv.reshape(shape[0], -1, shape[-1])
+    d_qkv = jnp.pad(d_qkv, [(0, 0)] * (d_qkv.ndim - 1) + [(0, more)]).reshape(qkv.shape)
     return d_qkv, d_bias.sum(axis=0), d_strips.sum(axis=0), None
 
 

@@ -162,9 +162,9 @@ class LatentTransformer(nn.Module):
     def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
         """The output of each of several passes of one batch size, computed side by side.
 
-        A layer's parameters are then gathered once for all passes, and what they add to its
-        gradient is summed on the device before it is sent. Where passes have the same tokens they
-        go as one batch.
+        A layer's kernels are then gathered once for all passes, and what they add to their
+        gradients is summed on the device before it is sent. Where passes have the same tokens they
+        go as one batch. At most one of them may be masked, and `init` takes a single one.
         """
         raise NotImplementedError
 
@@ -172,9 +172,11 @@ class LatentTransformer(nn.Module):
         self, passes: Sequence[Pass]
     ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch width"]]:
         """Patch tokens without positions, and conditioning vectors c; all passes as one batch."""
-        x, t = (layers.join(field) for field in list(zip(*passes, strict=True))[:2])
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"input of shape {x.shape[1:]}, the model takes {self.image_shape}")
+        for one in passes:
+            if (shape := one.x.shape[1:]) != self.image_shape:
+                raise ValueError(f"input of shape {shape}, the model takes {self.image_shape}")
+        x = layers.join(tuple(one.x for one in passes))
+        t = layers.join(tuple(one.t for one in passes))
         tokens = layers.PatchEmbed(
             self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
         )(x)
@@ -275,6 +277,9 @@ class LatentTransformer(nn.Module):
 
         Those of a masked pass go through the side-interpolator.
         """
+
+        if sum(one.ids_keep is not None for one in passes) > 1:
+            raise ValueError("more than one masked pass; one can run beside full ones")
 
         def whole(tokens: Array, c: Array, one: Pass) -> Array:
             if one.ids_keep is None:

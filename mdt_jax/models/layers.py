@@ -59,7 +59,7 @@ def join(streams: Streams) -> Array:
     """
     if len(streams) == 1:
         return streams[0]
-    parts = placement.current.get().batch_parts
+    parts = placement.current.get().batch_shards
     shape = streams[0].shape
     stacked = jnp.stack([x.reshape(parts, -1, *shape[1:]) for x in streams], axis=1)
     return placement.constrain_batch(stacked.reshape(-1, *shape[1:]))
@@ -69,7 +69,7 @@ def split(x: Array, num_passes: int) -> Streams:
     """What `join` joined."""
     if num_passes == 1:
         return (x,)
-    parts, shape = placement.current.get().batch_parts, x.shape[1:]
+    parts, shape = placement.current.get().batch_shards, x.shape[1:]
     x = x.reshape(parts, num_passes, -1, *shape)
     return tuple(placement.constrain_batch(x[:, i].reshape(-1, *shape)) for i in range(num_passes))
 
@@ -186,8 +186,8 @@ class Mlp(nn.Module):
 class Modulation(nn.Module):
     """`count` vectors of the width from linear(SiLU(c)), zero at the start (adaLN-Zero).
 
-    Each of the `count` that are returned is every pass' (B, width), float32: whose gradients are
-    put together before they are rounded.
+    Each of the `count` that are returned is every pass' (B, width). They are float32, so that the
+    gradients of shift and scale are put together before they are rounded to the compute dtype.
     """
 
     count: int

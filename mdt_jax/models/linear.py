@@ -98,9 +98,9 @@ def _backward(
         dy_rows = (0, dy.ndim - 1) if tokens_last else x_rows
         features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
         dxs.append(_product(dy, gathered, (features, kernel_features)))
-        dkernels.append(_product_by_device(x, dy, (x_rows, dy_rows), place.batch_parts))
+        dkernels.append(_product_by_device(x, dy, (x_rows, dy_rows), place.batch_shards))
     dkernel = reduce(jnp.add, dkernels)
-    add_up = place.add_up if place.batch_parts > 1 else place.shard
+    add_up = place.add_up if place.batch_shards > 1 else place.shard
     dkernel = add_up(dkernel, axes)
     given_xs, given_kernel = saved
     dxs = tuple(d.reshape(x.shape) for d, x in zip(dxs, given_xs, strict=True))

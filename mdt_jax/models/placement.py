@@ -28,10 +28,10 @@ class Placement:
       gather: a parameter, by its logical axes, as its layer computes with it: whole but for the
         axes that several devices compute with together.
       shard: the same array, or its gradient, as the state holds it.
-      add_up: a parameter's gradient of each part of the batch, (batch_parts, ...), by the
+      add_up: a parameter's gradient of each part of the batch, (batch_shards, ...), by the
         parameter's logical axes, to their sum, as the state holds it.
       platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
-      batch_parts: into how many parts a batch is divided.
+      batch_shards: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
       partition: (function, axes of its arguments, axes of its results) → the function run on each
         device's part of the arrays: for kernels that the compiler cannot divide itself. "batch" is
@@ -41,9 +41,9 @@ class Placement:
     batch: Callable[[Array], Array] = lambda x: x
     gather: Callable[[Array, Axes], Array] = _same
     shard: Callable[[Array, Axes], Array] = _same
-    add_up: Callable[[Array, Axes], Array] = lambda x, axes: x.sum(axis=0)
+    add_up: Callable[[Array, Axes], Array] = _same
     platform: str | None = None
-    batch_parts: int = 1
+    batch_shards: int = 1
     merges: bool = True
     partition: Callable[[Callable, tuple[Axes, ...], tuple[Axes, ...]], Callable] = (
         lambda function, inputs, outputs: function
