@@ -28,8 +28,8 @@ class Placement:
       gather: a parameter, by its logical axes, as its layer computes with it: whole but for the
         axes that several devices compute with together.
       shard: the same array, or its gradient, as the state holds it.
-      add_up: a parameter's gradient of each part of the batch, (batch_shards, ...), by the
-        parameter's logical axes, to their sum, as the state holds it.
+      add_up: where batch_shards is above 1: a parameter's gradients of each part of the batch,
+        (batch_shards, *shape), by the parameter's logical axes, to their sum as the state holds it.
       platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
       batch_shards: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
