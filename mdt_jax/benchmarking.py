@@ -193,7 +193,9 @@ def time_by_turns(
     """Seconds of each call in each round, after some that do not count.
 
     Every round runs all of them, in turn forwards and backwards, so that what else the machine does
-    falls on all alike: the ratios within a round mean something where the times do not.
+    falls on all alike: the ratios within a round mean something where the times do not. Of several,
+    each runs twice in its turn and the second counts: what the others do meanwhile (a virtual
+    machine may hand idle memory back to its host) is no part of a step that follows a step.
     """
     for call in calls.values():
         for _ in range(warm_up):
@@ -201,6 +203,8 @@ def time_by_turns(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:
+            if len(calls) > 1:
+                calls[name]()
             began = time.perf_counter()
             calls[name]()
             seconds[name].append(time.perf_counter() - began)

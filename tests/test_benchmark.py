@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -68,8 +69,24 @@ def test_every_round_runs_all_calls_in_turn_forwards_and_backwards():
     ran = []
     calls = {name: lambda name=name: ran.append(name) for name in "ab"}
     seconds = benchmarking.time_by_turns(calls, 3)
-    assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(ran) == "ab" + "aabb" + "bbaa" + "aabb"
     assert {name: len(of) for name, of in seconds.items()} == {"a": 3, "b": 3}
+    ran.clear()
+    benchmarking.time_by_turns({"a": calls["a"]}, 3)
+    assert "".join(ran) == "a" + "aaa"
+
+
+def test_of_two_calls_in_a_turn_the_second_counts(monkeypatch):
+    now = 0.0
+
+    def call(durations):
+        nonlocal now
+        now += next(durations)
+
+    # Warmed up once; then each turn begins with a slow call.
+    calls = {name: partial(call, iter([9.0, 5.0, 1.0, 5.0, 2.0])) for name in "ab"}
+    monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: now)
+    assert benchmarking.time_by_turns(calls, 2) == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
 
 
 def test_a_ratio_is_the_median_of_those_within_rounds():
