@@ -223,15 +223,23 @@ def activations(mesh: Mesh) -> Iterator[None]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
 
     def add_up(x: jax.Array, axes: Axes) -> jax.Array:
-        def lay_out_by(groups: tuple[str, ...], x: jax.Array, rules: dict) -> jax.Array:
-            at = NamedSharding(mesh, PartitionSpec(*groups, *spec(axes, rules)))
-            return jax.lax.with_sharding_constraint(x, at)
+        divided = [i for i, axis in enumerate(axes) if rules[axis] == "fsdp"]
+        groups = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
 
-        # First among those that divide the parameter, so that only its parts go on over `data`,
-        # which may cross slices or nodes.
-        x = x.reshape(*(mesh.shape[axis] for axis in BATCH_AXES), *x.shape[1:])
-        x = lay_out_by(("data",), lay_out_by(BATCH_AXES, x, whole).sum(axis=1), rules)
-        return lay_out_by((), x.sum(axis=0), rules)
+        def add_to_mine(x: jax.Array) -> jax.Array:
+            # First among those that divide the parameter, so that only its parts go on over `data`,
+            # which may cross slices or nodes. By hand, as the TPU's partitioner would sum whole
+            # gradients and then cut them: twice the bytes.
+            x, others = x.squeeze(0), groups
+            if divided and "fsdp" in groups:
+                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=divided[0], tiled=True)
+                others = [axis for axis in groups if axis != "fsdp"]
+            return jax.lax.psum(x, others) if others else x
+
+        parts = PartitionSpec(BATCH_AXES, *spec(axes, whole))
+        return jax.shard_map(
+            add_to_mine, mesh=mesh, in_specs=parts, out_specs=spec(axes), check_vma=False
+        )(x)
 
     token = placement.current.set(
         Placement(
