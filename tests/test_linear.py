@@ -10,7 +10,7 @@ import pytest
 
 from mdt_jax import sharding
 from mdt_jax.models import layers, linear
-from mdt_jax.tpu import estimate
+from mdt_jax.tpu import estimate, topologies
 
 
 def draw(*shape, seed=0):
@@ -106,9 +106,8 @@ def test_gradients_of_passes_add_up(mesh_shape):
         np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)
 
 
-def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
-    """A sum within fsdp leaves a part on each device; that crosses data, which slices may be."""
-    kernel, x, mesh = draw(64, 32), draw(16, 8, 64), sharding.create_mesh(2, 4, 1)
+def sums(mesh, kernel, x):
+    """Collectives that are not gathers, in a layer's gradient: (opcode, group, bytes)."""
 
     def gradient(kernel, x):
         with sharding.activations(mesh):
@@ -116,8 +115,26 @@ def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
 
     cut = jax.NamedSharding(mesh, jax.P("fsdp"))
     at = (cut, sharding.batch_sharding(mesh))
-    jitted = jax.jit(gradient, in_shardings=at, out_shardings=cut)
-    collectives = estimate.parse(jitted.lower(kernel, x).compile().as_text()).collectives
-    summed = {(c.opcode, c.group, c.bytes) for c in collectives if c.opcode != "all-gather"}
+    lowered = jax.jit(gradient, in_shardings=at, out_shardings=cut).lower(kernel, x)
+    program = lowered.compile(sharding.compiler_options(mesh)).as_text()
+    collectives = estimate.parse(program).collectives
+    return {(c.opcode, c.group, c.bytes) for c in collectives if c.opcode != "all-gather"}
+
+
+def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
+    """A sum within fsdp leaves a part on each device; that crosses data, which slices may be."""
+    found = sums(sharding.create_mesh(2, 4, 1), draw(64, 32), draw(16, 8, 64))
     whole = 64 * 32 * 4
-    assert summed == {("reduce-scatter", 4, whole), ("all-reduce", 2, whole // 4)}
+    assert found == {("reduce-scatter", 4, whole), ("all-reduce", 2, whole // 4)}
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
+def test_the_tpus_compiler_keeps_the_reduce_scatter(topology):
+    """Of a sharding constraint it makes an all-reduce: twice the bytes."""
+    mesh = topologies.create_mesh(topologies.parse(topology), data=2, fsdp=8)
+    kernel = jax.ShapeDtypeStruct((1152, 4608), jnp.float32)
+    x = jax.ShapeDtypeStruct((64, 256, 1152), jnp.bfloat16)
+    whole = 1152 * 4608 * 4
+    expected = {("reduce-scatter", 8, whole), ("all-reduce", 2, whole // 8)}
+    assert sums(mesh, kernel, x) == expected
