@@ -223,18 +223,19 @@ def activations(mesh: Mesh) -> Iterator[None]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
 
     def add_up(x: jax.Array, axes: Axes) -> jax.Array:
-        divided = [i for i, axis in enumerate(axes) if rules[axis] == "fsdp"]
-        groups = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+        fsdp_axis = [i for i, axis in enumerate(axes) if rules[axis] == "fsdp"]
+        summed = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
 
         def add_to_mine(x: jax.Array) -> jax.Array:
             # First among those that divide the parameter, so that only its parts go on over `data`,
             # which may cross slices or nodes. By hand, as the TPU's partitioner would sum whole
-            # gradients and then cut them: twice the bytes.
-            x, others = x.squeeze(0), groups
-            if divided and "fsdp" in groups:
-                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=divided[0], tiled=True)
-                others = [axis for axis in groups if axis != "fsdp"]
-            return jax.lax.psum(x, others) if others else x
+            # gradients and then cut them: twice the bytes. Its compiler still does where fsdp is
+            # all of the mesh, and on v6e.
+            x, remaining = x.squeeze(0), summed
+            if fsdp_axis and "fsdp" in summed:
+                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=fsdp_axis[0], tiled=True)
+                remaining = [axis for axis in summed if axis != "fsdp"]
+            return jax.lax.psum(x, remaining) if remaining else x
 
         parts = PartitionSpec(BATCH_AXES, *spec(axes, whole))
         return jax.shard_map(

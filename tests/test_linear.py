@@ -89,17 +89,18 @@ def test_passes_share_a_gathered_kernel_and_one_sum_of_its_gradient():
         np.testing.assert_array_equal(a, e)
 
 
-@pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (2, 2, 2)])
-def test_gradients_of_passes_add_up(mesh_shape):
-    kernel, xs = draw(8, 12), (draw(8, 16, 8), draw(8, 5, 8, seed=1))
-    along = draw(8, 16, 12, seed=2), draw(8, 5, 12, seed=3)
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), (None, "mlp")])
+@pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2)])
+def test_gradients_of_passes_add_up(mesh_shape, axes):
+    kernel, xs = draw(16, 24), (draw(8, 16, 16), draw(8, 5, 16, seed=1))
+    along = draw(8, 16, 24, seed=2), draw(8, 5, 24, seed=3)
 
     def through(function):
         return jax.vjp(function, xs, kernel)[1](along)
 
     mesh = sharding.create_mesh(*mesh_shape) if mesh_shape else None
     with sharding.activations(mesh) if mesh else contextlib.nullcontext():
-        project = lambda xs, kernel: linear.project(xs, kernel, ("embed", "mlp"), 1)  # noqa: E731
+        project = lambda xs, kernel: linear.project(xs, kernel, axes, 1)  # noqa: E731
         found = jax.jit(lambda: through(project))()
     expected = through(lambda xs, kernel: tuple(x @ kernel for x in xs))
     for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -130,7 +131,7 @@ def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
-def test_the_tpus_compiler_keeps_the_reduce_scatter(topology):
+def test_the_tpus_compiler_keeps_the_reduce_scatter_of_a_part_of_the_mesh(topology):
     """Of a sharding constraint it makes an all-reduce: twice the bytes."""
     mesh = topologies.create_mesh(topologies.parse(topology), data=2, fsdp=8)
     kernel = jax.ShapeDtypeStruct((1152, 4608), jnp.float32)

@@ -264,7 +264,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
     flags.DEFINE_enum("device", None, list(DEVICES), "What to run on; JAX's choice by default.")
     flags.DEFINE_list("parts", list(PARTS), "What to time.")
-    flags.DEFINE_integer("repeats", 7, "How often each is timed, after one that does not count.")
+    flags.DEFINE_integer("repeats", 7, "How often each is timed, warm-up calls apart.")
     flags.DEFINE_integer("sample_batch_size", None, "Of sampling; config.batch_size if none.")
     flags.DEFINE_string("vae", None, "Weights of the autoencoder; random ones by default.")
     flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
