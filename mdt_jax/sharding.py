@@ -223,24 +223,23 @@ def activations(mesh: Mesh) -> Iterator[None]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
 
     def add_up(x: jax.Array, axes: Axes) -> jax.Array:
-        fsdp_axis = [i for i, axis in enumerate(axes) if rules[axis] == "fsdp"]
-        summed = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+        cut = next((i for i, axis in enumerate(axes) if rules[axis] == "fsdp"), None)
+        summed = {axis for axis in BATCH_AXES if mesh.shape[axis] > 1}
 
-        def add_to_mine(x: jax.Array) -> jax.Array:
+        def add(part: jax.Array) -> jax.Array:
             # First among those that divide the parameter, so that only its parts go on over `data`,
             # which may cross slices or nodes. By hand, as the TPU's partitioner would sum whole
             # gradients and then cut them: twice the bytes. Its compiler still does where fsdp is
             # all of the mesh, and on v6e.
-            x, remaining = x.squeeze(0), summed
-            if fsdp_axis and "fsdp" in summed:
-                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=fsdp_axis[0], tiled=True)
-                remaining = [axis for axis in summed if axis != "fsdp"]
-            return jax.lax.psum(x, remaining) if remaining else x
+            part, remaining = part.squeeze(0), summed
+            if cut is not None and "fsdp" in summed:
+                part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=cut, tiled=True)
+                remaining = summed - {"fsdp"}
+            return jax.lax.psum(part, tuple(sorted(remaining))) if remaining else part
 
         parts = PartitionSpec(BATCH_AXES, *spec(axes, whole))
-        return jax.shard_map(
-            add_to_mine, mesh=mesh, in_specs=parts, out_specs=spec(axes), check_vma=False
-        )(x)
+        added = jax.shard_map(add, mesh=mesh, in_specs=parts, out_specs=spec(axes), check_vma=False)
+        return added(x)
 
     token = placement.current.set(
         Placement(

@@ -66,7 +66,7 @@ def output_and_gradients(kernels, params, x, c, ids, along, mesh=None):
     if mesh:  # every kernel's work is divided, on the way back too
         primitives = str(jax.make_jaxpr(through)(params, x, c))
         kernels = len(re.findall(r"= pallas_call\[", primitives))
-        sums = 5  # of kernels' gradients: qkv, projection, the MLP's two, modulation
+        sums = 5  # of weights' gradients: qkv, projection, the MLP's two, modulation
         assert len(re.findall(r"= shard_map\[", primitives)) == kernels + sums
         assert kernels == (8 if block.kernels == "pallas" else 0)
     return jax.jit(through)(params, x, c)
