@@ -5,10 +5,11 @@ turns latents into images; `create_model` builds a model by name. The commands a
 `python -m mdt_jax.train` and `python -m mdt_jax.sample`.
 """
 
-from mdt_jax.inpainting import inpaint
-from mdt_jax.latents import Autoencoder
 from mdt_jax.models import create_model, model_names
-from mdt_jax.sampling import DiffusionModel, load, sample
+from mdt_jax.sampling.inpainting import inpaint
+from mdt_jax.sampling.model import DiffusionModel, load
+from mdt_jax.sampling.sampler import sample
+from mdt_jax.weights.autoencoder import Autoencoder
 
 __all__ = [
     "Autoencoder",

@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import flops, metrics, sampling, sharding
+from mdt_jax import sampling
+from mdt_jax.compilers.programs import Memory
 from mdt_jax.convert.autoencoder import DEFAULT_SCALE
-from mdt_jax.latents import Autoencoder
+from mdt_jax.models import flops
 from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.run import Run
-from mdt_jax.tpu.programs import Memory
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.devices import device_memory, mfu
+from mdt_jax.training.run import Run
+from mdt_jax.weights.autoencoder import Autoencoder
 
 VERSIONED = ("mdt-jax", "jax", "jaxlib", "flax", "numpy", "torch")
 
@@ -224,7 +227,7 @@ def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]
     if work is not None:
         dtype = np.dtype(run.model.dtype).name
         kind = run.mesh.devices.flat[0].device_kind
-        used = metrics.mfu(work, median, run.mesh.size, kind, dtype)
+        used = mfu(work, median, run.mesh.size, kind, dtype)
     return {
         "name": workload.name,
         "images": workload.images,
@@ -238,7 +241,7 @@ def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]
         "mfu": used,
         "compile_seconds": workload.compile_seconds,
         "program_bytes": workload.program_bytes,
-        **metrics.device_memory(),
+        **device_memory(),
     }
 
 

@@ -10,11 +10,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from mdt_jax import masking, optimizers, sharding
-from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
-from mdt_jax.diffusion.samplers import SAMPLERS
-from mdt_jax.models import LatentTransformer, create_model
+from mdt_jax.models import LatentTransformer, create_model, masking
 
 # What a run's parameters mean: changing one of these needs another workdir.
 IDENTITY = (
@@ -23,7 +20,6 @@ IDENTITY = (
 # Parts of those that only say how something is computed or read.
 FREE = ("model.dtype", "model.kernels", "model.remat", "model.scan_unroll", "data.num_workers",
         "data.read_ahead", "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
-EVALUATORS = ("auto", "inception", "classifier")
 
 
 def default_config() -> ConfigDict:
@@ -207,78 +203,6 @@ def kept_counts(
     if not model.supports_masking:
         return (None,), (1.0,)
     return masking.kept_counts(model.num_tokens, config.masking.ratio, config.masking.ratio_span)
-
-
-def create_schedule(config: ConfigDict) -> Any:
-    """The learning rate by step."""
-    s = config.schedule
-    return optimizers.create_schedule(
-        s.name,
-        config.optimizer.learning_rate,
-        config.num_steps,
-        warmup_steps=s.warmup_steps,
-        boundaries=s.boundaries,
-        factor=s.factor,
-    )
-
-
-def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Refuses, with ValueError, counts that cannot work together, saying which would."""
-    for key in ("num_steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every",
-                "keep_last"):  # fmt: skip
-        if config[key] < 1:
-            raise ValueError(f"{key} {config[key]} is below 1")
-    at_least = {"seed": 0, "data.read_ahead": 1, "data.num_workers": 0, "sample.num_samples": 1,
-                "sample.every": 0, "keep_every": 1, "eval_every": 0, "eval.num_samples": 2,
-                "eval.batch_size": 1, "eval.seed": 0}  # fmt: skip
-    for key, least in at_least.items():
-        section, _, name = key.rpartition(".")
-        value = (config[section] if section else config)[name]
-        if value is not None and value < least:
-            raise ValueError(f"{key} {value} is below {least}")
-    if not config.ema_rates:
-        raise ValueError("ema_rates is empty; sampling uses the first of them, such as 0.9999")
-    for rate in config.ema_rates:
-        if not 0 <= rate < 1:
-            raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
-    if not 0 <= config.label_dropout <= 1:
-        raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
-    if config.profile_steps:
-        first, last = [*config.profile_steps, 0, 0][:2]
-        if len(config.profile_steps) != 2 or not 1 <= first < last:
-            raise ValueError(
-                f"profile_steps {tuple(config.profile_steps)} is not two steps, the first before "
-                "the last, such as (100, 105)"
-            )
-    choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}
-    for key, known in choices.items():
-        if config.data[key] not in known:
-            raise ValueError(
-                f"data.{key} {config.data[key]!r} is unknown; known: {', '.join(known)}"
-            )
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        raise ValueError(f"data.max_bad_fraction {config.data.max_bad_fraction} is outside [0, 1]")
-    if config.sample.sampler not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")
-    if config.eval.evaluator not in EVALUATORS:
-        known = ", ".join(EVALUATORS)
-        raise ValueError(f"eval.evaluator {config.eval.evaluator!r} is unknown; known: {known}")
-    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(config.model.kernels)
-    if needed not in (None, platform := mesh.devices.flat[0].platform):
-        raise ValueError(
-            f"model.kernels {config.model.kernels!r} needs a {needed.upper()}, these devices are "
-            f"{platform.upper()}s; 'auto' takes any"
-        )
-    shards = sharding.batch_shards(mesh)
-    unit = shards * config.accumulation_steps
-    if config.batch_size % unit:
-        below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
-        fitting = " or ".join(str(size) for size in (below, above) if size)
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of {unit} = mesh.data × mesh.fsdp "
-            f"({shards}) × accumulation_steps ({config.accumulation_steps}); {fitting} would be"
-        )
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

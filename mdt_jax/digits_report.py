@@ -169,9 +169,10 @@ def main(args: argparse.Namespace) -> int:
     import jax
 
     from mdt_jax.checkpoints import CheckpointError
-    from mdt_jax.distributed import initialize_distributed
-    from mdt_jax.images import to_uint8
-    from mdt_jax.sampling import load, sample
+    from mdt_jax.parallel.distributed import initialize_distributed
+    from mdt_jax.sampling.images import to_uint8
+    from mdt_jax.sampling.model import load
+    from mdt_jax.sampling.sampler import sample
 
     initialize_distributed()
     try:

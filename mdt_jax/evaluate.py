@@ -30,14 +30,19 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from mdt_jax import checkpoints, sharding
+from mdt_jax import checkpoints
+from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import CheckpointError
-from mdt_jax.compilation_cache import use_compilation_cache
-from mdt_jax.distributed import ending_together, initialize_distributed, leave
 from mdt_jax.evaluation import evaluator, extractors
 from mdt_jax.evaluation.batches import open_images
-from mdt_jax.images import whole_file
-from mdt_jax.sample_parts import by_first_process
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.compilation_cache import use_compilation_cache
+from mdt_jax.parallel.distributed import (
+    by_first_process,
+    ending_together,
+    initialize_distributed,
+    leave,
+)
 
 # By name: `mdt_jax.sample` is also the package's function.
 sample_command = importlib.import_module("mdt_jax.sample")

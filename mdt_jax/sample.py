@@ -24,14 +24,18 @@ import numpy as np
 from absl import app, flags, logging
 from einops import reduce
 
-from mdt_jax import checkpoints, images, inpainting, pretrained, sampling, sharding, weight_files
+from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError
-from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.diffusion import SAMPLERS
-from mdt_jax.distributed import ending_together, initialize_distributed
-from mdt_jax.latents import Autoencoder
-from mdt_jax.sample_parts import Parts, by_first_process
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.compilation_cache import use_compilation_cache
+from mdt_jax.parallel.distributed import by_first_process, ending_together, initialize_distributed
+from mdt_jax.sampling import images, inpainting
+from mdt_jax.sampling.parts import Parts
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import pretrained
+from mdt_jax.weights.autoencoder import Autoencoder
 
 GRID_IMAGES = 100  # at most, of the first samples
 

@@ -20,23 +20,24 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as config_lib
-from mdt_jax import metrics, run_data, run_evaluation, sharding
 from mdt_jax.checkpoints import CheckpointError, Checkpoints, SaveError
-from mdt_jax.compilation_cache import use_compilation_cache
 from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
-from mdt_jax.distributed import ending_together, initialize_distributed
-from mdt_jax.monitors import GridSampler, NonFiniteLoss, StepLog
-from mdt_jax.preemption import Stop
-from mdt_jax.profiling import StepProfiler
-from mdt_jax.run import Run
-from mdt_jax.run_evaluation import RunEvaluator
-from mdt_jax.train_step import TrainState
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.compilation_cache import use_compilation_cache
+from mdt_jax.parallel.distributed import ending_together, initialize_distributed
+from mdt_jax.parallel.preemption import Stop
+from mdt_jax.training import checks, metrics, run_evaluation
+from mdt_jax.training.monitors import GridSampler, NonFiniteLoss, StepLog
+from mdt_jax.training.profiling import StepProfiler
+from mdt_jax.training.run import Run
+from mdt_jax.training.run_evaluation import RunEvaluator
+from mdt_jax.training.step import TrainState
 
 
 def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = None) -> TrainState:
     """Trains, or goes on training, to config.num_steps and returns the final state.
 
-    Asked to stop before (see `mdt_jax.preemption`), it saves and returns the state so far.
+    Asked to stop before (see `mdt_jax.parallel.preemption`), it saves and returns the state so far.
 
     Args:
       config: the settings.
@@ -50,11 +51,11 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
       NonFiniteLoss: the loss or the gradient norm stopped being finite.
     """
     with Stop(max_hours) as stop:
-        config = run_data.count_classes(config)
+        config = checks.count_classes(config)
         run = Run(config, workdir)
         source = create_source(config.data)
-        run_data.check_source(config, source)
-        run_data.check_processes(config, source)
+        checks.check_source(config, source)
+        checks.check_processes(config, source)
         run_evaluation.check(config, source)
         logging.info("%s", "\n" + run.describe())
         logging.info("data           %s", source.describe())
@@ -66,8 +67,8 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
 
 def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
     config = run.config
-    state, meta = run.restore(store, run_data.autoencoder_digest(source))
-    run_data.check_same(meta, source, run.workdir)
+    state, meta = run.restore(store, checks.autoencoder_digest(source))
+    checks.check_same(meta, source, run.workdir)
     first = int(state.step)
     owed = run_evaluation.is_owed(config, run.workdir, first)
     if first >= config.num_steps and not owed:
@@ -133,7 +134,7 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
                     "config": config_lib.to_json(config),
                     "class_names": list(source.class_names),
                     "num_examples": len(source),
-                    "autoencoder": run_data.autoencoder_digest(source),
+                    "autoencoder": checks.autoencoder_digest(source),
                     "position": position,
                     "window": window.state(),
                     "train_seconds": log.watch.seconds,
@@ -194,7 +195,7 @@ def _batches(
         process_index=parts,
         process_count=num_parts,
         flip=config.data.flip,
-        image_size=run_data.image_size(config, source),
+        image_size=checks.image_size(config, source),
         position=position,
         num_workers=config.data.num_workers,
         read_ahead=config.data.read_ahead,
@@ -209,7 +210,7 @@ def _batches(
 def dry_run(config: ConfigDict) -> str:
     """What `--dry_run` prints: the run, and its data if they are there."""
     with contextlib.suppress(FileNotFoundError, ValueError):  # told of below
-        config = run_data.count_classes(config)
+        config = checks.count_classes(config)
     if config.model.num_classes == -1:
         config = config_lib.resolve_classes(config, ())
     run = Run(config, "")
@@ -218,7 +219,7 @@ def dry_run(config: ConfigDict) -> str:
     except (FileNotFoundError, ValueError) as error:  # the latter without a data.path
         data = f"not there: {error}"
     else:
-        run_data.check_source(config, source)
+        checks.check_source(config, source)
         run_evaluation.check(config, source)
         steps = len(source) / config.batch_size
         data = f"{source.describe()}, {steps:,.1f} steps an epoch"

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax import sharding
 from mdt_jax.evaluation.extractors import NetworkExtractor
+from mdt_jax.parallel import sharding
 
 SIZE = 4
 

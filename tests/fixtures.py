@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax import sharding
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.models import LatentTransformer, create_model
-from mdt_jax.optimizers import create_optimizer, create_schedule
-from mdt_jax.train_step import Trainer, TrainState, scale_pixels
+from mdt_jax.parallel import sharding
+from mdt_jax.training.optimizers import create_optimizer, create_schedule
+from mdt_jax.training.step import Trainer, TrainState, scale_pixels
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}

@@ -11,7 +11,7 @@ from flax import linen as nn
 from mdt_jax.convert.adapt import adapt, resize_position_table, resize_relative_bias
 from mdt_jax.convert.architecture import Architecture
 from mdt_jax.models import create_model
-from mdt_jax.positions import relative_position_index
+from mdt_jax.models.positions import relative_position_index
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 GRID_PAIRS = [(4, 8), (8, 4), (4, 6), (6, 4), (5, 7), (7, 5), (2, 16), (3, 3), (2, 1)]

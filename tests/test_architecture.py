@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as config_lib
-from mdt_jax import pretrained
 from mdt_jax.convert import diffusers_dit
 from mdt_jax.convert.architecture import (
     BUFFER,
@@ -21,7 +20,8 @@ from mdt_jax.convert.architecture import (
     state_dict_shapes,
 )
 from mdt_jax.models import create_model, model_names
-from mdt_jax.positions import sincos_position_table
+from mdt_jax.models.positions import sincos_position_table
+from mdt_jax.weights import pretrained
 
 
 def make(family, **changes):

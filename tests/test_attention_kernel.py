@@ -7,7 +7,7 @@ import pytest
 
 from mdt_jax.models import attention_kernel
 from mdt_jax.models.attention import choose_kernels
-from mdt_jax.positions import relative_position_index
+from mdt_jax.models.positions import relative_position_index
 
 GRID = 16
 N = GRID**2

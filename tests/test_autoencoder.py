@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import latents as latents_lib
-from mdt_jax import sharding, weight_files
 from mdt_jax.convert import autoencoder as convert
-from mdt_jax.latents import Autoencoder
 from mdt_jax.models import autoencoder as network
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.parallel import sharding
+from mdt_jax.weights import autoencoder as latents_lib
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights.autoencoder import Autoencoder
 
 # Stable Diffusion's at a quarter of its width and less; and what others of the kind have: more
 # channels, a shift, attention in stages, no quantising convolutions.

@@ -10,8 +10,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 import mdt_jax
-from mdt_jax import batch_size, sampling, sharding
 from mdt_jax import config as config_lib
+from mdt_jax import sampling
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling import batch_size
 
 GIB = 2**30
 

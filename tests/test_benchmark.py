@@ -13,8 +13,9 @@ import pytest
 from fixtures import reference, relative_error
 
 from configs import imagenet256
-from mdt_jax import benchmarking, flops, metrics
+from mdt_jax import benchmarking
 from mdt_jax.benchmarking import Workload, Workloads
+from mdt_jax.models import flops
 from tools import benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def test_a_row_is_of_the_median_and_gives_mfu_where_the_peak_is_known(parts, mon
     row = benchmarking.record(workload, [4.0, 2.0, 9.0], parts.run)
     assert (row["seconds"], row["images_per_second"], row["mfu"]) == (4.0, 2.0, None)
     assert row["model_flops_per_second"] == 1.5e12
-    monkeypatch.setattr(metrics, "peak_flops", lambda kind, dtype: 3e12)
+    monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda kind, dtype: 3e12)
     row = benchmarking.record(workload, [4.0, 2.0, 9.0], parts.run)
     assert row["mfu"] == pytest.approx(1.5e12 / (3e12 * jax.device_count()))
 

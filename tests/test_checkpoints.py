@@ -30,7 +30,7 @@ from mdt_jax.checkpoints import (
     read_meta,
     restore_item,
 )
-from mdt_jax.workdir_lock import WorkdirLock
+from mdt_jax.checkpoints.lock import WorkdirLock
 
 
 @flax.struct.dataclass

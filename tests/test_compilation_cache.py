@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 
-from mdt_jax import compilation_cache
+from mdt_jax.parallel import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import jax
 from jax import monitoring
-from mdt_jax.compilation_cache import use_compilation_cache
+from mdt_jax.parallel.compilation_cache import use_compilation_cache
 
 hits = []
 monitoring.register_event_listener(lambda name, **_: hits.append(name))

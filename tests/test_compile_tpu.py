@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mdt_jax import flops, sharding
-from mdt_jax.tpu import advice, estimate, hlo, programs, report, topologies
-from mdt_jax.tpu.estimate import Estimate
-from mdt_jax.tpu.programs import Memory, Program, TrainingJob
+from mdt_jax.compilers import advice, estimate, hlo, programs, report, topologies
+from mdt_jax.compilers.estimate import Estimate
+from mdt_jax.compilers.programs import Memory, Program, TrainingJob
+from mdt_jax.models import flops
+from mdt_jax.parallel import sharding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from configs.imagenet256 import get_config  # noqa: E402

@@ -18,12 +18,14 @@ from fixtures import FAMILIES, on_pixels, reference, relative_error
 
 import mdt_jax
 from mdt_jax import config as config_lib
-from mdt_jax import pretrained, sharding, train
+from mdt_jax import train
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.convert.architecture import Architecture
 from mdt_jax.diffusion import guided, sample_steps
-from mdt_jax.optimizers import AdanState
-from mdt_jax.train_step import Draws
+from mdt_jax.parallel import sharding
+from mdt_jax.training.optimizers import AdanState
+from mdt_jax.training.step import Draws
+from mdt_jax.weights import pretrained
 
 torch = pytest.importorskip("torch")
 import torch_models  # noqa: E402

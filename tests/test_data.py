@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from mdt_jax import data
 from mdt_jax.data import sources
 from mdt_jax.data.pipeline import epoch_order
-from mdt_jax.train_step import scale_pixels
+from mdt_jax.training.step import scale_pixels
 
 DATA = Path(__file__).parent / "data"
 

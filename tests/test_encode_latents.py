@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import data, weight_files
+from mdt_jax import data
 from mdt_jax.convert.autoencoder import settings_from_config, to_torch
-from mdt_jax.latents import Autoencoder
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights.autoencoder import Autoencoder
 
 TOOL = Path(__file__).parents[1] / "tools" / "encode_latents.py"
 CONFIG = {

@@ -112,7 +112,7 @@ def test_a_set_is_at_no_distance_from_itself(reference):
 PROCESS = """
 import json, sys
 import jax
-from mdt_jax.distributed import initialize_distributed, leave
+from mdt_jax.parallel.distributed import initialize_distributed, leave
 initialize_distributed()
 sys.path.insert(0, {tests!r})
 import fake_extractor

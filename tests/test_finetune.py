@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from fixtures import FAMILIES, on_pixels, reference, start
 
-from mdt_jax import pretrained, sharding, train, transfer, weight_files
+from mdt_jax import train
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.adapt import resize_position_table, resize_relative_bias
+from mdt_jax.parallel import sharding
+from mdt_jax.training import transfer
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import pretrained
 
 BATCH = 8
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mdt_jax.flops import forward_macs, train_step_flops
 from mdt_jax.models import create_model
+from mdt_jax.models.flops import forward_macs, train_step_flops
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax.images import (
+from mdt_jax.sampling.images import (
     image_grid,
     provenance,
     read_metadata,

@@ -20,13 +20,14 @@ from fixtures import DATA
 from flax import linen as nn
 from tensorboardX.proto import graph_pb2, types_pb2
 
-from mdt_jax import inception, weight_files
 from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert import inception as convert
 from mdt_jax.convert.architecture import UnknownWeights, identify
 from mdt_jax.models import inception as network
 from mdt_jax.models.inception import BlockC, InceptionOutputs, InceptionV3
-from mdt_jax.weight_files import WeightsError
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import inception
+from mdt_jax.weights.files import WeightsError
 
 FEATURES = {
     "2048": "pool_3",

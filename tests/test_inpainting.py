@@ -38,12 +38,15 @@ from fixtures import reference
 from PIL import Image
 
 from configs.digits_inpainting import get_config
-from mdt_jax import images as images_lib
-from mdt_jax import inpainting, sampling, sharding, weight_files
+from mdt_jax import sampling
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.data import digits
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.models import MDTv2
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling import images as images_lib
+from mdt_jax.sampling import inpainting
+from mdt_jax.weights import files as weight_files
 
 DATA = Path(__file__).parent / "data"
 NUM_SCANS, NUM_PAINTINGS = 40, 8

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from fixtures import make_trainer, reference, start
 
-from mdt_jax import data, sharding
+from mdt_jax import data
 from mdt_jax.data import latent_cache, latent_writing
-from mdt_jax.latents import Autoencoder, _encode
 from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.train_step import draw_latents
+from mdt_jax.parallel import sharding
+from mdt_jax.training.step import draw_latents
+from mdt_jax.weights.autoencoder import Autoencoder, _encode
 
 COUNT = 11
 DESCRIPTION = latent_cache.Description(

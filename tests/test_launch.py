@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from jax._src.clusters.slurm_cluster import SlurmCluster
 
-from mdt_jax.distributed import is_cluster
+from mdt_jax.parallel.distributed import is_cluster
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "tools" / "launch"
@@ -236,7 +236,7 @@ def test_a_slurm_job_is_requeued_by_its_status(tmp_path, status, requeued):
 # ---- A job on this machine ---------------------------------------------------------------------
 
 MEMBER = """
-from mdt_jax.distributed import gather, initialize_distributed
+from mdt_jax.parallel.distributed import gather, initialize_distributed
 initialize_distributed()
 import jax
 print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import sharding
+from mdt_jax.compilers import estimate, topologies
 from mdt_jax.models import layers, linear
-from mdt_jax.tpu import estimate, topologies
+from mdt_jax.parallel import sharding
 
 
 def draw(*shape, seed=0):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fixtures import reference
 
-from mdt_jax.masking import draw_kept_count, ids_to_keep, kept_counts
 from mdt_jax.models.base import gather_kept, scatter_kept
+from mdt_jax.models.masking import draw_kept_count, ids_to_keep, kept_counts
 
 NUM_DRAWS = 10_000
 

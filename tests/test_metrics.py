@@ -11,15 +11,8 @@ import pytest
 from absl import logging
 from tensorboardX.proto import event_pb2
 
-from mdt_jax.metrics import (
-    MetricsWriter,
-    Progress,
-    Stopwatch,
-    Window,
-    mfu,
-    peak_flops,
-    steps_with,
-)
+from mdt_jax.parallel.devices import mfu, peak_flops
+from mdt_jax.training.metrics import MetricsWriter, Progress, Stopwatch, Window, steps_with
 
 
 def run(workdir, steps, resume_step=0):

@@ -9,9 +9,9 @@ import pytest
 from fixtures import FAMILIES, reference, relative_error
 from flax import linen as nn
 
-from mdt_jax import sharding
 from mdt_jax.convert.transformers import from_torch, to_torch
 from mdt_jax.models import Pass, create_model, layers, model_names
+from mdt_jax.parallel import sharding
 
 MASKED = ("mdt_v1", "mdt_v2")
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mdt_jax.optimizers import at_step, create_optimizer, create_schedule
+from mdt_jax.training.optimizers import at_step, create_optimizer, create_schedule
 
 
 @pytest.mark.torch

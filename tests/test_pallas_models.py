@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mdt_jax import sharding
 from mdt_jax.models import attention_kernel, create_model, norm_kernels, placement
 from mdt_jax.models.blocks import Block
+from mdt_jax.parallel import sharding
 
 WIDTH, HEADS, KEPT = 128, 2, 24
 SIZES = {"hidden_size": 128, "depth": 4, "num_heads": 2, "num_classes": 3, "decoder_depth": 2}

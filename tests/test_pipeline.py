@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import data
-from mdt_jax.train_step import model_inputs
+from mdt_jax.training.step import model_inputs
 
 
 class Numbered:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import sharding
 from mdt_jax.models import create_model, plain_attention
+from mdt_jax.parallel import sharding
 
 
 def arrays(n, shared, dtype=jnp.float32):

@@ -10,9 +10,12 @@ from flax import linen as nn
 
 from configs.digits import get_config
 from mdt_jax import config as config_lib
-from mdt_jax import images, run_evaluation, sampling, sharding
+from mdt_jax import sampling
 from mdt_jax.data import create_source
-from mdt_jax.run import create_trainer
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling import images
+from mdt_jax.training import run_evaluation
+from mdt_jax.training.run import create_trainer
 from tools.quality_per_cost import Judge
 
 NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 400, 64, 2000

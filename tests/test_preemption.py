@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from jobs import ROOT, outcomes, start_job
 
-from mdt_jax.preemption import Stop
-from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
+from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
+from mdt_jax.parallel.preemption import Stop
 
 
 def until_asked(stop, seconds=10.0):
@@ -54,8 +54,8 @@ WORKER = """
 import os, signal, sys, time
 from absl import logging
 logging.set_verbosity(logging.INFO)
-from mdt_jax import distributed
-from mdt_jax.preemption import Stop
+from mdt_jax.parallel import distributed
+from mdt_jax.parallel.preemption import Stop
 scene = sys.argv[1]
 
 def play():
@@ -138,7 +138,7 @@ def test_a_folder_has_one_run_which_is_named_to_others(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from mdt_jax.workdir_lock import WorkdirLock
+from mdt_jax.checkpoints.lock import WorkdirLock
 lock = WorkdirLock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

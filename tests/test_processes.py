@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from jobs import finish, start_job
 
-from mdt_jax import checkpoints, metrics, sharding, train
+from mdt_jax import checkpoints, train
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.config import to_json
-from mdt_jax.run import Run
-from mdt_jax.train_step import Trainer
+from mdt_jax.parallel import sharding
+from mdt_jax.training import metrics
+from mdt_jax.training.run import Run
+from mdt_jax.training.step import Trainer
 
 CONFIG = """
 from mdt_jax.config import apply_recipe, default_config
@@ -38,7 +40,7 @@ WORKER = """
 import gc, sys
 gc.disable()  # a tenth of the time, all of it for what is still used
 sys.path.insert(0, "tests")
-from mdt_jax.distributed import ending_together, initialize_distributed
+from mdt_jax.parallel.distributed import ending_together, initialize_distributed
 with ending_together():
     initialize_distributed()
     import test_processes

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as config_lib
-from mdt_jax import metrics, sharding, train
-from mdt_jax.profiling import StepProfiler
-from mdt_jax.run import Run
+from mdt_jax import train
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.devices import device_memory
+from mdt_jax.training import metrics
+from mdt_jax.training.checks import check_settings
+from mdt_jax.training.profiling import StepProfiler
+from mdt_jax.training.run import Run
 
 SCOPES = ("model", "loss", "optimizer", "ema")
 
@@ -106,7 +110,7 @@ def test_profile_steps_that_are_not_two_ascending_steps_are_refused(steps):
     config = config_lib.default_config()
     config.profile_steps = steps
     with pytest.raises(ValueError, match=rf"profile_steps \({steps[0]}.*such as \(100, 105\)"):
-        config_lib.check(config, sharding.create_mesh())
+        check_settings(config, sharding.create_mesh())
 
 
 class Watch(metrics.Stopwatch):
@@ -132,4 +136,4 @@ def test_step_times_are_of_single_steps_and_leave_pauses_out():
 def test_memory_is_that_of_the_first_device(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 7, "peak_bytes_in_use": 9})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert metrics.device_memory() == {"device_memory_bytes": 7, "device_memory_peak_bytes": 9}
+    assert device_memory() == {"device_memory_bytes": 7, "device_memory_peak_bytes": 9}

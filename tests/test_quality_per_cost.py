@@ -9,9 +9,10 @@ import pytest
 from flax import linen as nn
 
 from configs.digits import get_config
-from mdt_jax import checkpoints, run_evaluation
+from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
 from mdt_jax.data import create_source
+from mdt_jax.training import run_evaluation
 from tools import quality_per_cost
 from tools.quality_per_cost import Row
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from fake_extractor import random_images
 
-from mdt_jax import data, images
+from mdt_jax import data
 from mdt_jax.evaluation import evaluator
 from mdt_jax.evaluation.batches import ArrayImages
+from mdt_jax.sampling import images
 
 TOOL = Path(__file__).parents[1] / "tools" / "reference_stats.py"
 COUNT = 50

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as config_lib
-from mdt_jax import data, run_evaluation, sampling, sharding
+from mdt_jax import data, sampling
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.batches import ArrayImages
 from mdt_jax.evaluation.evaluator import describe, evaluate
-from mdt_jax.run import Run
-from mdt_jax.train_step import TrainState
+from mdt_jax.parallel import sharding
+from mdt_jax.training import run_evaluation
+from mdt_jax.training.run import Run
+from mdt_jax.training.step import TrainState
 
 CLASSES = 10
 

@@ -18,13 +18,17 @@ from jobs import xla_flags
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import checkpoints, images, sampling, sharding, transfer, weight_files
+from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.convert.autoencoder import settings_from_config
 from mdt_jax.convert.autoencoder import to_torch as autoencoder_to_torch
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.diffusion.samplers import FEW_STEPS, SAMPLERS
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling import images
+from mdt_jax.training import transfer
+from mdt_jax.weights import files as weight_files
 
 sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
@@ -125,7 +129,7 @@ def test_the_devices_do_not_change_samples(loaded, twelve):
 
 @pytest.mark.parametrize("chunk", [1, 7, 20])
 def test_where_the_progress_bar_moves_does_not_change_a_bit(loaded, twelve, chunk, monkeypatch):
-    monkeypatch.setattr(sampling, "CHUNK_STEPS", chunk)
+    monkeypatch.setattr(sampling.sampler, "CHUNK_STEPS", chunk)
     np.testing.assert_array_equal(mdt_jax.sample(*loaded, num_samples=12, key=3), twelve)
 
 
@@ -145,7 +149,7 @@ def test_every_sampler_runs_in_chunks_on_devices(loaded, sampler, monkeypatch):
 
     whole = draw()
     assert np.isfinite(whole).all()
-    monkeypatch.setattr(sampling, "CHUNK_STEPS", 4)
+    monkeypatch.setattr(sampling.sampler, "CHUNK_STEPS", 4)
     np.testing.assert_array_equal(draw(), whole)
 
 

@@ -25,9 +25,12 @@ from jobs import xla_flags
 from test_sample import save_run
 
 import mdt_jax
-from mdt_jax import images, sample_parts, sampling, sharding
-from mdt_jax.sample_parts import Parts, first_difference
-from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
+from mdt_jax import sampling
+from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.distributed import by_first_process
+from mdt_jax.sampling import images
+from mdt_jax.sampling.parts import Parts, first_difference
 
 sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
@@ -393,7 +396,7 @@ def test_an_output_on_a_bucket_is_refused(command):
 HOLD = """
 import sys, time
 import numpy as np
-from mdt_jax.sample_parts import Parts
+from mdt_jax.sampling.parts import Parts
 with Parts(sys.argv[1], {"batch_size": 4}, (2, 2, 1), np.dtype(np.uint8)).held():
     print("held", flush=True)
     time.sleep(60)
@@ -402,7 +405,7 @@ with Parts(sys.argv[1], {"batch_size": 4}, (2, 2, 1), np.dtype(np.uint8)).held()
 
 def test_a_second_command_on_an_output_is_refused_and_told_of_the_first(command, monkeypatch):
     impatient = functools.partial(WorkdirLock, patience=0.0)
-    monkeypatch.setattr("mdt_jax.sample_parts.WorkdirLock", impatient)
+    monkeypatch.setattr("mdt_jax.sampling.parts.WorkdirLock", impatient)
     folder = command.folder / "out.parts"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -491,7 +494,7 @@ PROCESS = """
 
     process, port, *arguments = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    from mdt_jax import sharding
+    from mdt_jax.parallel import sharding
     command = importlib.import_module("mdt_jax.sample")
 
     def run(*more):
@@ -555,8 +558,10 @@ def test_a_failure_of_process_0_is_every_process_s(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     wait = lambda **_: None  # noqa: E731
-    monkeypatch.setattr(sample_parts.multihost, "get_barrier_sync_fn", lambda **_: wait)
+    monkeypatch.setattr(
+        "mdt_jax.parallel.distributed.multihost.get_barrier_sync_fn", lambda **_: wait
+    )
     said = [{"error": "the disk is full"}, {}]
-    monkeypatch.setattr(sample_parts, "gather", lambda *_: said)
+    monkeypatch.setattr("mdt_jax.parallel.distributed.gather", lambda *_: said)
     with pytest.raises(ValueError, match="the disk is full"):
-        sample_parts.by_first_process(lambda: pytest.fail("not process 1's work"))
+        by_first_process(lambda: pytest.fail("not process 1's work"))

@@ -13,8 +13,8 @@ from fixtures import make_trainer, reference, start
 from flax import linen as nn
 from jobs import outcomes, start_job
 
-from mdt_jax import sharding
-from mdt_jax.train_step import Trainer
+from mdt_jax.parallel import sharding
+from mdt_jax.training.step import Trainer
 
 NUM_STEPS, BATCH = 5, 16
 
@@ -176,9 +176,9 @@ def test_one_process_holds_the_whole_batch():
 # Prints what each process's devices hold of a batch that it read the parts of.
 MEMBER = """
 import jax, numpy as np
-from mdt_jax.distributed import initialize_distributed
+from mdt_jax.parallel.distributed import initialize_distributed
 initialize_distributed()
-from mdt_jax import sharding
+from mdt_jax.parallel import sharding
 from mdt_jax.data import Source, create_batches, prefetch_to_device
 # Processes 0 and 1 in turn, twice next to each other: as the chips of a TPU slice may be.
 devices = [jax.devices()[i] for i in ORDER]

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mdt_jax.compilers import estimate, hlo, kernels, schedule, topologies
+from mdt_jax.compilers.kernels import Work
 from mdt_jax.models import attention_kernel, norm_kernels
-from mdt_jax.tpu import estimate, hlo, kernels, schedule, topologies
-from mdt_jax.tpu.kernels import Work
 
 # Three bundles before the grid's loop; in it, a guarded region with a loop of 5 turns, one bundle,
 # and a loop of 7 turns.

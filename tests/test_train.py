@@ -21,18 +21,11 @@ import numpy as np
 import pytest
 from jobs import xla_flags
 
-from mdt_jax import (
-    checkpoints,
-    data,
-    distributed,
-    images,
-    metrics,
-    run_data,
-    run_evaluation,
-    sampling,
-    train,
-)
+from mdt_jax import checkpoints, data, sampling, train
 from mdt_jax.config import default_config, to_json
+from mdt_jax.parallel import distributed
+from mdt_jax.sampling import images
+from mdt_jax.training import checks, metrics, run_evaluation
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "mdt_jax.train"]
@@ -159,7 +152,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     rng = random.Random()
     save, restore = (f"mdt_jax.checkpoints:Checkpoints.{name}" for name in ("save", "restore"))
     moments = [  # and what may be the newest checkpoint after each
-        (("mdt_jax.metrics:Window.add", "began", rng.randint(1, 4), 0), [None]),
+        (("mdt_jax.training.metrics:Window.add", "began", rng.randint(1, 4), 0), [None]),
         ((save, "returned", 2, rng.uniform(0, 0.02)), [5, 10]),  # in the midst of it
         ((restore, "began", 1, rng.uniform(0, 0.02)), [5, 10]),
     ]
@@ -433,7 +426,7 @@ def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     late = []
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(late))
-    monkeypatch.setattr("mdt_jax.preemption.time", clock)
+    monkeypatch.setattr("mdt_jax.parallel.preemption.time", clock)
     actions = dict.fromkeys([6, 7, 8], lambda: None)  # it looks at the clock once a second
     before_step(monkeypatch, actions | {5: lambda: late.append("an hour")})
     config = changed(finished.config, sample__every=0, eval_every=0)
@@ -676,7 +669,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
     meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
-    check = functools.partial(run_data.check_same, source=source, workdir=Path("run"))
+    check = functools.partial(checks.check_same, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
     check({"weights": {}, "class_names": []})  # converted, of data that nobody knows
@@ -690,7 +683,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
 
 
 def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "peak_flops", lambda device_kind, dtype: 1e12)
+    monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda device_kind, dtype: 1e12)
     run = train.Run(finished.config, tmp_path)
     log = train.StepLog(run, 3, metrics.Window(), checkpoints.Checkpoints(tmp_path))
     log.add(4, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})

@@ -10,8 +10,8 @@ import pytest
 from fixtures import FAMILIES, RECIPES, make_trainer, reference, relative_error, start
 
 from mdt_jax.convert.transformers import to_torch
-from mdt_jax.optimizers import create_optimizer, create_schedule
-from mdt_jax.train_step import Draws, draw_randomness
+from mdt_jax.training.optimizers import create_optimizer, create_schedule
+from mdt_jax.training.step import Draws, draw_randomness
 
 
 def injected_draws(r):

@@ -21,13 +21,16 @@ import pytest
 from fixtures import FAMILIES, make_trainer, reference
 
 from mdt_jax import config as config_lib
-from mdt_jax import metrics, pretrained, sharding, transfer, weight_files
 from mdt_jax.checkpoints import Checkpoints, read_meta, restore_item
 from mdt_jax.convert.architecture import Architecture, UnknownWeights, parameter_shapes
 from mdt_jax.convert.optimizers import MOMENTS, moments_from_torch
 from mdt_jax.convert.transformers import from_torch
-from mdt_jax.train_step import TrainState
-from mdt_jax.weight_files import WeightsError
+from mdt_jax.parallel import sharding
+from mdt_jax.training import metrics, transfer
+from mdt_jax.training.step import TrainState
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import pretrained
+from mdt_jax.weights.files import WeightsError
 
 torch = pytest.importorskip("torch")
 import torch_models  # noqa: E402

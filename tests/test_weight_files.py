@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mdt_jax import weight_files
-from mdt_jax.weight_files import WeightsError
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights.files import WeightsError
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, ending):
     code = """
         import resource, signal, sys
         import numpy as np
-        from mdt_jax import weight_files
+        from mdt_jax.weights import files as weight_files
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         try:
@@ -456,7 +456,7 @@ def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(tm
     save(path := tmp_path / "a.safetensors", {"a": torch.ones(2)})
     make_cache(tmp_path / "home" / "hub", "owner", "repo", {"a.safetensors": path.read_bytes()})
     code = """
-        from mdt_jax import weight_files
+        from mdt_jax.weights import files as weight_files
         print(weight_files.read("hf://owner/repo/a.safetensors")["a"].tolist())
         try:
             weight_files.read("hf://owner/repo/b.pt")

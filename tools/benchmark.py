@@ -39,11 +39,13 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mdt_jax import benchmarking, metrics, pretrained
+from mdt_jax import benchmarking
+from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
-from mdt_jax.images import whole_file
-from mdt_jax.latents import Autoencoder
 from mdt_jax.train import parse_flags
+from mdt_jax.training import metrics
+from mdt_jax.weights import pretrained
+from mdt_jax.weights.autoencoder import Autoencoder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "imagenet256.py"

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax import weight_files
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
-from mdt_jax.positions import relative_position_index
+from mdt_jax.models.positions import relative_position_index
+from mdt_jax.weights import files as weight_files
 
 XL = {
     "input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28,

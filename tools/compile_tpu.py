@@ -30,11 +30,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mdt_jax.compilers import advice, programs, topologies
+from mdt_jax.compilers.programs import Program, TrainingJob
+from mdt_jax.compilers.report import Report, create_report, is_calibrated
+from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
-from mdt_jax.tpu import advice, programs, topologies
-from mdt_jax.tpu.programs import Program, TrainingJob
-from mdt_jax.tpu.report import Report, create_report, is_calibrated
-from mdt_jax.tpu.topologies import GIB, Topology
 from mdt_jax.train import parse_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")

@@ -27,10 +27,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from mdt_jax import inception, pretrained, transfer, weight_files
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
+from mdt_jax.training import transfer
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import inception, pretrained
 
 # What weights do not show.
 HINTS = {

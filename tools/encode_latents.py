@@ -39,7 +39,6 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from mdt_jax import sharding
 from mdt_jax.data import (
     LATENT_SCALE,
     BadImage,
@@ -52,7 +51,8 @@ from mdt_jax.data import (
 )
 from mdt_jax.data.latent_cache import Description
 from mdt_jax.data.pipeline import check_bad_fraction
-from mdt_jax.latents import Autoencoder
+from mdt_jax.parallel import sharding
+from mdt_jax.weights.autoencoder import Autoencoder
 
 # A configuration's keys, which messages name, and this command's flags for them.
 FLAGS_OF_KEYS = {

@@ -14,8 +14,8 @@ import sys
 import jax
 from absl import logging
 
-from mdt_jax import transfer
 from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.training import transfer
 
 
 def main(argv: list[str] | None = None) -> None:

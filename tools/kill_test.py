@@ -28,7 +28,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from mdt_jax import checkpoints, metrics
+from mdt_jax import checkpoints
+from mdt_jax.training import metrics
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
 START_SECONDS = 300  # until its signal, or its end
@@ -92,10 +93,10 @@ def wrap(module, method, when, count, pause=0.0):
 
 mine = plan["who"] in ("all", os.environ["JAX_PROCESS_ID"])
 moments = {
-    "compiling": ("mdt_jax.run", "Run.compile_steps", "began"),
+    "compiling": ("mdt_jax.training.run", "Run.compile_steps", "began"),
     "restoring": ("mdt_jax.checkpoints", "Checkpoints.restore", "began"),
     "saving": ("mdt_jax.checkpoints", "Checkpoints.save", "returned"),
-    "training": ("mdt_jax.metrics", "Window.add", "began"),
+    "training": ("mdt_jax.training.metrics", "Window.add", "began"),
 }
 for phase, moment in moments.items():
     count = plan["count"] if mine and phase == plan["phase"] else None

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdt_jax.images import whole_file
-from mdt_jax.metrics import FILE, read_lines
+from mdt_jax.atomic import whole_file
+from mdt_jax.training.metrics import FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
 METRICS = {"eval_fid": "Fréchet distance"}

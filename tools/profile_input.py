@@ -41,7 +41,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from mdt_jax import data, flops, masking, metrics
+from mdt_jax import data
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import (
     LATENT_SCALE,
@@ -56,7 +56,8 @@ from mdt_jax.data import (
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
 from mdt_jax.data.pipeline import CROPS, epoch_order
-from mdt_jax.models import create_model
+from mdt_jax.models import create_model, flops, masking
+from mdt_jax.parallel.devices import peak_flops
 
 CORES = len(os.sched_getaffinity(0))
 JPEG_SIZE = (500, 375)  # ImageNet's commonest
@@ -248,7 +249,7 @@ def needed_rate(arguments: argparse.Namespace) -> tuple[float, str]:
     if arguments.images_per_second:
         rate = arguments.images_per_second
         return rate / arguments.processes, f"--images_per_second {rate:g}{shared}"
-    peak = metrics.peak_flops(arguments.device, "bfloat16")
+    peak = peak_flops(arguments.device, "bfloat16")
     if peak is None:
         raise ValueError(
             f"--device {arguments.device!r}: its peak is not known; give --images_per_second"

@@ -32,12 +32,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import checkpoints, images, run_evaluation, sampling, sharding
+from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling import images
+from mdt_jax.training import run_evaluation
 
 METHODS = (
     "ddpm:250", "ddim:20", "ddim:10", "heun:10", "heun:5", "dpm++:20", "dpm++:10", "dpm++:10,10",

@@ -28,11 +28,11 @@ from absl import app, flags, logging
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from tqdm import tqdm
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.data import Source, center_crop, create_source
 from mdt_jax.evaluation.evaluator import DIGEST_KEY, check_finite, read_ahead
 from mdt_jax.evaluation.extractors import Extractor, load_inception
 from mdt_jax.evaluation.statistics import Gaussian, Moments
-from mdt_jax.images import whole_file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from mdt_jax.checkpoints.seal import CheckpointError, verified_step
-from mdt_jax.lazy import LazyArray
+from mdt_jax.convert.trees import LazyArray
 
 META = "meta"
 _HELD_BYTES = 32 * 2**20  # Of `LazyArray`s being written, beside the last.

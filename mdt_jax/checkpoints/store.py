@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
 from mdt_jax.checkpoints.items import META, read_item, read_step_meta, silence_orbax, tree_handler
+from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.checkpoints.seal import (
     MANIFEST,
     PART,
@@ -28,8 +29,7 @@ from mdt_jax.checkpoints.seal import (
     step_files,
     write_json,
 )
-from mdt_jax.distributed import gather
-from mdt_jax.workdir_lock import WorkdirInUse, WorkdirLock
+from mdt_jax.parallel.distributed import gather
 
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
 _LAST_SECONDS = 15  # What a save in progress is given when the job fails.

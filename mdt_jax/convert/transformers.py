@@ -15,9 +15,8 @@ from einops import rearrange
 
 from mdt_jax.convert import trees
 from mdt_jax.convert.architecture import BUFFER
-from mdt_jax.convert.trees import Tree
-from mdt_jax.lazy import LazyArray
-from mdt_jax.positions import relative_position_index
+from mdt_jax.convert.trees import LazyArray, Tree
+from mdt_jax.models.positions import relative_position_index
 
 # (PyTorch name, path in our tree, pattern). `h` are the heads, the other named factors fixed.
 _FACTORS = {"qkv": 3, "six": 6, "two": 2}

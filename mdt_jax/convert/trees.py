@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 Tree = dict[str, Any]
 
@@ -41,3 +44,18 @@ def nest(leaves: Mapping[str, Any]) -> Tree:
     for path, leaf in leaves.items():
         put(tree, path, leaf)
     return tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+    """A leaf of a tree that `np.asarray` makes, anew each time it is asked for.
+
+    Attributes:
+      load: makes the array.
+    """
+
+    load: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        array = self.load()
+        return array if dtype is None else array.astype(dtype)

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.evaluation.extractors import Features, digest
 from mdt_jax.evaluation.processes import gather
-from mdt_jax.images import whole_file
-from mdt_jax.sample_parts import by_first_process
+from mdt_jax.parallel.distributed import by_first_process
 
 MAX_SIDE = 64  # pixels: the first layer sees all of them at once
 HIDDEN_SIZES = (256, 64)

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, UInt8
 
-from mdt_jax import inception, sharding
 from mdt_jax.models.inception import InceptionV3
+from mdt_jax.parallel import sharding
+from mdt_jax.weights import inception
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ def load_inception(
     them. Gray images are repeated over three channels.
 
     Args:
-      source: as `mdt_jax.inception.load` takes it.
+      source: as `mdt_jax.weights.inception.load` takes it.
       batch_size, mesh: as `NetworkExtractor` has them.
 
     Raises:

@@ -1,7 +1,7 @@
 """Stable Diffusion's KL autoencoder: images to the posterior of latents, and latents to images.
 
 Rombach et al. 2022 (https://arxiv.org/abs/2112.10752), in every size that its descendants have. It
-is not trained here: `mdt_jax.latents` loads published weights into it.
+is not trained here: `mdt_jax.weights.autoencoder` loads published weights into it.
 """
 
 from __future__ import annotations

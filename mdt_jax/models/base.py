@@ -17,7 +17,7 @@ from mdt_jax.models.attention import KERNELS, choose_kernels, kept_position_inde
 from mdt_jax.models.blocks import Block, BlockStack
 from mdt_jax.models.layers import each
 from mdt_jax.models.linear import Streams
-from mdt_jax.positions import relative_position_index, sincos_position_table
+from mdt_jax.models.positions import relative_position_index, sincos_position_table
 
 
 class Pass(NamedTuple):

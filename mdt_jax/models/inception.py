@@ -4,7 +4,7 @@ Szegedy et al. 2015 (https://arxiv.org/abs/1512.00567), in the graph `classify_i
 of http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz. torchvision's
 network differs in its resize, its average pools, the last block's pool, and the weights, which here
 have 1008 classes. Modules are named as in the PyTorch port (https://github.com/mseitzer/pytorch-fid).
-It is not trained here: `mdt_jax.inception` loads it.
+It is not trained here: `mdt_jax.weights.inception` loads it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What a block is made of takes the arrays of several passes at once (`linear.Streams`).
 
-Parameters carry logical axis names; `mdt_jax.sharding` maps those to mesh axes.
+Parameters carry logical axis names; `mdt_jax.parallel.sharding` maps those to mesh axes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How arrays lie on devices while a model computes: hooks, so that models need not know of meshes.
 
-`mdt_jax.sharding.activations` puts a mesh's placement in force for the body of a jitted function.
+`mdt_jax.parallel.sharding.activations` puts a mesh's placement in force for the body of a
+jitted function.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""Compiles a run's own step, and its sampler's, for TPUs that are not there, and measures them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdt_jax import config as config_lib
+from mdt_jax import sampling
+from mdt_jax.compilers import estimate, kernels, topologies
+from mdt_jax.compilers.estimate import Estimate
+from mdt_jax.compilers.kernels import Kernel, Work
+from mdt_jax.compilers.topologies import Topology
+from mdt_jax.parallel import sharding
+from mdt_jax.training.run import create_trainer
+from mdt_jax.training.step import Trainer
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = r"([\d.]+)([KMGT]?)B?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on one chip, None where a compilation that failed does not tell.
+
+    Attributes:
+      arguments: the state and the batch, or parameters and samples.
+      outputs: what comes out; `aliased` of it takes the place of arguments.
+      temporaries: what lives while the program runs.
+      code: the program itself.
+      peak: of all of them at once.
+      available: what the compiler may use, of a compilation that failed.
+    """
+
+    arguments: int | None = None
+    outputs: int | None = None
+    aliased: int | None = None
+    temporaries: int | None = None
+    code: int | None = None
+    peak: int | None = None
+    available: int | None = None
+
+    @classmethod
+    def of(cls, compiled: Any) -> Memory:
+        """What `memory_analysis` tells of a compiled program."""
+        m = compiled.memory_analysis()
+        parts = {
+            "arguments": m.argument_size_in_bytes,
+            "outputs": m.output_size_in_bytes,
+            "aliased": m.alias_size_in_bytes,
+            "temporaries": m.temp_size_in_bytes,
+            "code": m.generated_code_size_in_bytes,
+        }
+        return cls(**parts, peak=sum(parts.values()) - 2 * parts["aliased"])
+
+    @classmethod
+    def of_failure(cls, message: str, arguments: int) -> Memory:
+        """What the compiler tells when a program does not fit; its arguments' size is known."""
+
+        def amount(*patterns: str) -> int | None:
+            for pattern in patterns:
+                if found := re.search(pattern, message):
+                    return round(float(found[1]) * _UNITS[found[2]])
+            return None
+
+        temporaries = amount(
+            rf"HLO temporaries \({_AMOUNT}\)", rf"HLO temp\s+{_AMOUNT}", rf"program\s+{_AMOUNT}"
+        )
+        used = amount(rf"Used {_AMOUNT} of")
+        return cls(
+            arguments=arguments,
+            temporaries=temporaries,
+            peak=arguments + (temporaries or 0) if used is None else used,
+            available=amount(
+                rf"available HBM \({_AMOUNT}\)", rf"Used [\d.]+[KMGT]?B? of {_AMOUNT}"
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that was compiled, or that the compiler refused for want of memory.
+
+    Attributes:
+      name: what it is, for a person.
+      fits: whether the compiler took it.
+      memory: its HBM.
+      estimate: its work, None if it does not fit.
+      seconds_to_compile: here, on this machine's processors.
+      failure: the compiler's words, where it does not fit.
+      kernels: its Pallas kernels, each with what it takes.
+    """
+
+    name: str
+    fits: bool
+    memory: Memory
+    estimate: Estimate | None
+    seconds_to_compile: float
+    failure: str = ""
+    kernels: tuple[tuple[Kernel, Work], ...] = ()
+
+
+def compile_program(name: str, function: Any, arguments: Any, topology: Topology) -> Program:
+    """Compiles a jitted function for arguments that are ShapeDtypeStructs with shardings."""
+    lowered = function.lower(*arguments)
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(str(error)):
+            raise
+        seconds = time.perf_counter() - began
+        failure = " ".join(str(error).split("\n\n")[0].split())
+        memory = Memory.of_failure(str(error), sharding.bytes_per_device(arguments))
+        return Program(name, False, memory, None, seconds, failure)
+    seconds = time.perf_counter() - began
+    memory = Memory.of(compiled)
+    several = topology.chips_per_slice if topology.num_slices > 1 else None
+    found = kernels.find(function, arguments)
+    known = kernels.work(found, topology.chip)
+    work = estimate.parse(compiled.as_text(), several, known)
+    fits = memory.peak <= topology.chip.hbm_bytes
+    each = tuple((kernel, known[kernel.key]) for kernel in found)
+    return Program(name, fits, memory, work, seconds, kernels=each)
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether the compiler failed for want of HBM, and nothing else."""
+    return "RESOURCE_EXHAUSTED" in message and "hbm" in message.lower()
+
+
+class TrainingJob:
+    """A run on a topology: its trainer, and what there is to compile of it.
+
+    Args:
+      config: the run's; `model.dtype` "auto" is bfloat16, as on a TPU.
+      topology: the slices.
+
+    Raises:
+      ValueError: settings that cannot work, before anything is compiled.
+    """
+
+    def __init__(self, config: ConfigDict, topology: Topology):
+        self.config = on_tpu(config)
+        self.topology = topology
+        self.mesh: Mesh = topologies.create_mesh(topology, **self.config.mesh)
+        self.trainer: Trainer = create_trainer(self.config, self.mesh)
+        self.counts, self.probabilities = config_lib.kept_counts(self.config, self.trainer.model)
+        self.abstract = self.trainer.abstract_state()
+
+    @property
+    def sampling_steps(self) -> int:
+        """Of one run of the sampler."""
+        return self.trainer.diffusion.respaced(self.config.sample.steps).num_steps
+
+    @property
+    def state_bytes(self) -> int:
+        """Of parameters, optimiser and averages, on one chip."""
+        return sharding.bytes_per_device(self.abstract)
+
+    def compile_step(self, num_kept: int | None) -> Program:
+        """The training step of a number of kept tokens."""
+        c, image = self.config, self.trainer.model.image_shape
+        batch = sharding.batch_sharding(self.mesh)
+        arguments = {
+            "image": jax.ShapeDtypeStruct((c.batch_size, *image), np.float32, sharding=batch),
+            "label": jax.ShapeDtypeStruct((c.batch_size,), np.int32, sharding=batch),
+        }
+        name = "step" if num_kept is None else f"step, {num_kept} kept"
+        step = self.trainer.jit_step(num_kept)
+        return compile_program(name, step, (self.abstract, arguments), self.topology)
+
+    def compile_sampler(self, batch_size: int) -> Program:
+        """The sampler's loop over steps, with the config's guidance; its work is one step's."""
+        model = sampling.DiffusionModel.from_config(self.config)
+        options = sampling.resolve_options(model)
+        sampler = sampling.CompiledSampler(model, self.mesh, batch_size, options)
+        batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        keys, state = jax.eval_shape(sampler._start, key, step)
+        labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        state, keys, labels = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch),
+            (state, keys, labels),
+        )
+        arguments = (self.abstract.params, state, keys, labels, step, step)
+        return compile_program("sampler", sampler._chunk, arguments, self.topology)
+
+
+def on_tpu(config: ConfigDict) -> ConfigDict:
+    """The config as a TPU would resolve it: this machine's backend is not what it compiles for."""
+    config = config.copy_and_resolve_references()
+    if config.model.num_classes == -1:
+        config = config_lib.resolve_classes(config, ())
+    if config.model.dtype == "auto":
+        config.model.dtype = "bfloat16"
+    return config
+
+
+def calibrate(topology: Topology, size: int = 8192) -> float:
+    """The share of the chip's peak that a lone size³ bfloat16 product gets by the same arithmetic.
+
+    Of estimates that are worth the name it is 0.85 to 1.
+    """
+    chip = topology.chip
+    small = Topology(chip, (2,) * 2 if chip.dimensions == 2 else (2, 2, 1))
+    whole = sharding.replicated(topologies.create_mesh(small))
+    operand = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=whole)
+    product = jax.jit(jnp.matmul, out_shardings=whole)
+    program = compile_program("calibration", product, (operand, operand), small)
+    return 2 * size**3 / chip.peak_flops / program.estimate.seconds(chip)

@@ -1,0 +1,1 @@
+"""How a job is spread: device mesh, processes, stopping, compiled programs."""

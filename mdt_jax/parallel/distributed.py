@@ -1,0 +1,249 @@
+"""The processes of a job: joining them, agreeing among them, and ending all when one fails.
+
+JAX ends every process within `HEARTBEAT_TIMEOUT` of one falling silent. Here is what it leaves to
+its users: that a process which fails, but could say why, says so to the others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+from absl import logging as absl_logging
+from orbax.checkpoint import multihost
+
+# Seconds after which a silent peer counts as dead; JAX's default of 100 is slow to notice one.
+HEARTBEAT_TIMEOUT = 30
+_GATHER_TIMEOUT_MS = 20 * 60 * 1000  # One process may verify a large checkpoint meanwhile.
+_FAILURE = "mdt_jax/failure"  # The key under which the first process to fail says why.
+_WATCH_SECONDS = 1.0
+_WAIT_MS = 2 * 60 * 60 * 1000  # of the others, while process 0 reads or joins tens of gigabytes
+_MEETINGS = itertools.count()
+_gathers = Counter()  # How often each name was used: a key can be written once.
+
+
+def is_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether the environment says that this process is one of several."""
+    for variable in ("OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
+        if int(environment.get(variable) or 1) > 1:
+            return True
+    # Inside an allocation, but not started by srun, a command is alone.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1:
+        return True
+    # Cloud TPU slices of several hosts, single or several slices.
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
+    """Calls `jax.distributed.initialize` where there is a cluster; every command's first call.
+
+    SLURM, Open MPI and TPU slices are recognised by JAX itself. Elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
+
+    Raises:
+      ValueError: JAX_NUM_PROCESSES without the two others.
+    """
+    # At absl's INFO level it would tell at length which accelerators are not there.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    if not is_cluster(environment):
+        return
+    explicit = {}
+    if int(environment.get("JAX_NUM_PROCESSES") or 1) > 1:
+        for variable in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"):
+            if not environment.get(variable):
+                raise ValueError(f"JAX_NUM_PROCESSES is set, {variable} is not")
+        explicit = {
+            "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"],
+            "num_processes": int(environment["JAX_NUM_PROCESSES"]),
+            "process_id": int(environment["JAX_PROCESS_ID"]),
+        }
+    jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    _start_watching()
+
+
+def gather(name: str, value: Any) -> list[Any]:
+    """Every process's `value` (JSON), in the processes' order; `[value]` if there is only one.
+
+    All processes call it with the same name, equally often. It meets at JAX's coordination
+    service: nothing is compiled, and any thread may wait here.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, count = _client(), jax.process_count()
+    key = f"mdt_jax/gather/{name}/{_gathers[name]}"
+    _gathers[name] += 1
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    client.wait_at_barrier(key, _GATHER_TIMEOUT_MS)
+    values = {path.rpartition("/")[2]: text for path, text in client.key_value_dir_get(key)}
+    return [json.loads(values[str(process)]) for process in range(count)]
+
+
+def check_agreement(value: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, processes of one job that would not train the same.
+
+    Args:
+      value: what must be equal everywhere, JSON; nested mappings are compared key by key.
+    """
+    first, *others = gather("agreement", _flat(value))
+    differences = [
+        f"{key} is {_short(other.get(key))} on process {process}, {_short(first.get(key))} on "
+        "process 0"
+        for process, other in enumerate(others, start=1)
+        for key in sorted(first.keys() | other.keys())
+        if first.get(key) != other.get(key)
+    ]
+    if differences:
+        more = f" ({len(differences)} differences)" if len(differences) > 3 else ""
+        raise ValueError(
+            f"the processes of this job differ: {'; '.join(differences[:3])}{more}; start all of "
+            "them with the same flags, and give each the same data"
+        )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """The body of a command: in a job of several processes, an error on one ends them all.
+
+    The others may be waiting for it in a collective, which nothing could interrupt, and it would
+    wait for them to leave: so it tells them why, and goes at once, with status 1.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # `sys.exit()` and `sys.exit(0)` are no failure.
+        if not _joined() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        if isinstance(error, SystemExit):
+            message = str(error.code).removeprefix("error: ")
+        else:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _fail(message)
+
+
+def leave() -> NoReturn:
+    """Ends this process with status 0, from any thread, once all the others are here as well."""
+    if _joined():
+        jax.distributed.shutdown()
+    _exit(0)
+
+
+def _joined() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _client() -> Any:
+    """JAX's client of its coordination service, which has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _fail(message: str) -> NoReturn:
+    me, others = jax.process_index(), jax.process_count() - 1
+    if _is_about_a_peer(message):
+        # What made the peer go may be on its way here; the watching thread then ends us.
+        time.sleep(3 * _WATCH_SECONDS)
+        message = f"lost another process of the job, which died or failed before ({message})"
+    with contextlib.suppress(Exception):  # another was first, or the service is gone
+        _client().key_value_set(_FAILURE, f"{me} {message}")
+    print(f"error: process {me}: {message}; ending the {others} other(s)", file=sys.stderr)
+    if me == 0:
+        # The service ends with this process: let the others read first.
+        time.sleep(3 * _WATCH_SECONDS)
+    _exit(1)
+
+
+def _is_about_a_peer(message: str) -> bool:
+    """Whether an error tells that another process went away, as far as its text can say."""
+    signs = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "UNAVAILAB")
+    return any(sign in message for sign in signs)
+
+
+def _start_watching() -> None:
+    """Starts a thread that ends this process when another fails; it ends before Python does."""
+    done = threading.Event()
+    thread = threading.Thread(
+        target=_end_with_the_others, args=(done,), name="watch_for_failure", daemon=True
+    )
+
+    def stop_watching() -> None:
+        done.set()
+        thread.join()
+
+    thread.start()
+    atexit.register(stop_watching)
+
+
+def _end_with_the_others(done: threading.Event) -> None:
+    # A waiting read would be simpler, but nothing can end it when this process is to end.
+    while not done.wait(_WATCH_SECONDS):
+        try:
+            failure = _client().key_value_try_get(_FAILURE)
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the service has ended, and JAX ends this process
+        process, _, message = failure.partition(" ")
+        if int(process) != jax.process_index():
+            print(f"error: process {process} of the job failed: {message}", file=sys.stderr)
+            _exit(1)
+        return
+
+
+def _exit(status: int) -> NoReturn:
+    """Without waiting for threads or for other processes, as `sys.exit` would."""
+    absl_logging.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def by_first_process(work: Callable[[], Any]) -> Any:
+    """What `work`, done by process 0 alone, returns (JSON); its error is every process's.
+
+    All processes call this in the same order, and wait for process 0.
+    """
+    if jax.process_count() == 1:
+        return work()
+    outcome, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": work()}
+        except Exception as error:
+            outcome, failure = {"error": str(error)}, error
+    wait = multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+    wait(key=f"by_first_process {next(_MEETINGS)}", timeout_ms=_WAIT_MS)
+    outcome = gather("by_first_process", outcome)[0]
+    if failure is not None:
+        raise failure
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]

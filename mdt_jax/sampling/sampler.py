@@ -1,0 +1,359 @@
+"""Sampling from a trained model, in Python: `load` a run or weights, `sample` images from them.
+
+A sample's noise is keyed by (key, index of the sample) alone, so neither the batch size nor the
+devices change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from mdt_jax.diffusion import guided, run_steps, start
+from mdt_jax.diffusion.samplers import SamplerState
+from mdt_jax.parallel import sharding
+from mdt_jax.sampling.batch_size import fitting
+from mdt_jax.sampling.model import DiffusionModel
+from mdt_jax.sampling.options import SamplerOptions, resolve_labels, resolve_options
+
+CHUNK_STEPS = 25  # steps between two moves of the progress bar
+# tqdm's own bar, but a batch that is half done is half its samples, always in samples a second.
+_BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+def sample(
+    model: DiffusionModel,
+    params: dict[str, Any],
+    *,
+    labels: Sequence[int | str] | np.ndarray | Array | None = None,
+    num_samples: int | None = None,
+    key: Array | int | np.integer = 0,
+    cfg_scale: float | None = None,
+    cfg_power: float | None | str = "default",
+    cfg_interval: Sequence[float | int] | None = None,
+    guided_channels: int | None | str = "default",
+    sampler: str | None = None,
+    steps: int | str | None = None,
+    eta: float = 0.0,
+    clip: bool | None = None,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Float[np.ndarray, "n h w c"]:
+    """Samples, one for each label, in the range the model was trained on ([−1, 1] for images).
+
+    What is None or "default" is the model's own (`DiffusionModel.defaults`).
+
+    Args:
+      model, params: from `load`, or a model of your own and its parameters.
+      labels: classes by number or name. Without any, classes in turn; none if unconditional.
+      num_samples: how many, when labels are not given (16), or labels repeated to that many.
+      key: PRNG key or seed; sample i's noise depends on it and i alone.
+      cfg_scale: guidance scale, 1 for none; always 1 if unconditional.
+      cfg_power: exponent of the power-cosine scale, None for a constant scale.
+      cfg_interval: (low, high), the fractions of the process that are guided, low ≤ t/T < high;
+        (0, 1) for all of it. Outside, a step costs half.
+      guided_channels: how many channels of the mean are guided, None for all.
+      sampler: "ddpm", "ddim", "heun" (two model calls a step), "dpm++" (DPM-Solver++(2M)) or
+        "dpm++sde".
+      steps: a count of steps, spaced as the sampler wants (`diffusion.samplers.spaced`), or any
+        respacing ("10,15,20", "ddim50", "logsnr20"). Of another sampler than the model's own that
+        needs few: `diffusion.samplers.FEW_STEPS`.
+      eta: DDIM's, 0 deterministic to 1 ancestral.
+      clip: whether x̂0 is clipped to [−1, 1].
+      batch_size: samples at a time, over all devices; rounded up to fill them. By default as many
+        as their memory takes (`mdt_jax.sampling.batch_size`).
+      mesh: devices to use; all by default, the batch split over them.
+      progress: whether to show a progress bar.
+
+    Raises:
+      ValueError: labels, sampler, steps or channels that the model does not have, or no batch.
+    """
+    chosen = resolve_labels(model, labels, num_samples)
+    options = resolve_options(
+        model, cfg_scale, cfg_power, cfg_interval, guided_channels, sampler, steps, eta, clip
+    )
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    return run_in_batches(
+        lambda mesh, size: compile_sampler(model, mesh, size, options),
+        params,
+        len(chosen),
+        lambda rows: (chosen[rows],),
+        key=key,
+        batch_size=resolve_batch_size(batch_size, model, params, mesh, options),
+        mesh=mesh,
+        progress=progress,
+    )
+
+
+def run_in_batches(
+    compile_batch: Callable[[Mesh, int], CompiledBatch],
+    params: Any,
+    count: int,
+    inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
+    *,
+    key: Array | int | np.integer,
+    batch_size: int,
+    mesh: Mesh,
+    progress: bool,
+) -> Float[np.ndarray, "n h w c"]:
+    """Runs a compiled sampler over as many batches as `count` samples take.
+
+    Args:
+      compile_batch: the sampler of a mesh and a batch size.
+      params: the network's, moved to the mesh if they are not there.
+      count: of samples.
+      inputs: indices of a batch's samples → the sampler's arguments between parameters and key.
+      key, batch_size, mesh, progress: as `sample` has them.
+
+    Raises:
+      ValueError: a batch size below 1.
+    """
+    size = global_batch_size(batch_size, count, mesh)
+    run = compile_batch(mesh, size)
+    batches = in_batches(run, params, count, inputs, key=key, progress=progress)
+    return np.concatenate([rows for _, rows in batches])
+
+
+def resolve_batch_size(
+    batch_size: int | None,
+    model: DiffusionModel,
+    params: Any,
+    mesh: Mesh,
+    options: SamplerOptions,
+) -> int:
+    """The caller's batch size, or one that fits the devices of the mesh."""
+    if batch_size is not None:
+        return batch_size
+    return fitting(model.network, params, mesh, guided=options.cfg_scale != 1)
+
+
+def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
+    """Samples in a batch over all devices: no more than there are to make, rounded up to fill them.
+
+    Raises:
+      ValueError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1")
+    shards = sharding.batch_shards(mesh)
+    return -(-min(batch_size, count) // shards) * shards
+
+
+def in_batches(
+    run: CompiledBatch,
+    params: Any,
+    count: int,
+    inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
+    *,
+    key: Array | int | np.integer,
+    progress: bool,
+    done: Container[int] = (),
+) -> Iterator[tuple[int, Float[np.ndarray, "n h w c"]]]:
+    """Batches of samples as they are made, each after the index of its first.
+
+    Args:
+      run: the compiled sampler.
+      params: the network's, moved to its mesh if they are not there.
+      count, inputs, key, progress: as `run_in_batches` has them.
+      done: first indices of batches to leave out.
+    """
+    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
+    params = on_mesh(params, run.mesh)
+    size = run.shape[0]
+    batches = [(first, min(first + size, count)) for first in range(0, count, size)]
+    there = sum(last - first for first, last in batches if first in done)
+    with tqdm(
+        total=count,
+        initial=there,
+        unit=" images",
+        bar_format=_BAR,
+        smoothing=0.05,
+        disable=not progress or jax.process_index() > 0,
+    ) as bar:
+        for first, last in batches:
+            if first in done:
+                continue
+            rows = np.arange(first, last)
+
+            def advance(steps: int, share: float = len(rows) / run.num_steps) -> None:
+                bar.update(steps * share)
+
+            yield first, run(params, *inputs(rows), key, first, advance)
+
+
+def on_mesh(params: Any, mesh: Mesh) -> Any:
+    """Parameters on a mesh's devices: as they are if they are there, else a copy on each."""
+    devices = set(mesh.devices.flat)
+    there = all(
+        isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+        for leaf in jax.tree.leaves(params)
+    )
+    return params if there else jax.device_put(params, sharding.replicated(mesh))
+
+
+class CompiledBatch:
+    """What samplers of batches of one size share: their noise, and how rows come and go.
+
+    Attributes:
+      diffusion: the respaced process.
+      mesh: the devices.
+      shape: (batch size, h, w, c) of a batch.
+    """
+
+    def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
+        self.diffusion = model.diffusion.respaced(options.steps)
+        self.mesh = mesh
+        self.shape = (batch_size, *model.network.image_shape)
+        self._model, self._options = model, options
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of one run."""
+        return self.diffusion.num_steps
+
+    def _noise(self, keys: Array, *purpose: Int[Array, ""] | int) -> Array:
+        """Standard normal rows, each from its own key and a path of integers."""
+
+        def draw(key: Array) -> Array:
+            for number in purpose:
+                key = jax.random.fold_in(key, number)
+            return jax.random.normal(key, self.shape[1:])
+
+        return jax.vmap(draw)(keys)
+
+    def _compile(
+        self, chunk: Callable, *first_noise: int, initial: Callable[[Array], Any] = lambda x: x
+    ) -> tuple[Callable, Callable]:
+        """Jitted: a batch's keys and first state, of the noise that is named, and its steps.
+
+        Args:
+          chunk: (params, state, keys, …) → the state some steps on, in place of the first.
+          first_noise: path of the first state's noise.
+          initial: the first state of that noise, rows of samples throughout.
+        """
+
+        def begin(key: Array, first: Array) -> tuple[Array, Any]:
+            indices = first + jnp.arange(self.shape[0])
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+            return keys, initial(self._noise(keys, *first_noise))
+
+        batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+        return (
+            jax.jit(begin, in_shardings=(whole, whole), out_shardings=(batch, batch)),
+            jax.jit(
+                chunk,
+                out_shardings=batch,
+                donate_argnums=1,
+                compiler_options=sharding.compiler_options(self.mesh),
+            ),
+        )
+
+    def _guided(self, apply: Callable, labels: Array) -> Callable:
+        """(x, t) → the network's output under the options' guidance; apply takes (x, t, labels)."""
+        return guided(
+            apply,
+            labels,
+            self._model.network.num_classes,
+            scale=self._options.cfg_scale,
+            power=self._options.cfg_power,
+            channels=self._options.guided_channels,
+            interval=self._options.cfg_interval,
+            num_train_timesteps=self._model.diffusion.schedule.num_train_timesteps,
+        )
+
+    def _step_settings(self) -> dict[str, Any]:
+        """Keywords of the options' step in `diffusion.samplers`."""
+        eta = {"eta": self._options.eta} if self._options.sampler == "ddim" else {}
+        return {"clip": self._options.clip} | eta
+
+    def _place(self, rows: np.ndarray) -> Array:
+        """Rows on their devices, zeros after them to a whole batch."""
+        padding = [(0, self.shape[0] - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+        rows = np.pad(rows, padding)
+        shard = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(rows.shape, shard, lambda index: rows[index])
+
+    def _gather(self, x: Array, count: int) -> np.ndarray:
+        """The first rows of a batch, on every process."""
+        if jax.process_count() > 1:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)[:count]
+
+
+class CompiledSampler(CompiledBatch):
+    """A sampler for batches of one size, compiled once; `compile_sampler` makes and keeps them."""
+
+    def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
+        super().__init__(model, mesh, batch_size, options)
+
+        def chunk(
+            params: Any,
+            state: SamplerState,
+            keys: Array,
+            labels: Array,
+            first: Array,
+            last: Array,
+        ) -> SamplerState:
+            def apply(x: Array, t: Array, y: Array) -> Array:
+                return model.network.apply({"params": params}, x, t, y)
+
+            with sharding.activations(mesh):
+                return run_steps(
+                    options.sampler,
+                    self.diffusion,
+                    self._guided(apply, labels),
+                    state,
+                    lambda i: self._noise(keys, i),
+                    first,
+                    last,
+                    **self._step_settings(),
+                )
+
+        self._start, self._chunk = self._compile(chunk, self.num_steps, initial=start)
+        self._run: Callable = self._chunk
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles all that a run needs, for parameters of just these dtypes and shardings."""
+        key = jax.random.key(0)
+        keys, state = self._start(key, np.int32(0))
+        labels = self._place(np.zeros(self.shape[0], np.int32))
+        step = np.int32(0)
+        self._run = self._chunk.lower(params, state, keys, labels, step, step).compile()
+        if jax.process_count() > 1:
+            multihost_utils.process_allgather(state.x, tiled=True)
+
+    def __call__(
+        self,
+        params: Any,
+        labels: Int[np.ndarray, " n"],
+        key: Array,
+        first_index: int = 0,
+        advance: Callable[[int], Any] = lambda steps: None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
+        keys, state = self._start(key, np.int32(first_index))
+        placed = self._place(labels.astype(np.int32))
+        for first in range(0, self.num_steps, CHUNK_STEPS):
+            last = min(first + CHUNK_STEPS, self.num_steps)
+            state = self._run(params, state, keys, placed, np.int32(first), np.int32(last))
+            state.x.block_until_ready()
+            advance(last - first)
+        return self._gather(state.x, len(labels))
+
+
+@lru_cache(maxsize=8)
+def compile_sampler(
+    model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions
+) -> CompiledSampler:
+    """The sampler for these settings, kept for the next call."""
+    return CompiledSampler(model, mesh, batch_size, options)

@@ -1,0 +1,1 @@
+"""A training run: its step, state, checks, log and judgements."""

@@ -1,0 +1,159 @@
+"""Checks before a run: its settings, and whether its data fit model, classes and earlier steps."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from mdt_jax import config as config_lib
+from mdt_jax.data import Source, create_source
+from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
+from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.parallel import sharding
+from mdt_jax.parallel.distributed import check_agreement
+
+
+def autoencoder_digest(source: Source) -> str | None:
+    """The digest of the encoder that made a cache of latents, None for other sources."""
+    return getattr(getattr(source.records, "description", None), "vae_digest", None)
+
+
+def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
+    """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
+    if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows
+        return
+    way_out = "give the data it was trained on as data.path, or another --workdir"
+    names = zip_longest(meta["class_names"], source.class_names)
+    for label, (before, now) in enumerate(names):
+        if before != now:
+            raise ValueError(
+                f"{source.name}: class {label} is {now!r}, and was {before!r} when {workdir} was "
+                f"trained; {way_out}"
+            )
+    before, now = meta.get("autoencoder"), autoencoder_digest(source)
+    if before and now and before != now:
+        raise ValueError(
+            f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "
+            f"{workdir} was trained on ({before[:12]}); {way_out}"
+        )
+    if (count := meta.get("num_examples", len(source))) != len(source):
+        logging.warning(
+            "%s: %d examples, and %d when the run was last saved: the rest of this epoch is of "
+            "another order",
+            source.name,
+            len(source),
+            count,
+        )
+
+
+def check_processes(config: ConfigDict, source: Source) -> None:
+    """Refuses, with ValueError, processes of one job that would train on different things.
+
+    Each may find the data at a path of its own, and read with as many workers as it likes.
+    """
+    settings = config_lib.to_json(config)
+    for key in ("path", "num_workers", "read_ahead"):
+        del settings["data"][key]
+    names = {str(label): name for label, name in enumerate(source.class_names)}
+    check_agreement({"config": settings, "class": names, "data": source.identity()})
+
+
+def image_size(config: ConfigDict, source: Source) -> int | None:
+    """What images are cropped to; latents are not."""
+    return None if source.latents else config.model.input_size
+
+
+def count_classes(config: ConfigDict) -> ConfigDict:
+    """The config with its data's number of classes, if it asks for that."""
+    if config.model.num_classes != -1:
+        return config
+    return config_lib.resolve_classes(config, create_source(config.data).class_names)
+
+
+def check_source(config: ConfigDict, source: Source) -> None:
+    """Refuses data that the model does not take, with ValueError."""
+    size, channels = config.model.input_size, config.model.in_channels
+    wanted, given = (size, size, channels), tuple(source.image_shape)
+    # Images are cropped to size, latents are not.
+    if given != wanted if source.latents else given[-1] != channels:
+        raise ValueError(
+            f"data.name {config.data.name!r} gives {given}, the model takes {wanted}: "
+            "set model.input_size and model.in_channels"
+        )
+    classes = config.model.num_classes
+    if classes and len(source.class_names) > classes:
+        raise ValueError(
+            f"the data have {len(source.class_names)} classes, model.num_classes is {classes}"
+        )
+    if classes and not source.class_names:
+        raise ValueError(
+            f"the data have no labels ({source.note or source.name}); model.num_classes is "
+            f"{classes}, 0 would do, or data.labels 'file_names'"
+        )
+
+
+EVALUATORS = ("auto", "inception", "classifier")
+
+
+def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, with ValueError, counts that cannot work together, saying which would."""
+    for key in ("num_steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every",
+                "keep_last"):  # fmt: skip
+        if config[key] < 1:
+            raise ValueError(f"{key} {config[key]} is below 1")
+    at_least = {"seed": 0, "data.read_ahead": 1, "data.num_workers": 0, "sample.num_samples": 1,
+                "sample.every": 0, "keep_every": 1, "eval_every": 0, "eval.num_samples": 2,
+                "eval.batch_size": 1, "eval.seed": 0}  # fmt: skip
+    for key, least in at_least.items():
+        section, _, name = key.rpartition(".")
+        value = (config[section] if section else config)[name]
+        if value is not None and value < least:
+            raise ValueError(f"{key} {value} is below {least}")
+    if not config.ema_rates:
+        raise ValueError("ema_rates is empty; sampling uses the first of them, such as 0.9999")
+    for rate in config.ema_rates:
+        if not 0 <= rate < 1:
+            raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
+    if not 0 <= config.label_dropout <= 1:
+        raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
+    if config.profile_steps:
+        first, last = [*config.profile_steps, 0, 0][:2]
+        if len(config.profile_steps) != 2 or not 1 <= first < last:
+            raise ValueError(
+                f"profile_steps {tuple(config.profile_steps)} is not two steps, the first before "
+                "the last, such as (100, 105)"
+            )
+    choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}
+    for key, known in choices.items():
+        if config.data[key] not in known:
+            raise ValueError(
+                f"data.{key} {config.data[key]!r} is unknown; known: {', '.join(known)}"
+            )
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        raise ValueError(f"data.max_bad_fraction {config.data.max_bad_fraction} is outside [0, 1]")
+    if config.sample.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")
+    if config.eval.evaluator not in EVALUATORS:
+        known = ", ".join(EVALUATORS)
+        raise ValueError(f"eval.evaluator {config.eval.evaluator!r} is unknown; known: {known}")
+    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(config.model.kernels)
+    if needed not in (None, platform := mesh.devices.flat[0].platform):
+        raise ValueError(
+            f"model.kernels {config.model.kernels!r} needs a {needed.upper()}, these devices are "
+            f"{platform.upper()}s; 'auto' takes any"
+        )
+    shards = sharding.batch_shards(mesh)
+    unit = shards * config.accumulation_steps
+    if config.batch_size % unit:
+        below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
+        fitting = " or ".join(str(size) for size in (below, above) if size)
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of {unit} = mesh.data × mesh.fsdp "
+            f"({shards}) × accumulation_steps ({config.accumulation_steps}); {fitting} would be"
+        )

@@ -1,0 +1,75 @@
+"""Fine-tuning: what a run starts with when `config.init_from` names another's weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from mdt_jax.convert.adapt import adapt
+from mdt_jax.convert.architecture import KNOWN_HEADS
+from mdt_jax.models import LatentTransformer
+from mdt_jax.weights import pretrained
+
+
+def initial_parameters(
+    config: ConfigDict,
+    model: LatentTransformer,
+    create_parameters: Callable[[], Any],
+    autoencoder: str | None = None,
+) -> Any:
+    """The parameters of `config.init_from`, fitted to a model; logs what became of each.
+
+    Args:
+      config: the run's.
+      model: its network, of the source's family and width; classes, resolution and an MDT v1's
+        decoder depth may differ.
+      create_parameters: initialises the model's own, of which some may be needed. All processes
+        call it alike.
+      autoencoder: digest of the encoder whose latents are to be trained on, None if not known.
+
+    Returns:
+      A tree of NumPy arrays in the source's dtypes.
+
+    Raises:
+      WeightsError, UnknownWeights, CheckpointError: a source that cannot be read.
+      ValueError: one that does not fit the model, naming the setting.
+    """
+    ours = pretrained.architecture_of(model)
+    # What a PyTorch file does not show is taken to be as it is here.
+    shown: dict[str, Any] = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
+    if ours.family == "MDT":
+        shown["decode_layers"] = ours.decoder_depth
+    found = pretrained.read(config.init_from, **shown)
+    before = found.autoencoder
+    if before and autoencoder and before != autoencoder:
+        raise ValueError(
+            f"init_from {found.source}: trained on latents of another autoencoder ({before[:12]}) "
+            f"than data.path holds ({autoencoder[:12]}); give latents of that one, or other weights"
+        )
+    created = functools.cache(create_parameters)
+
+    def fresh(path: str) -> np.ndarray:
+        return _whole(functools.reduce(lambda tree, key: tree[key], path.split("/"), created()))
+
+    arrays = jax.tree.map(np.asarray, found.params)
+    params, report = adapt(arrays, found.architecture, ours, fresh)
+    logging.info("starting from %s (%s):\n%s", found.source, found.architecture.name, report)
+    for key in ("schedule", "prediction"):
+        known, wanted = found.config.diffusion[key], config.diffusion[key]
+        if known != wanted:
+            logging.warning("diffusion.%s is %s; the weights know %s", key, wanted, known)
+    return params
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """All of an array on the host, whichever processes hold its shards."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,385 @@
+"""What a run reports while it trains: logged metrics and a progress bar.
+
+`WORKDIR/metrics.jsonl` is the record: one JSON object per logged step, and one per judgement of
+samples, which survives kills and resumes without gaps or duplicates. `WORKDIR/tensorboard` holds
+the same numbers, and images, for looking at.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import ScalarLike, UInt8
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Number = float | int
+FILE = "metrics.jsonl"  # in the workdir
+# Metrics that the clock and the machine decide: all others are the same in every run of a config.
+CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
+         "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
+         "device_memory_bytes", "device_memory_peak_bytes", "mfu")  # fmt: skip
+
+
+class MetricsWriter:
+    """Writes metrics to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`, from process 0 only.
+
+    On the other processes of a run every method does nothing. A line of metrics.jsonl holds "step"
+    and then the metrics in the order given; steps never go down, and lines of different metrics may
+    share one; floats read back to the same bits, and non-finite ones,
+    which JSON cannot hold, are the strings "nan", "inf" and "-inf" (`float` reads all three).
+    Every `write` has reached the operating system when it returns; TensorBoard's events, which a
+    thread writes, follow within a second.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        start_message: str = "Training",
+    ):
+        """Opens both files, and takes back what a killed run logged after its last checkpoint.
+
+        Args:
+            workdir: the run's directory on a local or mounted file system; created if missing.
+            total_steps: the last step of the run.
+            resume_step: steps already done, 0..total_steps: those of the checkpoint restored from.
+                Lines of later steps, which this run will write again, and a torn last line are
+                removed from metrics.jsonl, and hidden in TensorBoard.
+            start_message: what the line logged here starts with.
+
+        Raises:
+            ValueError: `resume_step` is outside 0..total_steps, or `workdir` is a URL.
+        """
+        workdir = os.fspath(workdir)
+        if "://" in workdir:
+            raise ValueError(
+                f"workdir {workdir!r} is a URL, and metrics.jsonl is appended to, which object "
+                "stores cannot do: mount the bucket (gcsfuse) and give the mounted path"
+            )
+        if not 0 <= resume_step <= total_steps:
+            raise ValueError(
+                f"resume_step {resume_step} is outside 0..total_steps ({total_steps}): the "
+                f"checkpoint in {workdir} is from a longer run; raise total_steps or start in "
+                "another workdir"
+            )
+        self._lines = self._events = None
+        if jax.process_index() != 0:
+            return
+        os.makedirs(workdir, exist_ok=True)
+        path = os.path.join(workdir, FILE)
+        kept, dropped = _keep_until(path, resume_step)
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._events = SummaryWriter(
+            os.path.join(workdir, "tensorboard"),
+            # TensorBoard hides earlier events whose step is at least this one.
+            purge_step=resume_step + 1,
+            # Names are made of whole seconds and opened for overwriting, so without this a run
+            # resumed within a second would erase its predecessor's file.
+            filename_suffix=f".{time.time_ns()}",
+            flush_secs=1,
+        )
+        logging.info(
+            "%s: steps %d to %d, metrics in %s (%d lines kept, %d dropped)",
+            start_message,
+            resume_step + 1,
+            total_steps,
+            path,
+            kept,
+            dropped,
+        )
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, ScalarLike],
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Logs `metrics` of `step`, as one line and as TensorBoard scalars.
+
+        Args:
+            step: number of steps done, 1 after the first, and no less than the last call's.
+            metrics: names and scalars (Python's, NumPy's or JAX's), written as float64.
+            texts: what the line says beside, last, for metrics.jsonl alone.
+
+        Raises:
+            ValueError: a metric is called "step".
+        """
+        if self._lines is None:
+            return
+        texts = texts or {}
+        if "step" in metrics or "step" in texts:
+            raise ValueError(f'a metric at step {step} is named "step", the line\'s own key')
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": int(step)} | {name: _json_number(value) for name, value in values.items()}
+        line |= texts
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, int(step))
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
+        """Adds an image to TensorBoard.
+
+        Args:
+            step: number of steps done.
+            name: its TensorBoard tag.
+            image: (H, W, C) in 0..255, C 1 (grey) or 3 (RGB); `images.image_grid` makes one.
+        """
+        if self._events is not None:
+            self._events.add_image(name, image, int(step), dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes what is pending and closes both files; closing twice is harmless."""
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+            self._lines = self._events = None
+
+
+def read_lines(path: str | os.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl; one that cannot be read, as the torn last one, is left out.
+
+    Raises:
+        OSError: the file is not there, or cannot be read.
+    """
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and "step" in line:
+                    lines.append(line)
+    return lines
+
+
+def steps_with(path: str | os.PathLike, metric: str) -> set[int]:
+    """Steps at which a metrics.jsonl has a metric; none where there is no file."""
+    try:
+        return {line["step"] for line in read_lines(path) if metric in line}
+    except FileNotFoundError:
+        return set()
+
+
+def _keep_until(path: str, last_step: int) -> tuple[int, int]:
+    """Removes from a metrics file the lines after `last_step`, and lines that cannot be read.
+
+    The new file replaces the old one at once, so being killed here loses nothing.
+
+    Returns:
+        The number of lines kept and dropped; (0, 0) when there is no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            before = file.read()
+    except FileNotFoundError:
+        return 0, 0
+    lines = before.removesuffix(b"\n").split(b"\n") if before else []
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            # No proper prefix of a JSON object parses, so a line that does is not torn, even the
+            # last one without its newline.
+            keep = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+            if number < len(lines):  # only the last can be torn: this one was damaged otherwise
+                logging.warning("%s:%d is not a metrics line, removed: %r", path, number, line)
+        if keep:
+            kept.append(line)
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        aside = f"{path}.{os.getpid()}.tmp"
+        with open(aside, "wb") as file:
+            file.write(after)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    return len(kept), len(lines) - len(kept)
+
+
+def _json_number(value: float) -> float | str:
+    """`value`, or its name when it is not finite; `float` of the result is `value` again."""
+    return value if math.isfinite(value) else str(value)
+
+
+class Window:
+    """Means of per-step metrics over the steps between two log lines.
+
+    NaN means "no value at this step" and is skipped (the loss of a timestep quartile that no sample
+    fell in), so a mean is over the steps that had one. A loss that is NaN itself shows as NaN only
+    once no step of a window has a finite one.
+
+    A checkpoint in the middle of a window saves `state()`, so that the means logged after a resume
+    have the same bits as without the interruption.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, ScalarLike]) -> None:
+        """Adds the metrics of one step; their names may differ from step to step."""
+        for name, value in metrics.items():
+            value = float(value)
+            present = not math.isnan(value)
+            self._sums[name] = self._sums.get(name, 0.0) + (value if present else 0.0)
+            self._counts[name] = self._counts.get(name, 0) + present
+
+    def means(self) -> dict[str, float]:
+        """The mean of every metric added since the last reset; NaN for one that was always NaN."""
+        return {
+            name: total / self._counts[name] if self._counts[name] else math.nan
+            for name, total in self._sums.items()
+        }
+
+    def reset(self) -> None:
+        """Starts the next window."""
+        self._sums.clear()
+        self._counts.clear()
+
+    def state(self) -> dict[str, list]:
+        """The window as JSON holds it: {"metrics": [[name, sum, count], ...]}, in logging order."""
+        return {
+            "metrics": [
+                [name, _json_number(total), self._counts[name]]
+                for name, total in self._sums.items()
+            ]
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list]) -> "Window":
+        """The window whose `state()` this was, bit for bit, also after a pass through JSON."""
+        window = cls()
+        for name, total, count in state["metrics"]:
+            window._sums[name] = float(total)
+            window._counts[name] = int(count)
+        return window
+
+
+class Stopwatch:
+    """Seconds of wall-clock time, without those spent in `paused`; it runs from construction."""
+
+    def __init__(self, seconds: float = 0.0):
+        """seconds: what is on it already."""
+        self._seconds, self._since = seconds, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What is on it now, or was when the pause began."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._seconds + running
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops it while the context is open."""
+        self._seconds, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+class StepTimes:
+    """Seconds of single steps, and of waiting for their input, between two log lines.
+
+    They are the host's: what passed between one step's metrics arriving there and the next's. While
+    the devices are what takes the time, that is how long they took for a step.
+    """
+
+    def __init__(self, watch: Stopwatch):
+        """watch: what is measured by; steps may not straddle its pauses."""
+        self._watch = watch
+        self.reset()
+        self._since = watch.seconds
+
+    def reset(self) -> None:
+        """Starts the next window."""
+        self._steps: list[float] = []
+        self._waited = 0.0
+
+    def step(self) -> None:
+        """A step's metrics have arrived."""
+        now = self._watch.seconds
+        self._steps.append(now - self._since)
+        self._since = now
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around taking the next batch."""
+        began = self._watch.seconds
+        yield
+        self._waited += self._watch.seconds - began
+
+    def metrics(self) -> dict[str, float]:
+        """Median and 99th percentile of the window's steps, and the mean wait for input."""
+        if not self._steps:
+            return {}
+        median, slow = np.percentile(self._steps, (50, 99))
+        return {
+            "step_seconds_p50": float(median),
+            "step_seconds_p99": float(slow),
+            "input_wait_seconds": self._waited / len(self._steps),
+        }
+
+
+class Progress:
+    """How far a run is and when it will be done: a bar on a terminal, log lines elsewhere.
+
+    The bar is on standard error, and only where that is a terminal; otherwise each `log` is one
+    INFO line. Processes other than 0 show nothing. The time left is counted from the rate since
+    construction: make it after the steps are compiled.
+    """
+
+    def __init__(self, total_steps: int, *, first_step: int = 0):
+        """
+        Args:
+            total_steps: the last step of the run.
+            first_step: steps already done, when the run is a resumed one.
+        """
+        is_shown = jax.process_index() == 0
+        is_terminal = sys.stderr.isatty()
+        self._logs_lines = is_shown and not is_terminal
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (is_shown and is_terminal),
+        )
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._start = time.monotonic()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` steps done."""
+        self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, *, loss: Number, images_per_second: Number) -> None:
+        """Shows the loss and the speed at `step`: beside the bar, or as one log line."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:,.1f} images/s")
+        if self._logs_lines:
+            done = step - self._first_step
+            seconds = (time.monotonic() - self._start) / max(done, 1) * (self._total_steps - step)
+            logging.info(
+                "step %d/%d (%.0f%%), loss %.4f, %s images/s, %s left",
+                step,
+                self._total_steps,
+                100 * step / self._total_steps,
+                loss,
+                f"{images_per_second:,.1f}",
+                tqdm.format_interval(seconds),
+            )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()

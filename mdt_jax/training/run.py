@@ -1,0 +1,234 @@
+"""A training run: the parts of its step, its compiled steps, its saved and restored state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mdt_jax import checkpoints, sampling
+from mdt_jax import config as config_lib
+from mdt_jax.checkpoints import CheckpointError, Checkpoints
+from mdt_jax.data import Source, example_spec
+from mdt_jax.models import flops, masking
+from mdt_jax.parallel import sharding
+from mdt_jax.training import checks, optimizers
+from mdt_jax.training.checks import check_settings
+from mdt_jax.training.finetune import initial_parameters
+from mdt_jax.training.optimizers import schedule_of
+from mdt_jax.training.step import Trainer, TrainState
+from mdt_jax.weights import pretrained
+
+
+def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
+    """The training step's parts from a config; ValueError for what cannot work."""
+    check_settings(config, mesh)
+    model = config_lib.create_network(config)
+    sharding.check_heads(mesh, model.num_heads)
+    schedule = schedule_of(config)
+    return Trainer(
+        model=model,
+        diffusion=config_lib.create_diffusion(config),
+        optimizer=optimizers.create_optimizer(dict(config.optimizer), schedule, model.frozen),
+        schedule=schedule,
+        mesh=mesh,
+        ema_rates=tuple(config.ema_rates),
+        label_dropout=config.label_dropout,
+        accumulation_steps=config.accumulation_steps,
+        timestep_sampler=config.diffusion.timestep_sampler,
+        seed=config.seed,
+    )
+
+
+class Run:
+    """One training run: its parts, built and checked in the order in which they can fail."""
+
+    def __init__(self, config: ConfigDict, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        self.mesh = sharding.create_mesh(**config.mesh)
+        self.trainer = create_trainer(config, self.mesh)
+        self.model = self.trainer.model
+        self.counts, self.probabilities = config_lib.kept_counts(config, self.model)
+        sampling.resolve_options(sampling.DiffusionModel.from_config(config))
+        self.abstract = self.trainer.abstract_state()
+        self.rates = [str(rate) for rate in config.ema_rates]
+
+    def describe(self) -> str:
+        """Parameters, memory and work of the run, for a person."""
+        c, model = self.config, self.model
+        trained = {k: v for k, v in self.abstract.params.items() if k not in model.frozen}
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+        step_flops = self.step_flops()
+        lines = [
+            f"model          {c.model.name}: {count:,} trainable parameters, "
+            f"{model.num_tokens} tokens, {np.dtype(model.dtype).name}",
+            f"devices        {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}, mesh "
+            + " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
+            f"state          {sharding.bytes_per_device(self.abstract) / 2**20:,.1f} MiB a device "
+            "(parameters, optimiser, EMA)",
+            f"batch          {c.batch_size} ({c.batch_size // sharding.batch_shards(self.mesh)} a "
+            f"device, in {c.accumulation_steps} microbatch(es))",
+            f"kept tokens    {', '.join(map(str, self.counts))}"
+            if self.counts[0] is not None
+            else "kept tokens    no masked pass",
+            f"work           {step_flops / 1e12:,.3g} model TFLOP a step",
+        ]
+        return "\n".join(lines)
+
+    def step_flops(self) -> float:
+        """Model FLOPs of a step, at the mean number of kept tokens."""
+        if self.counts[0] is None:
+            return flops.train_step_flops(self.model, self.config.batch_size)
+        mean = float(np.dot(self.counts, self.probabilities))
+        return flops.train_step_flops(self.model, self.config.batch_size, mean)
+
+    def kept(self, step: int) -> int | None:
+        """How many tokens the masked pass of a step keeps."""
+        if self.counts[0] is None:
+            return None
+        return masking.draw_kept_count(self.counts, self.probabilities, self.config.seed, step)
+
+    def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:
+        """The compiled step of every number of kept tokens, so that none is compiled later.
+
+        They take what the pipeline makes of a source's examples; without one, the model's inputs.
+        """
+        spec = {
+            "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
+            "label": jax.ShapeDtypeStruct((), np.int32),
+        }
+        if source is not None:
+            spec = example_spec(source, checks.image_size(self.config, source))
+        batch, size = sharding.batch_sharding(self.mesh), self.config.batch_size
+        abstract_batch = {
+            name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
+            for name, one in spec.items()
+        }
+        lowered = [
+            self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda step: step.compile(), lowered)
+            return dict(zip(self.counts, compiled, strict=True))
+
+    def restore(
+        self, store: Checkpoints, autoencoder: str | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint that verifies, or a fresh state and empty meta data.
+
+        Args:
+          store: the run's checkpoints.
+          autoencoder: digest of the encoder whose latents are trained on, None if not known.
+
+        Raises:
+          ValueError: a checkpoint of a run with other settings, or weights of `init_from` that do
+            not fit.
+        """
+        if store.latest_step() is None:
+            return self._fresh_state(autoencoder), {}
+        items = self._saved_items(store)
+        try:
+            return self._restore_items(store, items)
+        except CheckpointError:
+            # The newest may have been damaged and set aside, and the one before it converted.
+            if (before := self._saved_items(store)) == items:
+                raise
+            return self._restore_items(store, before)
+
+    def _saved_items(self, store: Checkpoints) -> list[str]:
+        """What the newest checkpoint holds of a state, once its settings are found to be ours."""
+        # Before any array: those of another model would not fit. Damage is `store.restore`'s.
+        with contextlib.suppress(CheckpointError):
+            meta = checkpoints.read_meta(self.workdir, store.latest_step())[1]
+            self._check_settings(meta)
+            if "weights" in meta:
+                return meta["weights"]["items"]
+        return ["state"]
+
+    def _restore_items(
+        self, store: Checkpoints, items: list[str]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        if "state" not in items:
+            return self._restore_weights(store, items)
+        averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
+        _, restored, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
+        self._check_settings(meta)
+        ema = {rate: restored[f"ema_{rate}"] for rate in self.rates}
+        return restored["state"].replace(ema=ema), meta
+
+    def _restore_weights(
+        self, store: Checkpoints, items: list[str]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state that converted weights start with: they came without an optimiser's."""
+        step, restored, meta = store.restore(dict.fromkeys(sorted(items), self.abstract.params))
+        (average,) = (item for item in items if item.startswith("ema_"))
+        params = restored.get("params", restored[average])
+        logging.info("starting from converted weights (%s)", meta["weights"]["source"])
+        return self.trainer.start_from(params, restored[average], step), meta
+
+    def _fresh_state(self, autoencoder: str | None) -> TrainState:
+        """The state at step 0: as initialised, or from the weights that `init_from` names."""
+        if not self.config.init_from:
+            return self.trainer.create_state()
+        create = self.trainer.create_parameters
+        params = initial_parameters(self.config, self.model, create, autoencoder)
+        return self.trainer.start_from(pretrained.place(params, self.abstract.params))
+
+    def _check_settings(self, meta: dict[str, Any]) -> None:
+        """Refuses, with ValueError, to go on with what is another run."""
+        # Through a config of today's, so that a setting newer than the run is not a difference.
+        saved = config_lib.from_json(meta["config"])
+        if "weights" in meta:  # converted: of its settings only the network and process are known
+            changed = self._other_model(saved)
+            rates = [str(rate) for rate in saved.ema_rates]
+            if "state" in meta["weights"]["items"]:
+                self._warn_of_other_optimizer(saved)
+                if rates != self.rates:
+                    changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
+            if self.config.init_from:
+                raise ValueError(
+                    f"{self.workdir} holds converted weights ({meta['weights']['source']}), so "
+                    f"init_from {self.config.init_from} has no use there; give one of the two"
+                )
+        else:
+            changed = config_lib.differences(
+                config_lib.to_json(saved), config_lib.to_json(self.config)
+            )
+        if changed:
+            raise ValueError(
+                f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
+                "give this one another --workdir"
+            )
+
+    def _warn_of_other_optimizer(self, saved: ConfigDict) -> None:
+        """A moved run's settings are known, but the config's are what is used from here on."""
+        for key, before in saved.optimizer.items():
+            if (now := self.config.optimizer[key]) != before and None not in (now, before):
+                logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
+
+    def _other_model(self, saved: ConfigDict) -> list[str]:
+        """How the network and the process differ from those of a config, in words."""
+        ours = dataclasses.asdict(pretrained.architecture_of(self.model))
+        theirs = pretrained.architecture_of(config_lib.create_network(saved))
+        theirs = dataclasses.asdict(theirs)
+        pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours]
+        pairs += [
+            (f"diffusion.{key}", saved.diffusion[key], self.config.diffusion[key])
+            for key in ("schedule", "num_timesteps", "prediction", "variance")
+        ]
+        return [f"{key}: {before}, now {now}" for key, before, now in pairs if before != now]
+
+    def save(self, store: Checkpoints, state: TrainState, step: int, meta: dict) -> None:
+        """Starts saving a state whose loss was seen finite; the averages are items of their own."""
+        averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
+        store.save(step, {"state": state.replace(ema={}), **averages}, meta)

@@ -1,0 +1,1 @@
+"""Pretrained networks with their weights, from PyTorch's files or a run's workdir."""

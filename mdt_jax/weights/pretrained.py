@@ -1,0 +1,327 @@
+"""A model from weights of any kind: a PyTorch file, hf://OWNER/REPO/FILE, or a run's workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mdt_jax import checkpoints
+from mdt_jax import config as config_lib
+from mdt_jax.convert import diffusers_dit
+from mdt_jax.convert.architecture import (
+    BUFFER,
+    Architecture,
+    UnknownWeights,
+    identify,
+    parameter_shapes,
+)
+from mdt_jax.convert.transformers import from_torch
+from mdt_jax.models import LatentTransformer
+from mdt_jax.models.positions import sincos_position_table
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights.files import WeightFile, WeightsError
+
+METADATA = "mdt_jax"  # under which our own .safetensors files say what they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Weights, what network they are of, and how it is trained and sampled.
+
+    Attributes:
+      source: where they come from, for messages.
+      architecture: of the network.
+      config: a run's config with the family's recipe, or the run's own.
+      params: parameter tree of `LazyArray`s in the source's dtypes.
+      step: training steps behind them, 0 if not known.
+      class_names: empty if not known.
+      dtypes: of every weight by the authors' name, if they are not all of one type.
+      autoencoder: digest of the encoder whose latents a run was trained on, None if not known.
+    """
+
+    source: str
+    architecture: Architecture
+    config: ConfigDict
+    params: Any
+    step: int = 0
+    class_names: tuple[str, ...] = ()
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    autoencoder: str | None = None
+
+
+def read(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
+    """The weights of a source; arrays are read when they are asked for.
+
+    Args:
+      source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
+      nest: which part of a training file to take ("ema", "model"); the EMA, if it has one.
+      **hints: what a PyTorch file does not show, `open_weights`'s.
+
+    Raises:
+      WeightsError, UnknownWeights: a file that is not there, damaged or of no model known here.
+      CheckpointError: a workdir without a sound checkpoint.
+    """
+    if not weight_files.is_weight_file(source) and not Path(source).is_file():
+        return _read_workdir(source)
+    weights, architecture = open_weights(source, nest, **hints)
+    own = _own_description(weights)
+    try:
+        params = parameter_tree(weights, architecture)
+    except ValueError as error:
+        raise UnknownWeights(f"{weights.path}: {error}") from error
+    return Pretrained(
+        source=str(source),
+        architecture=architecture,
+        config=config_lib.from_json(own["config"]) if own else create_config(architecture),
+        params=params,
+        step=own["step"] if own else step_of(str(source)) or 0,
+        class_names=tuple(own["class_names"]) if own else (),
+        dtypes=_mixed_dtypes(weights, architecture),
+    )
+
+
+def _read_workdir(workdir: str | Path) -> Pretrained:
+    step, meta = checkpoints.read_meta(workdir)
+    config = config_lib.from_json(meta["config"])
+    return Pretrained(
+        source=str(workdir),
+        architecture=architecture_of(config_lib.create_network(config)),
+        config=config,
+        params=checkpoints.lazy_item(workdir, average_item(workdir, config), step=step),
+        step=step,
+        class_names=tuple(meta["class_names"]),
+        autoencoder=meta.get("autoencoder"),
+    )
+
+
+def open_weights(
+    source: str | Path,
+    nest: str | None = None,
+    *,
+    decode_layers: int | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> tuple[WeightFile, Architecture]:
+    """A file's weights under the authors' names, and the architecture they show.
+
+    Args:
+      source, nest: as for `read`.
+      decode_layers: an MDT v1's decoder depth, 2 if None.
+      num_heads: of a DiT; by the known widths if None.
+      num_classes: settles what the last row of the label table is (`identify`).
+      input_size: side of the latents of diffusers' DiT, which does not store its positions; by
+        config.json if None, or else 32.
+
+    Raises:
+      WeightsError, UnknownWeights: as for `read`.
+    """
+    weights = weight_files.read(source, nest)
+    try:
+        if diffusers_dit.MARK in weights:
+            beside = weight_files.json_beside(source, weights.path)
+            size = _number(beside, "sample_size", input_size)
+            if size is None:
+                logging.info("%s: no config.json beside it; taken to be of 32 × 32 latents", source)
+            weights = _from_diffusers(weights, size or 32)
+            num_heads = _number(beside, "num_attention_heads", num_heads)
+        own = _own_description(weights)
+        if own:  # of our own making: says what shapes do not
+            known = Architecture(**own["architecture"])
+            decode_layers, num_heads = known.decoder_depth or None, known.num_heads
+            num_classes = known.num_classes
+        architecture = identify(
+            weights.shapes,
+            decode_layers=2 if decode_layers is None else decode_layers,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
+    except UnknownWeights as error:
+        raise UnknownWeights(f"{weights.path}: {error}") from error
+    for name, dtype in weights.dtypes.items():
+        if dtype.kind in "iub" and not name.endswith(BUFFER):
+            raise UnknownWeights(f"{weights.path}: {name} holds {dtype.name}, not floats")
+    return weights, architecture
+
+
+def describe(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[str, str]:
+    """What a .safetensors file of ours says about itself, for `read` to find."""
+    architecture = architecture_of(config_lib.create_network(config))
+    described = {
+        "architecture": dataclasses.asdict(architecture),
+        "config": config_lib.to_json(config),
+        "class_names": list(class_names),
+        "step": step,
+    }
+    return {"format": "pt", METADATA: json.dumps(described)}
+
+
+def _own_description(weights: WeightFile) -> dict[str, Any] | None:
+    """What `describe` wrote, None in a file of others."""
+    if METADATA not in weights.metadata:
+        return None
+    try:
+        described = json.loads(weights.metadata[METADATA])
+        Architecture(**described["architecture"])
+        config_lib.from_json(described["config"])
+        described["step"], described["class_names"] = (
+            int(described["step"]),
+            [str(name) for name in described["class_names"]],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(
+            f"{weights.path}: its metadata {METADATA!r} cannot be read ({error!r}); save the "
+            "arrays again without it"
+        ) from error
+    return described
+
+
+def _number(settings: Mapping[str, Any], key: str, given: int | None) -> int | None:
+    """A number of a config.json, which goes before what the caller gave."""
+    value = settings.get(key)
+    if value is None:
+        return given
+    if not isinstance(value, int) or value < 1:
+        raise UnknownWeights(f"config.json beside it has {key} {value!r}, not a positive number")
+    return value
+
+
+def average_item(workdir: str | Path, config: ConfigDict, ema_rate: float | None = None) -> str:
+    """The checkpoint item of an average of a run's parameters, its first by default.
+
+    Raises:
+      ValueError: an average that the run does not keep.
+    """
+    rate = config.ema_rates[0] if ema_rate is None else ema_rate
+    if rate not in config.ema_rates:
+        kept = ", ".join(map(str, config.ema_rates))
+        raise ValueError(f"{workdir} keeps no average of rate {rate}; it keeps {kept}")
+    return f"ema_{rate}"
+
+
+def parameter_tree(weights: Mapping[str, np.ndarray], architecture: Architecture) -> Any:
+    """The authors' weights as this project's tree of `LazyArray`s."""
+    a = architecture
+    return from_torch(
+        weights,
+        family=a.family,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        decoder_depth=a.decoder_depth,
+        lazy=True,
+    )
+
+
+def _mixed_dtypes(weights: WeightFile, architecture: Architecture) -> dict[str, str]:
+    """Types by name, empty if all are the same: a stack of layers can have but one."""
+    names = [name for name in parameter_shapes(architecture) if name in weights]
+    dtypes = {name: weights.dtypes[name].name for name in names}
+    return dtypes if len(set(dtypes.values())) > 1 else {}
+
+
+def step_of(name: str) -> int | None:
+    """The training steps in a file name of the authors' or DiT's, None if there are none.
+
+    modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt, NNNNNNN.pt
+    """
+    found = re.search(r"(?:model|opt|ema_[\d.]+_|^)(\d+)\.\w+$", Path(name).name)
+    return int(found[1]) if found else None
+
+
+def ema_rate_of(name: str) -> float | None:
+    """The rate in a file name ema_RATE_NNNNNN.pt, None if there is none."""
+    found = re.search(r"ema_(0\.\d+)_\d+\.\w+$", Path(name).name)
+    return float(found[1]) if found else None
+
+
+def architecture_of(model: LatentTransformer) -> Architecture:
+    """The architecture of a module."""
+    names = [field.name for field in dataclasses.fields(Architecture) if field.name != "family"]
+    sizes = {name: getattr(model, name, 0) for name in names}
+    # The one row of an unconditional model's label table is its null row, whatever it was told.
+    sizes["null_class"] = model.null_class or model.num_classes == 0
+    return Architecture(family=type(model).__name__, **sizes)
+
+
+def create_config(architecture: Architecture) -> ConfigDict:
+    """A run's config for an architecture: its authors' recipe, and how its samples are drawn."""
+    a = architecture
+    config = config_lib.default_config()
+    if a.name == a.family:
+        sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
+        config.model.update({size: getattr(a, size) for size in sizes})
+    config.model.update(
+        name=a.name,
+        input_size=a.input_size,
+        in_channels=a.in_channels,
+        num_classes=a.num_classes,
+    )
+    if a.family != "DiT":
+        config.model.decoder_depth = a.decoder_depth
+    config_lib.apply_recipe(config)
+    config.label_dropout = 0.1 if a.null_class else 0.0
+    config.diffusion.variance = "learned_range" if a.learn_variance else "fixed_large"
+    config.data.name = "latents"
+    config.sample.every = 0
+    if a.family == "DiT":
+        config.sample.update(cfg_scale=1.5, cfg_power=None)
+    if a.in_channels in (1, 3):  # pixels
+        config.sample.update(clip=True, guided_channels=None)
+    if not a.num_classes or not a.null_class:
+        config.sample.cfg_scale = 1.0
+    return config
+
+
+def place(params: Any, abstract: Any) -> Any:
+    """Arrays on their devices, one leaf at a time, in the dtypes and shardings of `abstract`.
+
+    Raises:
+      ValueError: another structure or shape.
+    """
+
+    def put(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        array = np.asarray(array).astype(like.dtype, copy=False)
+        if array.shape != like.shape:
+            raise ValueError(f"an array of shape {array.shape} where the model has {like.shape}")
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+    return jax.tree.map(put, params, abstract)
+
+
+def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
+    """diffusers' DiT under DiT's own names, with the position table that it does not store."""
+    depth = diffusers_dit.depth(weights)
+    sources = diffusers_dit.sources(depth)
+    copies = diffusers_dit.copies(depth)
+    diffusers_dit.check(weights.shapes, depth)
+    for first, others in copies.items():
+        for other in others:
+            if not np.array_equal(weights[first], weights[other]):
+                raise UnknownWeights(f"{other} differs from {first}; a DiT has one embedder")
+    width, _, patch, _ = weights.shapes["pos_embed.proj.weight"]
+    table = sincos_position_table(width, input_size // patch)[None].astype(
+        weights.dtypes["pos_embed.proj.weight"]
+    )
+
+    def load(name: str) -> np.ndarray:
+        if name == "pos_embed":
+            return table
+        parts = [weights[part] for part in sources[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    shapes = {"pos_embed": table.shape}
+    for name, parts in sources.items():
+        first, *rest = weights.shapes[parts[0]]
+        shapes[name] = (first * len(parts), *rest)
+    dtypes = {name: weights.dtypes[parts[0]] for name, parts in sources.items()}
+    dtypes["pos_embed"] = table.dtype
+    return WeightFile(weights.path, shapes, dtypes, load, nest=weights.nest)

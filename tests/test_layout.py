@@ -1,0 +1,79 @@
+"""The house stays in order: what lies in mdt_jax/, and what may import what."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mdt_jax"
+# From the ground up: an entry imports from its own floor only itself, and from those below it.
+FLOORS = (
+    ("models", "diffusion", "data", "atomic"),
+    ("parallel", "convert", "config"),
+    ("checkpoints",),
+    ("weights",),
+    ("sampling", "evaluation"),
+    ("training",),
+    ("compilers",),
+    ("benchmarking", "train", "sample", "evaluate", "digits_report"),
+)
+HEIGHT = {entry: height for height, floor in enumerate(FLOORS) for entry in floor}
+
+
+def imports(code: str) -> Iterator[str]:
+    """The entries of mdt_jax/ that a file's code imports, anywhere in it."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "mdt_jax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mdt_jax."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            yield from (path[1] for path in parts if path[0] == "mdt_jax" and len(path) > 1)
+
+
+def climbs(entry: str, code: str) -> list[str]:
+    """What an entry's code imports and may not: entries beside or above it."""
+    return [other for other in imports(code) if other != entry and HEIGHT[other] >= HEIGHT[entry]]
+
+
+def test_the_entries_of_the_package_are_those_of_the_floors():
+    found = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found == {"__init__", *HEIGHT} and len(found) <= 20
+
+
+@pytest.mark.parametrize("entry", HEIGHT)
+def test_no_import_climbs(entry):
+    place = PACKAGE / entry
+    files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    found = {str(file.relative_to(ROOT)): climbs(entry, file.read_text()) for file in files}
+    assert {file: others for file, others in found.items() if others} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from mdt_jax.training import step",
+        "from mdt_jax import training",
+        "import mdt_jax.training.step",
+        "def late():\n    from mdt_jax.training.step import Trainer",
+        "from mdt_jax.evaluation import statistics",  # beside it
+    ],
+)
+def test_an_import_that_climbs_is_found(line):
+    assert climbs("sampling", f"from mdt_jax.models import MDT\n{line}\n") != []
+
+
+def test_the_readmes_map_is_the_tree_in_the_floors_order():
+    code_map = (ROOT / "README.md").read_text().partition("## Map of the code")[2]
+    rows = dict(re.findall(r"^  (\w+)(?:/|\.py)\s(.*(?:\n {15}.*)*)", code_map, re.MULTILINE))
+    commands = FLOORS[-1][1:]  # one row for all of them
+    assert set(rows) == {*HEIGHT} - set(commands[1:])
+    heights = [HEIGHT[entry] for entry in rows]
+    assert heights == sorted(heights)
+    for entry, text in rows.items():
+        modules = {p.name for p in (PACKAGE / entry).glob("*.py")} - {"__init__.py"}
+        assert {name for name in modules if name not in text} == set(), entry
