@@ -67,27 +67,27 @@ def report(
     """Measures samples of the digits: are they of the class asked for, varied, and new?
 
     Args:
-        samples_guided: (N, 8, 8, 1) in 0..255, drawn with guidance.
-        labels: (N,) the classes asked for.
-        samples_plain: (M, 8, 8, 1) drawn at guidance 1, which is the data's own distribution.
-        labels_plain: (M,) the classes asked for; every class of the scans, at least twice.
-        real_train: the scans the model was trained on.
-        real_train_labels: their classes.
-        real_heldout: scans that neither the model nor the classifier has seen.
-        real_heldout_labels: their classes.
+      samples_guided: (N, 8, 8, 1) in 0..255, drawn with guidance.
+      labels: (N,) the classes asked for.
+      samples_plain: (M, 8, 8, 1) drawn at guidance 1, which is the data's own distribution.
+      labels_plain: (M,) the classes asked for; every class of the scans, at least twice.
+      real_train: the scans the model was trained on.
+      real_train_labels: their classes.
+      real_heldout: scans that neither the model nor the classifier has seen.
+      real_heldout_labels: their classes.
 
     Returns:
-        classifier_accuracy: share of held-out scans read right by a classifier trained on
-            `real_train` only.
-        guided_accuracy, plain_accuracy: share of samples that it reads as the class asked for.
-        variance_ratio: variance of a pixel within a class, averaged over pixels and classes, of
-            the plain samples over that of the training scans; 0 for class means.
-        distance_ratio: median Euclidean distance from a plain sample to the nearest training scan,
-            over the same median of the held-out scans; 0 for copies.
-        failed: names of the measures outside what `MEASURES` requires, empty when all is well.
+      classifier_accuracy: share of held-out scans read right by a classifier trained on
+        `real_train` only.
+      guided_accuracy, plain_accuracy: share of samples that it reads as the class asked for.
+      variance_ratio: variance of a pixel within a class, averaged over pixels and classes, of
+        the plain samples over that of the training scans; 0 for class means.
+      distance_ratio: median Euclidean distance from a plain sample to the nearest training scan,
+        over the same median of the held-out scans; 0 for copies.
+      failed: names of the measures outside what `MEASURES` requires, empty when all is well.
 
     Raises:
-        ValueError: a class of the training scans has fewer than two plain samples.
+      ValueError: a class of the training scans has fewer than two plain samples.
     """
     train, heldout = _pixels(real_train), _pixels(real_heldout)
     guided, plain = _pixels(samples_guided), _pixels(samples_plain)

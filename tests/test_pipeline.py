@@ -19,7 +19,7 @@ class Numbered:
     """Records whose image is their number, of sides that vary; some cannot be used.
 
     Attributes:
-        blocks: the sequences of indices that were asked for at once.
+      blocks: the sequences of indices that were asked for at once.
     """
 
     def __init__(self, count: int, bad: tuple[int, ...] = (), by_block: bool = True):

@@ -62,8 +62,8 @@ def from_tar(path: Path) -> Images:
     """The images of a tar of a tar for each class, in the tar's order.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no tar, one that ends early, or one without class tars.
+      FileNotFoundError: no such file.
+      ValueError: no tar, one that ends early, or one without class tars.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--imagenet {path}: no such file; give the tar of class tars")
@@ -138,7 +138,7 @@ def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -
     """The images of a folder, as training reads it.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_folder`.
+      FileNotFoundError, ValueError: as `read_folder`.
     """
     folder = read_folder(path, class_order, labels)
     print(f"{path}: {folder.layout}")
@@ -156,8 +156,8 @@ def from_lmdb(path: Path) -> Images:
     """The values of an LSUN database, encoded images, in the order of their keys.
 
     Raises:
-        FileNotFoundError: no such folder, or no database in it.
-        ValueError: no database, a truncated or an empty one, or no package to read it with.
+      FileNotFoundError: no such folder, or no database in it.
+      ValueError: no database, a truncated or an empty one, or no package to read it with.
     """
     try:
         import lmdb
@@ -195,14 +195,14 @@ def from_parquet(
     """The images of Parquet files as Hugging Face lays them out, file by file in sorted order.
 
     Args:
-        pattern: of the files' paths, as a shell has them.
-        image_column: of encoded images, as bytes or as structs with `bytes`.
-        label_column: of labels; "" for no classes; None for "label" where there is one.
+      pattern: of the files' paths, as a shell has them.
+      image_column: of encoded images, as bytes or as structs with `bytes`.
+      label_column: of labels; "" for no classes; None for "label" where there is one.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: one that is not Parquet, columns that are missing or of another kind, labels
-            without a class, or no package to read them with.
+      FileNotFoundError: no such files.
+      ValueError: one that is not Parquet, columns that are missing or of another kind, labels
+        without a class, or no package to read them with.
     """
     try:
         from pyarrow import parquet

@@ -20,7 +20,7 @@ def read_meta(workdir: str | Path, step: int | None = None) -> tuple[int, dict]:
     """The step (by default the newest sealed) and its meta. Reads no array, changes nothing.
 
     Raises:
-        CheckpointError: there is no such step, or its meta is damaged.
+      CheckpointError: there is no such step, or its meta is damaged.
     """
     directory = verified_step(workdir, step, META)
     return int(directory.name), read_step_meta(directory)
@@ -32,14 +32,14 @@ def restore_item(
     """One item of a step. Verifies and reads nothing else, changes nothing, waits for nobody.
 
     Args:
-        workdir: the run's.
-        name: the item's.
-        abstract: pytree of jax.ShapeDtypeStruct with sharding; None gives NumPy arrays, in dicts
-            and lists nested as the saved tree was.
-        step: by default the newest sealed. Unlike a run, a reader never gets an older one.
+      workdir: the run's.
+      name: the item's.
+      abstract: pytree of jax.ShapeDtypeStruct with sharding; None gives NumPy arrays, in dicts
+        and lists nested as the saved tree was.
+      step: by default the newest sealed. Unlike a run, a reader never gets an older one.
 
     Raises:
-        CheckpointError: there is no such step or item; it is damaged; it does not fit `abstract`.
+      CheckpointError: there is no such step or item; it is damaged; it does not fit `abstract`.
     """
     silence_orbax()
     return read_item(verified_step(workdir, step, name), name, abstract)
@@ -53,7 +53,7 @@ def lazy_item(
     Each leaf is read when it is asked for, so that a large model never is in memory whole.
 
     Raises:
-        CheckpointError: there is no such step, item or part, or it is damaged.
+      CheckpointError: there is no such step, item or part, or it is damaged.
     """
     silence_orbax()
     path = epath.Path(verified_step(workdir, step, name) / name)

@@ -31,12 +31,12 @@ class WorkdirLock:
         """Locks `folder`, which must exist.
 
         Args:
-            folder: what to lock.
-            patience: seconds to wait for one that holds it: a killed job may still be ending.
-            flag: of the command, by which a user gives another folder.
+          folder: what to lock.
+          patience: seconds to wait for one that holds it: a killed job may still be ending.
+          flag: of the command, by which a user gives another folder.
 
         Raises:
-            WorkdirInUse: it is locked; says by which host and process.
+          WorkdirInUse: it is locked; says by which host and process.
         """
         self._file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - see release
         try:

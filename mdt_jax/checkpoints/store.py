@@ -53,14 +53,14 @@ class Checkpoints:
         """Opens (and creates) `workdir`/checkpoints; removes what interrupted saves left there.
 
         Args:
-            workdir: a directory shared by all processes.
-            keep_last: how many of the newest steps are kept, at least 1.
-            keep_every: steps divisible by it are kept for ever; None keeps none for ever.
-            async_save: whether `save` returns while files are still being written.
+          workdir: a directory shared by all processes.
+          keep_last: how many of the newest steps are kept, at least 1.
+          keep_every: steps divisible by it are kept for ever; None keeps none for ever.
+          async_save: whether `save` returns while files are still being written.
 
         Raises:
-            ValueError: `keep_last` or `keep_every` is below 1, or `workdir` is a URL.
-            CheckpointError: another run has the workdir.
+          ValueError: `keep_last` or `keep_every` is below 1, or `workdir` is a URL.
+          CheckpointError: another run has the workdir.
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: give 1 or more")
@@ -119,15 +119,15 @@ class Checkpoints:
         go on in the background, one save at a time.
 
         Args:
-            step: later than every sealed step.
-            items: name → pytree of arrays and numbers; any name but "meta". Leaves that are
-                `LazyArray`s are made and written few at a time, before this returns.
-            meta: JSON. Floats come back exactly, tuples as lists.
+          step: later than every sealed step.
+          items: name → pytree of arrays and numbers; any name but "meta". Leaves that are
+            `LazyArray`s are made and written few at a time, before this returns.
+          meta: JSON. Floats come back exactly, tuples as lists.
 
         Raises:
-            SaveError: the save before failed, or this one at once.
-            CheckpointError: `step` is not later than the last one.
-            TypeError: `meta` is not JSON.
+          SaveError: the save before failed, or this one at once.
+          CheckpointError: `step` is not later than the last one.
+          TypeError: `meta` is not JSON.
         """
         self.wait()
         latest = self.latest_step()
@@ -160,16 +160,16 @@ class Checkpoints:
         last one left keeps its name: a restarted run should fail again, not start from nothing.
 
         Args:
-            abstract_items: name → pytree of jax.ShapeDtypeStruct with the sharding to restore
-                onto (any mesh) and the dtype to cast to. Items left out are verified, not read.
-            step: None for the newest.
+          abstract_items: name → pytree of jax.ShapeDtypeStruct with the sharding to restore
+            onto (any mesh) and the dtype to cast to. Items left out are verified, not read.
+          step: None for the newest.
 
         Returns:
-            The step, name → pytree of jax.Arrays, and `meta` as saved.
+          The step, name → pytree of jax.Arrays, and `meta` as saved.
 
         Raises:
-            CheckpointError: no sound step is left; `step` is missing or damaged; an item is not
-                in it or has other leaves or shapes.
+          CheckpointError: no sound step is left; `step` is missing or damaged; an item is not
+            in it or has other leaves or shapes.
         """
         self.wait()
         while True:

@@ -46,16 +46,16 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
     - Of an animation, the first frame.
 
     Args:
-        file: path or contents.
-        name: how messages call it.
-        channels: 3 for RGB, 1 for gray.
+      file: path or contents.
+      name: how messages call it.
+      channels: 3 for RGB, 1 for gray.
 
     Returns:
-        Of mode "RGB" or "L", all of it in memory.
+      Of mode "RGB" or "L", all of it in memory.
 
     Raises:
-        BadImage: missing, cut off or damaged, of an unknown format, of more pixels than Pillow
-            opens (`PIL.Image.MAX_IMAGE_PIXELS`, twice), or of values without a known white.
+      BadImage: missing, cut off or damaged, of an unknown format, of more pixels than Pillow
+        opens (`PIL.Image.MAX_IMAGE_PIXELS`, twice), or of values without a known white.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:

@@ -21,11 +21,11 @@ class ImageFolder:
     """Image files and their labels, each file decoded when it is asked for.
 
     Attributes:
-        path: the folder.
-        files: paths in it; a million `Path`s would be large to keep and to pickle.
-        class_names: in the order of the labels; empty where there are no classes.
-        labels: of each file; None where there are no classes.
-        layout: how the classes were found, or why there are none, for a log.
+      path: the folder.
+      files: paths in it; a million `Path`s would be large to keep and to pickle.
+      class_names: in the order of the labels; empty where there are no classes.
+      labels: of each file; None where there are no classes.
+      layout: how the classes were found, or why there are none, for a log.
     """
 
     path: Path
@@ -70,17 +70,17 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
     starts with a dot, are passed over.
 
     Args:
-        path: the folder.
-        class_order: labels number the sorted class names. "string" puts "10" before "2", as ADM
-            does (and PyTorch's ImageFolder); "numeric" sorts by value.
-        labels: "auto" is the above. "file_names" is layout 2, and "none" layout 3, whatever the
-            folder looks like; both take the images in sub-folders too, as ADM does, so that
-            FFHQ's sub-folders of a thousand can be read as one set.
+      path: the folder.
+      class_order: labels number the sorted class names. "string" puts "10" before "2", as ADM
+        does (and PyTorch's ImageFolder); "numeric" sorts by value.
+      labels: "auto" is the above. "file_names" is layout 2, and "none" layout 3, whatever the
+        folder looks like; both take the images in sub-folders too, as ADM does, so that
+        FFHQ's sub-folders of a thousand can be read as one set.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it or in one of its classes.
-        ValueError: images beside sub-folders of images, names that are no numbers or hold no
-            class where they must, or an unknown `class_order` or `labels`.
+      FileNotFoundError: no such folder, or no images in it or in one of its classes.
+      ValueError: images beside sub-folders of images, names that are no numbers or hold no
+        class where they must, or an unknown `class_order` or `labels`.
     """
     folder = Path(path).expanduser()
     _check_choice("data.class_order", class_order, CLASS_ORDERS)

@@ -40,20 +40,20 @@ class Description:
     """What a cache holds. Two caches hold the same if these agree.
 
     Attributes:
-        source: the data set's name.
-        num_images: how many the data set has.
-        class_names: in the order of the labels; empty where there are no classes.
-        image_size: pixels that the images were cropped to.
-        vae: how the autoencoder was asked for; what it is says the digest.
-        vae_digest: of the encoder's weights.
-        scale: what the autoencoder's latents are multiplied by for a diffusion model.
-        compute_dtype: what the autoencoder computed in.
-        latent_shape: (height, width, channels) of a latent.
-        dtype: of the stored numbers, "float32" or "float16".
-        mirror: whether the mirror images are there, too.
-        images_per_shard: of every shard but the last.
-        source_digest: of which images the data set has, in what order, with which labels (see
-            `Source.identity`); empty in caches made before there was one.
+      source: the data set's name.
+      num_images: how many the data set has.
+      class_names: in the order of the labels; empty where there are no classes.
+      image_size: pixels that the images were cropped to.
+      vae: how the autoencoder was asked for; what it is says the digest.
+      vae_digest: of the encoder's weights.
+      scale: what the autoencoder's latents are multiplied by for a diffusion model.
+      compute_dtype: what the autoencoder computed in.
+      latent_shape: (height, width, channels) of a latent.
+      dtype: of the stored numbers, "float32" or "float16".
+      mirror: whether the mirror images are there, too.
+      images_per_shard: of every shard but the last.
+      source_digest: of which images the data set has, in what order, with which labels (see
+        `Source.identity`); empty in caches made before there was one.
     """
 
     source: str
@@ -105,9 +105,9 @@ class LatentCache:
     """The records of a finished cache, for a `Source`: image i's posterior and label by i.
 
     Attributes:
-        folder, description: where and what it is.
-        mirrored: whether `read_posteriors` can give those of mirror images.
-        digest: of all shards' bytes.
+      folder, description: where and what it is.
+      mirrored: whether `read_posteriors` can give those of mirror images.
+      digest: of all shards' bytes.
     """
 
     def __init__(self, folder: Path, description: Description, shards: Sequence[dict[str, Any]]):
@@ -196,12 +196,12 @@ class LatentCache:
         """A block of images' posteriors, as they are stored, and labels.
 
         Args:
-            indices: of the images.
-            mirror: whose mirror image is wanted instead; only where `mirrored`.
+          indices: of the images.
+          mirror: whose mirror image is wanted instead; only where `mirrored`.
 
         Raises:
-            ValueError: a damaged shard, or a record of another image, by name.
-            OSError: this process has too many files open.
+          ValueError: a damaged shard, or a record of another image, by name.
+          OSError: this process has too many files open.
         """
         shards = np.searchsorted(self._ends, indices, side="right")
         images = indices - np.concatenate([[0], self._ends])[shards]
@@ -286,8 +286,8 @@ class _Readers:
         """A record's bytes.
 
         Raises:
-            RuntimeError, ValueError, IndexError: ArrayRecord's, of damage.
-            OSError: this process has too many files open.
+          RuntimeError, ValueError, IndexError: ArrayRecord's, of damage.
+          OSError: this process has too many files open.
         """
         try:
             (data,) = self._reader(shard).read([place])
@@ -352,7 +352,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """An object of one of a cache's .json files, None if there is no such file.
 
     Raises:
-        ValueError: it is damaged; says what to do.
+      ValueError: it is damaged; says what to do.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

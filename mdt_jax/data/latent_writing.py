@@ -37,8 +37,8 @@ def begin(folder: Path, description: Description) -> None:
     """Makes a folder for a cache, or finds in it the beginning, or the whole, of the same one.
 
     Raises:
-        FileExistsError: the folder holds other things.
-        ValueError: the folder holds another cache; names the first thing that differs.
+      FileExistsError: the folder holds other things.
+      ValueError: the folder holds another cache; names the first thing that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = _plain(description)
@@ -61,7 +61,7 @@ def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iter
     """Holds shards for this process, to write them, while the context lasts.
 
     Raises:
-        FileExistsError: another process holds one of them; names it.
+      FileExistsError: another process holds one of them; names it.
     """
     shards = list(shards)
     with _lock_file(folder / CLAIMS, lambda file: _lock_shards(file, description, shards)) as held:
@@ -105,7 +105,7 @@ def write_shard(
     """Writes a shard of records, arrays of `record_type`, and returns its part of the manifest.
 
     Raises:
-        OSError: it cannot be written, such as on a full disk.
+      OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
     # Of its own name, so that not even two processes with the same shard write one file.

@@ -55,21 +55,21 @@ class ExampleStream:
     each record once, in an order of its own.
 
     Attributes:
-        source: what the examples are read from.
-        seed: 0 <= seed < 2**64.
-        image_size: crop and resize images to this height and width; None leaves them as they are.
-        flip: mirror each example with probability 1/2. Encoded data of a cache with mirror images
-            give the posterior of the mirrored image; others the mirrored posterior, which is close
-            to it, but not the same.
-        crop: "center" or "random", how images are cropped.
-        on_bad_image: what becomes of an image that cannot be used: "error", or "skip", which puts
-            the next record that can be used in its place, after the last the first.
-        max_bad_fraction: with "skip", stop when more than this part of all the source's records was
-            found bad: by one process, since its `BatchIterator` was made.
+      source: what the examples are read from.
+      seed: 0 <= seed < 2**64.
+      image_size: crop and resize images to this height and width; None leaves them as they are.
+      flip: mirror each example with probability 1/2. Encoded data of a cache with mirror images
+        give the posterior of the mirrored image; others the mirrored posterior, which is close
+        to it, but not the same.
+      crop: "center" or "random", how images are cropped.
+      on_bad_image: what becomes of an image that cannot be used: "error", or "skip", which puts
+        the next record that can be used in its place, after the last the first.
+      max_bad_fraction: with "skip", stop when more than this part of all the source's records was
+        found bad: by one process, since its `BatchIterator` was made.
 
     Raises:
-        ValueError: a seed or fraction out of range, an unknown `crop` or `on_bad_image`, or an
-            image size that the source needs or cannot have.
+      ValueError: a seed or fraction out of range, an unknown `crop` or `on_bad_image`, or an
+        image size that the source needs or cannot have.
     """
 
     source: Source
@@ -112,13 +112,13 @@ class ExampleStream:
         """Examples `first` ... `first + count - 1`, read at once.
 
         Returns:
-            {"image": uint8 (count, H, W, C), pixels, or posteriors of latents, of the stored type
-            and 2C channels, "label": int32 (count,)}; and "bad", pairs of a record that was passed
-            over and what is wrong with it, if bad images are skipped.
+          {"image": uint8 (count, H, W, C), pixels, or posteriors of latents, of the stored type
+          and 2C channels, "label": int32 (count,)}; and "bad", pairs of a record that was passed
+          over and what is wrong with it, if bad images are skipped.
 
         Raises:
-            BadImage: an image that cannot be used, or too many of them.
-            Exception: whatever else the source raises; what was being read ends its message.
+          BadImage: an image that cannot be used, or too many of them.
+          Exception: whatever else the source raises; what was being read ends its message.
         """
         indices = range(first, first + count)
         records = _records(self.seed, indices, len(self.source))
@@ -331,10 +331,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     channels (see `ExampleStream.block`). Also a context manager, which closes it.
 
     Attributes:
-        stream: the run's examples.
-        num_skipped: how many times a bad image was passed over in the batches given since this was
-            made. May be read in any thread.
-        bad_records: what is wrong with each of those, by record.
+      stream: the run's examples.
+      num_skipped: how many times a bad image was passed over in the batches given since this was
+        made. May be read in any thread.
+      bad_records: what is wrong with each of those, by record.
     """
 
     def __init__(
@@ -433,28 +433,28 @@ def create_batches(
     run across the ends of epochs, and no example is left out.
 
     Args:
-        source: what to read.
-        global_batch_size: examples in a batch of all processes together.
-        seed: of order, crops and mirroring, 0 <= seed < 2**64.
-        process_index: which rows to read, 0 <= process_index < process_count, or several such
-            indices, in whose order the rows then are. Processes that hold the same rows (replicas,
-            or parts of one tensor-parallel group) pass the same.
-        process_count: into how many parts the rows are divided; with pure data parallelism
-            `jax.process_index()` and `jax.process_count()`.
-        flip: mirror each example with probability 1/2.
-        image_size: crop and resize images to this height and width; None leaves them as they are.
-        position: the first example: 0, or what the run's last iterator had as `position`, whatever
-            its batch size and number of processes.
-        num_workers: reading processes; 0 reads with threads in this one, enough unless Python
-            code (decoding, cropping) is what takes the time. Each holds its own copy of a source
-            in memory. A program that uses them needs an `if __name__ == "__main__":` guard.
-        read_ahead: batches prepared before they are asked for, and without workers also the
-            number of threads that prepare them.
-        crop, on_bad_image, max_bad_fraction: as `ExampleStream` has them.
+      source: what to read.
+      global_batch_size: examples in a batch of all processes together.
+      seed: of order, crops and mirroring, 0 <= seed < 2**64.
+      process_index: which rows to read, 0 <= process_index < process_count, or several such
+        indices, in whose order the rows then are. Processes that hold the same rows (replicas,
+        or parts of one tensor-parallel group) pass the same.
+      process_count: into how many parts the rows are divided; with pure data parallelism
+        `jax.process_index()` and `jax.process_count()`.
+      flip: mirror each example with probability 1/2.
+      image_size: crop and resize images to this height and width; None leaves them as they are.
+      position: the first example: 0, or what the run's last iterator had as `position`, whatever
+        its batch size and number of processes.
+      num_workers: reading processes; 0 reads with threads in this one, enough unless Python
+        code (decoding, cropping) is what takes the time. Each holds its own copy of a source
+        in memory. A program that uses them needs an `if __name__ == "__main__":` guard.
+      read_ahead: batches prepared before they are asked for, and without workers also the
+        number of threads that prepare them.
+      crop, on_bad_image, max_bad_fraction: as `ExampleStream` has them.
 
     Raises:
-        ValueError: a number out of range, a batch that the processes cannot share equally, an
-            image size that the source needs or cannot have, or an unknown word.
+      ValueError: a number out of range, a batch that the processes cannot share equally, an
+        image size that the source needs or cannot have, or an unknown word.
     """
     mine = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     if process_count < 1 or not mine or not all(0 <= part < process_count for part in mine):
@@ -508,19 +508,19 @@ def prefetch_to_device(
     caller counts: its start plus the global batch size for each step that it has consumed.
 
     Args:
-        batches: this process's rows of each global batch, arrays whose first axis is the batch's.
-        sharding: of every array in a batch, over its first axis, for instance
-            `NamedSharding(mesh, PartitionSpec("data"))`. Rows keep their order when each process's
-            devices hold the rows that `batches` gives it.
-        depth: batches on the devices, or on their way, beside the one the caller works on.
+      batches: this process's rows of each global batch, arrays whose first axis is the batch's.
+      sharding: of every array in a batch, over its first axis, for instance
+        `NamedSharding(mesh, PartitionSpec("data"))`. Rows keep their order when each process's
+        devices hold the rows that `batches` gives it.
+      depth: batches on the devices, or on their way, beside the one the caller works on.
 
     Returns:
-        An iterator of the same dictionaries, of `jax.Array`s. An exception in `batches` or in the
-        copying is raised from its `next`, after the batches before it. `close()`, or leaving its
-        `with` block, ends the thread.
+      An iterator of the same dictionaries, of `jax.Array`s. An exception in `batches` or in the
+      copying is raised from its `next`, after the batches before it. `close()`, or leaving its
+      `with` block, ends the thread.
 
     Raises:
-        ValueError: `depth` is less than 1.
+      ValueError: `depth` is less than 1.
     """
     return DevicePrefetcher(batches, sharding, depth)
 

@@ -35,10 +35,10 @@ class Record:
     """An image that is to be written.
 
     Attributes:
-        place: where it is, for messages.
-        name: what the data set calls it, its `file_name`.
-        data: the encoded image, or the file with it, which is then read in a thread.
-        label: its class; 0 where there are none.
+      place: where it is, for messages.
+      name: what the data set calls it, its `file_name`.
+      data: the encoded image, or the file with it, which is then read in a thread.
+      label: its class; 0 where there are none.
     """
 
     place: str
@@ -52,10 +52,10 @@ class Images:
     """The images that are to be written, in the order that they are to have.
 
     Attributes:
-        place: where they are, for messages.
-        records: begins to yield them, once.
-        num_bytes: what they take, roughly: for the progress bar, and to see that they fit.
-        class_names: the name of each label, in order; empty for images without classes.
+      place: where they are, for messages.
+      records: begins to yield them, once.
+      num_bytes: what they take, roughly: for the progress bar, and to see that they fit.
+      class_names: the name of each label, in order; empty for images without classes.
     """
 
     place: str
@@ -94,23 +94,23 @@ def prepare(
     says of its orientation stays in the bytes, for the reader to heed.
 
     Args:
-        images: what to write.
-        name: what TFDS is to call it, "name" or "name/config". With a name that TFDS knows, such as
-            "imagenet2012" or "lsun/bedroom", the classes and features must be those it knows.
-        data_dir: TFDS's data folder; DATA_DIR/NAME/VERSION is made in it.
-        split: the one split that it has.
-        shard_bytes: a file is ended when it holds as many.
-        skip_bad: whether an image that cannot be decoded is left out, with a warning.
-        progress: whether to show a progress bar.
+      images: what to write.
+      name: what TFDS is to call it, "name" or "name/config". With a name that TFDS knows, such as
+        "imagenet2012" or "lsun/bedroom", the classes and features must be those it knows.
+      data_dir: TFDS's data folder; DATA_DIR/NAME/VERSION is made in it.
+      split: the one split that it has.
+      shard_bytes: a file is ended when it holds as many.
+      skip_bad: whether an image that cannot be decoded is left out, with a warning.
+      progress: whether to show a progress bar.
 
     Returns:
-        The folder and the counts.
+      The folder and the counts.
 
     Raises:
-        FileExistsError: the data set is there already, or is just being written.
-        OSError: the disk is full.
-        ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; none
-            that can; or what `images.records` raises.
+      FileExistsError: the data set is there already, or is just being written.
+      OSError: the disk is full.
+      ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; none
+        that can; or what `images.records` raises.
     """
     target = _target(name, Path(data_dir).expanduser(), images.class_names)
     if not SPLIT.fullmatch(split):
@@ -155,7 +155,7 @@ def storable(data: bytes, place: str) -> tuple[bytes, bool]:
     """The bytes to store for an encoded image, and whether they are other than those given.
 
     Raises:
-        BadImage: it cannot be decoded; the message begins with its `place`.
+      BadImage: it cannot be decoded; the message begins with its `place`.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:

@@ -56,16 +56,16 @@ class Source:
     """A dataset with random access: `source[i]` for 0 <= i < `len(source)`.
 
     Attributes:
-        name: how messages call it.
-        records: what is read, one record an example.
-        image_shape: (height, width, channels) of an image as a model sees it; height and width
-            are None where they vary, and the pipeline then needs an `image_size`.
-        class_names: the name of each label, in order; empty for an unconditional dataset, whose
-            labels are all 0.
-        latents: False for pixels, uint8. True for an autoencoder's latents: an example's "image"
-            is then the posterior, float32 of shape (height, width, 2 * channels), the mean's
-            channels before the standard deviation's, and the pipeline draws a latent from it.
-        note: how the classes were found, where that was a guess; for `describe`.
+      name: how messages call it.
+      records: what is read, one record an example.
+      image_shape: (height, width, channels) of an image as a model sees it; height and width
+        are None where they vary, and the pipeline then needs an `image_size`.
+      class_names: the name of each label, in order; empty for an unconditional dataset, whose
+        labels are all 0.
+      latents: False for pixels, uint8. True for an autoencoder's latents: an example's "image"
+        is then the posterior, float32 of shape (height, width, 2 * channels), the mean's
+        channels before the standard deviation's, and the pipeline draws a latent from it.
+      note: how the classes were found, where that was a guess; for `describe`.
     """
 
     name: str
@@ -86,9 +86,9 @@ class Source:
         """{"image": uint8 (H, W, C) or float32 (h, w, 2c), "label": np.int32}.
 
         Raises:
-            IndexError: `index` is not in 0 ... len(self) - 1.
-            BadImage: its image cannot be used.
-            ValueError: its label is not that of a class.
+          IndexError: `index` is not in 0 ... len(self) - 1.
+          BadImage: its image cannot be used.
+          ValueError: its label is not that of a class.
         """
         self._check_index(index)
         return self._example(index, *self.records[index])
@@ -97,7 +97,7 @@ class Source:
         """`[self[i] for i in indices]`, read as one block where the records can be.
 
         Raises:
-            IndexError, BadImage, ValueError: as `self[i]` of the first that does.
+          IndexError, BadImage, ValueError: as `self[i]` of the first that does.
         """
         for index in indices:
             self._check_index(index)
@@ -127,9 +127,9 @@ class Source:
         not by their contents, and arrays by some of their rows.
 
         Returns:
-            "examples", their number; "classes", their number and a digest of their names in order;
-            "records", a digest of which records there are, in what order and with which labels;
-            "autoencoder", the digest of the encoder that made a cache of latents.
+          "examples", their number; "classes", their number and a digest of their names in order;
+          "records", a digest of which records there are, in what order and with which labels;
+          "autoencoder", the digest of the encoder that made a cache of latents.
         """
         names = ""
         if self.class_names:
@@ -178,11 +178,11 @@ def digits(split: str = "train") -> Source:
     them back.
 
     Args:
-        split: "heldout" is every sixth scan, those whose index leaves 5 when divided by 6 (299);
-            "train" is the rest (1,498); "all" is both, in scikit-learn's order.
+      split: "heldout" is every sixth scan, those whose index leaves 5 when divided by 6 (299);
+        "train" is the rest (1,498); "all" is both, in scikit-learn's order.
 
     Raises:
-        ValueError: an unknown split.
+      ValueError: an unknown split.
     """
     from sklearn.datasets import load_digits  # over a second to import
 
@@ -207,14 +207,14 @@ def arrays(
     """Examples in memory.
 
     Args:
-        images: uint8 pixels; or floating-point posteriors of latents, whose channels are the
-            mean's followed by as many of the standard deviation.
-        labels: one per image; None for an unconditional dataset.
-        class_names: one per class; with labels and no names, the classes are called "0", "1", ...
-            up to the largest label.
+      images: uint8 pixels; or floating-point posteriors of latents, whose channels are the
+        mean's followed by as many of the standard deviation.
+      labels: one per image; None for an unconditional dataset.
+      class_names: one per class; with labels and no names, the classes are called "0", "1", ...
+        up to the largest label.
 
     Raises:
-        ValueError: the arrays do not fit each other, or the labels the names.
+      ValueError: the arrays do not fit each other, or the labels the names.
     """
     return _from_arrays("arrays", images, labels, class_names)
 
@@ -223,14 +223,14 @@ def npy_directory(path: str | Path) -> Source:
     """Examples in a folder of NumPy files, memory-mapped: nothing is read before it is used.
 
     Args:
-        path: a folder with either `images.npy`, uint8 (n, h, w, c), or `latents.npy`, float16 or
-            float32 (n, h, w, 2c), posterior means before standard deviations; and, where they
-            have classes, `labels.npy`, integers (n,), with `class_names.txt`, a name per line,
-            or without (the names are then "0", "1", ... up to the largest label).
+      path: a folder with either `images.npy`, uint8 (n, h, w, c), or `latents.npy`, float16 or
+        float32 (n, h, w, 2c), posterior means before standard deviations; and, where they
+        have classes, `labels.npy`, integers (n,), with `class_names.txt`, a name per line,
+        or without (the names are then "0", "1", ... up to the largest label).
 
     Raises:
-        FileNotFoundError: no such folder, or nothing to read in it.
-        ValueError: a file that cannot be read, or files that do not fit each other.
+      FileNotFoundError: no such folder, or nothing to read in it.
+      ValueError: a file that cannot be read, or files that do not fit each other.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -270,8 +270,8 @@ def latents_source(path: str | Path) -> Source:
     """Latents that `tools/encode_latents.py` wrote: their posteriors.
 
     Raises:
-        FileNotFoundError: no such folder, or not one that the tool finished.
-        ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
+      FileNotFoundError: no such folder, or not one that the tool finished.
+      ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
     """
     cache = LatentCache.open(path)
     d = cache.description
@@ -288,15 +288,15 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
     the dataset nor a network is needed.
 
     Args:
-        name: as TFDS writes it: "cifar10", "imagenet_resized/64x64", "name/config:version".
-        split: as TFDS writes it: "train", "test", "train[:90%]".
-        data_dir: the folder that holds TFDS's datasets, its own default where None; or the very
-            folder of a prepared dataset, the one with dataset_info.json in it, which `name` must
-            then agree with or, empty, leaves open.
+      name: as TFDS writes it: "cifar10", "imagenet_resized/64x64", "name/config:version".
+      split: as TFDS writes it: "train", "test", "train[:90%]".
+      data_dir: the folder that holds TFDS's datasets, its own default where None; or the very
+        folder of a prepared dataset, the one with dataset_info.json in it, which `name` must
+        then agree with or, empty, leaves open.
 
     Raises:
-        FileNotFoundError: the dataset is not prepared in that folder.
-        ValueError: it has no such split, no "image" of uint8, or a format without random access.
+      FileNotFoundError: the dataset is not prepared in that folder.
+      ValueError: it has no such split, no "image" of uint8, or a format without random access.
     """
     import tensorflow_datasets as tfds  # only those who read such a dataset should wait for it
 
@@ -389,23 +389,23 @@ def create_source(data_config: ml_collections.ConfigDict) -> Source:
     """The source that the `data` part of an experiment's configuration names.
 
     Args:
-        data_config: `name`, one of
-            "digits": `split` is "train" (the default), "heldout" or "all";
-            "folder": `path` is a folder of images, with `class_order` and `labels` as
-                `folders.read_folder` has them;
-            "latents": `path` is a folder that `tools/encode_latents.py` made;
-            "npy": `path` is a folder of .npy files;
-            "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder
-                or the dataset's own.
-            A "folder", "latents" or "npy" is one split, called "train".
+      data_config: `name`, one of
+        "digits": `split` is "train" (the default), "heldout" or "all";
+        "folder": `path` is a folder of images, with `class_order` and `labels` as
+          `folders.read_folder` has them;
+        "latents": `path` is a folder that `tools/encode_latents.py` made;
+        "npy": `path` is a folder of .npy files;
+        "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder
+          or the dataset's own.
+        A "folder", "latents" or "npy" is one split, called "train".
 
-            `class_order` and `labels` other than the defaults are refused where there are no such
-            choices, and so is `crop` "random" where the data are latents.
+        `class_order` and `labels` other than the defaults are refused where there are no such
+        choices, and so is `crop` "random" where the data are latents.
 
     Raises:
-        ValueError: an unknown name or split, no path where one is needed, or a setting that the
-            data have no use for.
-        FileNotFoundError: the data are not where the configuration says.
+      ValueError: an unknown name or split, no path where one is needed, or a setting that the
+        data have no use for.
+      FileNotFoundError: the data are not where the configuration says.
     """
     _check_use(data_config, "class_order", "string")
     _check_use(data_config, "labels", "auto")

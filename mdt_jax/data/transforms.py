@@ -26,11 +26,11 @@ def center_crop(
     is.
 
     Args:
-        image: its pixels; or a picture of Pillow's of mode RGB or L, which saves two copies.
-        size: of the result.
+      image: its pixels; or a picture of Pillow's of mode RGB or L, which saves two copies.
+      size: of the result.
 
     Raises:
-        ValueError: an image to be resized has no pixels, or neither 1 (gray) nor 3 (RGB) channels.
+      ValueError: an image to be resized has no pixels, or neither 1 (gray) nor 3 (RGB) channels.
     """
     if isinstance(image, np.ndarray) and image.shape[:2] == (size, size):
         return image
@@ -55,14 +55,14 @@ def random_crop(
     that fraction of the shorter side, or a little less.
 
     Args:
-        image: at least one pixel; or a picture of Pillow's of mode RGB or L.
-        size: of the result.
-        rng: gives three draws: s, top, left.
-        min_fraction: 0 < min_fraction <= max_fraction <= 1.
-        max_fraction: see there.
+      image: at least one pixel; or a picture of Pillow's of mode RGB or L.
+      size: of the result.
+      rng: gives three draws: s, top, left.
+      min_fraction: 0 < min_fraction <= max_fraction <= 1.
+      max_fraction: see there.
 
     Raises:
-        ValueError: fractions out of order, or an image that cannot be resized.
+      ValueError: fractions out of order, or an image that cannot be resized.
     """
     if not 0 < min_fraction <= max_fraction <= 1:
         raise ValueError(

@@ -50,15 +50,15 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Dense peak FLOP/s of one device, in matrix multiplications of `dtype`.
 
     Args:
-        device_kind: JAX's name for the device, `jax.devices()[0].device_kind`.
-        dtype: "bfloat16" or "float32", what the model computes in.
+      device_kind: JAX's name for the device, `jax.devices()[0].device_kind`.
+      dtype: "bfloat16" or "float32", what the model computes in.
 
     Returns:
-        FLOP/s, a multiply-add being two; None where no published number is known (CPUs, unlisted
-        accelerators, float32 on TPUs).
+      FLOP/s, a multiply-add being two; None where no published number is known (CPUs, unlisted
+      accelerators, float32 on TPUs).
 
     Raises:
-        ValueError: `dtype` is neither.
+      ValueError: `dtype` is neither.
     """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f'dtype {dtype!r} has no peak FLOP/s: give "bfloat16" or "float32"')
@@ -75,18 +75,18 @@ def mfu(
     """Model FLOP/s utilisation (PaLM, arXiv:2204.02311, appendix B).
 
     Args:
-        flops_per_step: FLOPs the model's forward and backward passes need for one step over the
-            whole global batch, without rematerialisation; a multiply-add is two.
-        seconds_per_step: wall-clock seconds, above 0.
-        num_devices: devices of the whole run, over all processes.
-        device_kind: `jax.devices()[0].device_kind`.
-        dtype: "bfloat16" or "float32".
+      flops_per_step: FLOPs the model's forward and backward passes need for one step over the
+        whole global batch, without rematerialisation; a multiply-add is two.
+      seconds_per_step: wall-clock seconds, above 0.
+      num_devices: devices of the whole run, over all processes.
+      device_kind: `jax.devices()[0].device_kind`.
+      dtype: "bfloat16" or "float32".
 
     Returns:
-        A fraction, 1 being every device at its peak; None where `peak_flops` knows none.
+      A fraction, 1 being every device at its peak; None where `peak_flops` knows none.
 
     Raises:
-        ValueError: `dtype` is neither.
+      ValueError: `dtype` is neither.
     """
     peak = peak_flops(device_kind, dtype)
     return None if peak is None else flops_per_step / seconds_per_step / (num_devices * peak)

@@ -39,7 +39,7 @@ class Stop:
         """max_hours: after which to stop, counted from here; None for no limit.
 
         Raises:
-            ValueError: a limit that is not positive.
+          ValueError: a limit that is not positive.
         """
         if max_hours is not None and not max_hours > 0:
             raise ValueError(f"--max_hours {max_hours} is not positive; leave it out for no limit")

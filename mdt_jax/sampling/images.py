@@ -21,14 +21,14 @@ def to_uint8(
     """(x + 1) * 127.5 in float32, clamped to 0..255 and truncated, as DiT and MDT save samples.
 
     Args:
-        x: (N, H, W, C) images in [-1, 1]; values beyond are clamped.
-        first_index: what the first of them is called in an error, where they are part of more.
+      x: (N, H, W, C) images in [-1, 1]; values beyond are clamped.
+      first_index: what the first of them is called in an error, where they are part of more.
 
     Returns:
-        (N, H, W, C) in 0..255.
+      (N, H, W, C) in 0..255.
 
     Raises:
-        ValueError: `x` holds NaN, which has no colour.
+      ValueError: `x` holds NaN, which has no colour.
     """
     x = np.asarray(x).astype(np.float32)
     is_bad = np.isnan(x).any(axis=(1, 2, 3))
@@ -51,17 +51,17 @@ def image_grid(
     """Lays images out row by row, on white, for a person to look at.
 
     Args:
-        images: (N, H, W, C), N at least 1, C 1 (grey) or 3 (RGB).
-        columns: images in a row; by default as many as make the grid nearly square.
-        padding: white pixels between images and around them.
-        min_cell: images narrower than this are enlarged, by the smallest whole factor that makes
-            them at least this wide, each pixel becoming a square (8x8 digits become 64x64).
+      images: (N, H, W, C), N at least 1, C 1 (grey) or 3 (RGB).
+      columns: images in a row; by default as many as make the grid nearly square.
+      padding: white pixels between images and around them.
+      min_cell: images narrower than this are enlarged, by the smallest whole factor that makes
+        them at least this wide, each pixel becoming a square (8x8 digits become 64x64).
 
     Returns:
-        (GH, GW, 3) RGB.
+      (GH, GW, 3) RGB.
 
     Raises:
-        ValueError: there is no image, C is neither 1 nor 3, or `columns` is below 1.
+      ValueError: there is no image, C is neither 1 nor 3, or `columns` is below 1.
     """
     count, height, width, channels = images.shape
     if count == 0 or channels not in (1, 3):
@@ -99,15 +99,15 @@ def provenance(
     """What a file of samples says about itself, for `save_png` and `save_npz`.
 
     Args:
-        model: the model's name or the checkpoint's path.
-        step: the training step of its weights.
-        seed: of the sampling noise.
-        labels: class labels of the images, in their order; an NPZ holds them already.
-        **settings: of guidance and sampler, under the names that `mdt_jax.sample` gives them.
+      model: the model's name or the checkpoint's path.
+      step: the training step of its weights.
+      seed: of the sampling noise.
+      labels: class labels of the images, in their order; an NPZ holds them already.
+      **settings: of guidance and sampler, under the names that `mdt_jax.sample` gives them.
 
     Returns:
-        The arguments given, as text under their own names, after "Content", which says that the
-        images are synthetic, and "Software". None leaves an entry out.
+      The arguments given, as text under their own names, after "Content", which says that the
+      images are synthetic, and "Software". None leaves an entry out.
     """
     given = {
         "model": model,
@@ -132,12 +132,12 @@ def save_png(
     The file appears whole or not at all; missing parent directories are created.
 
     Args:
-        path: of the file.
-        image: (H, W, C), C 1 (grey) or 3 (RGB).
-        metadata: from `provenance`; keys are 1 to 79 Latin-1 characters.
+      path: of the file.
+      image: (H, W, C), C 1 (grey) or 3 (RGB).
+      metadata: from `provenance`; keys are 1 to 79 Latin-1 characters.
 
     Raises:
-        ValueError: C is neither 1 nor 3.
+      ValueError: C is neither 1 nor 3.
     """
     if image.shape[-1] not in (1, 3):
         raise ValueError(f"{path}: a PNG of {image.shape} needs 1 or 3 channels, not those")
@@ -163,13 +163,13 @@ def save_npz(
     created.
 
     Args:
-        path: of the file.
-        images: (N, H, W, C), with the channels they have; the evaluator wants 3.
-        labels: (N,) class labels.
-        metadata: from `provenance`.
+      path: of the file.
+      images: (N, H, W, C), with the channels they have; the evaluator wants 3.
+      labels: (N,) class labels.
+      metadata: from `provenance`.
 
     Raises:
-        ValueError: there are not as many labels as images.
+      ValueError: there are not as many labels as images.
     """
     rows = [np.ascontiguousarray(images).data]
     stream_npz(path, images.shape, images.dtype, rows, labels, {"metadata": metadata})
@@ -186,14 +186,14 @@ def stream_npz(
     """`save_npz` of images that never are in memory together.
 
     Args:
-        path: of the file.
-        shape, dtype: of the images.
-        pieces: their bytes in C order, cut anywhere.
-        labels: (N,) class labels.
-        texts: further members by name, each written as JSON.
+      path: of the file.
+      shape, dtype: of the images.
+      pieces: their bytes in C order, cut anywhere.
+      labels: (N,) class labels.
+      texts: further members by name, each written as JSON.
 
     Raises:
-        ValueError: there are not as many labels as images, or not as many bytes as the shape says.
+      ValueError: there are not as many labels as images, or not as many bytes as the shape says.
     """
     if shape[0] != len(labels):
         raise ValueError(f"{path}: {shape[0]} images need as many labels, not {len(labels)}")
@@ -219,10 +219,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a file that `save_png` or `save_npz` wrote.
 
     Returns:
-        What was given to it; empty for a file written by something else, without metadata.
+      What was given to it; empty for a file written by something else, without metadata.
 
     Raises:
-        ValueError: the file is neither PNG nor NPZ.
+      ValueError: the file is neither PNG nor NPZ.
     """
     with open(path, "rb") as file:
         start = file.read(4)

@@ -50,15 +50,15 @@ class MetricsWriter:
         """Opens both files, and takes back what a killed run logged after its last checkpoint.
 
         Args:
-            workdir: the run's directory on a local or mounted file system; created if missing.
-            total_steps: the last step of the run.
-            resume_step: steps already done, 0..total_steps: those of the checkpoint restored from.
-                Lines of later steps, which this run will write again, and a torn last line are
-                removed from metrics.jsonl, and hidden in TensorBoard.
-            start_message: what the line logged here starts with.
+          workdir: the run's directory on a local or mounted file system; created if missing.
+          total_steps: the last step of the run.
+          resume_step: steps already done, 0..total_steps: those of the checkpoint restored from.
+            Lines of later steps, which this run will write again, and a torn last line are
+            removed from metrics.jsonl, and hidden in TensorBoard.
+          start_message: what the line logged here starts with.
 
         Raises:
-            ValueError: `resume_step` is outside 0..total_steps, or `workdir` is a URL.
+          ValueError: `resume_step` is outside 0..total_steps, or `workdir` is a URL.
         """
         workdir = os.fspath(workdir)
         if "://" in workdir:
@@ -107,12 +107,12 @@ class MetricsWriter:
         """Logs `metrics` of `step`, as one line and as TensorBoard scalars.
 
         Args:
-            step: number of steps done, 1 after the first, and no less than the last call's.
-            metrics: names and scalars (Python's, NumPy's or JAX's), written as float64.
-            texts: what the line says beside, last, for metrics.jsonl alone.
+          step: number of steps done, 1 after the first, and no less than the last call's.
+          metrics: names and scalars (Python's, NumPy's or JAX's), written as float64.
+          texts: what the line says beside, last, for metrics.jsonl alone.
 
         Raises:
-            ValueError: a metric is called "step".
+          ValueError: a metric is called "step".
         """
         if self._lines is None:
             return
@@ -131,9 +131,9 @@ class MetricsWriter:
         """Adds an image to TensorBoard.
 
         Args:
-            step: number of steps done.
-            name: its TensorBoard tag.
-            image: (H, W, C) in 0..255, C 1 (grey) or 3 (RGB); `images.image_grid` makes one.
+          step: number of steps done.
+          name: its TensorBoard tag.
+          image: (H, W, C) in 0..255, C 1 (grey) or 3 (RGB); `images.image_grid` makes one.
         """
         if self._events is not None:
             self._events.add_image(name, image, int(step), dataformats="HWC")
@@ -150,7 +150,7 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl; one that cannot be read, as the torn last one, is left out.
 
     Raises:
-        OSError: the file is not there, or cannot be read.
+      OSError: the file is not there, or cannot be read.
     """
     lines = []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -176,7 +176,7 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
     The new file replaces the old one at once, so being killed here loses nothing.
 
     Returns:
-        The number of lines kept and dropped; (0, 0) when there is no file.
+      The number of lines kept and dropped; (0, 0) when there is no file.
     """
     try:
         with open(path, "rb") as file:
@@ -343,8 +343,8 @@ class Progress:
     def __init__(self, total_steps: int, *, first_step: int = 0):
         """
         Args:
-            total_steps: the last step of the run.
-            first_step: steps already done, when the run is a resumed one.
+          total_steps: the last step of the run.
+          first_step: steps already done, when the run is a resumed one.
         """
         is_shown = jax.process_index() == 0
         is_terminal = sys.stderr.isatty()
