@@ -73,11 +73,7 @@ class Workloads:
     @property
     def num_kept(self) -> int | None:
         """The number of kept tokens nearest to a run's mean; None without a masked pass."""
-        run = self.run
-        if run.counts[0] is None:
-            return None
-        mean = float(np.dot(run.counts, run.probabilities))
-        return min(run.counts, key=lambda n: abs(n - mean))
+        return self.run.kept_tokens.nearest_to_mean
 
     def compile_step(self, num_kept: int | None) -> tuple[Any, float, float]:
         """The compiled training step, and the seconds of tracing and of compiling it."""

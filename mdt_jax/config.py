@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
-from mdt_jax.models import LatentTransformer, create_model, masking
+from mdt_jax.models import LatentTransformer, create_model
 
 # What a run's parameters mean: changing one of these needs another workdir.
 IDENTITY = (
@@ -194,15 +194,6 @@ def create_diffusion(config: ConfigDict) -> GaussianDiffusion:
         loss=d.loss,
         min_snr=d.min_snr,
     )
-
-
-def kept_counts(
-    config: ConfigDict, model: LatentTransformer
-) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
-    """Numbers of kept tokens of the masked pass, and their probabilities; (None,) without one."""
-    if not model.supports_masking:
-        return (None,), (1.0,)
-    return masking.kept_counts(model.num_tokens, config.masking.ratio, config.masking.ratio_span)
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

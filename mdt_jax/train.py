@@ -80,7 +80,9 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
 
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
-    logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
+    logging.info(
+        "compiling %d step(s), one for each number of kept tokens", len(run.kept_tokens.programs)
+    )
     with ThreadPoolExecutor(1) as background:  # a compilation alone does not fill the processors
         compiling = background.submit(run.compile_steps, source)
         sampler = GridSampler(run, source.class_names) if config.sample.every else None

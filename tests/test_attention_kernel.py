@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.models import attention_kernel
-from mdt_jax.models.attention import choose_kernels
+from mdt_jax.models import attention_kernel, placement
+from mdt_jax.models.computation import choose_kernels
 from mdt_jax.models.positions import relative_position_index
 
 GRID = 16
@@ -26,7 +26,8 @@ def plain(qkv, table, ids):
 
 def kernel(qkv, bias, table, ids):
     strips = attention_kernel.bias_strips(table, GRID)
-    return attention_kernel.attention(qkv, bias, strips, ids, True)
+    tokens = qkv.shape[-1] if ids is None else ids.shape[1]
+    return attention_kernel.attention(qkv, bias, strips, (ids,), (tokens,), True)
 
 
 def arrays(batch, heads, width, kept, seed=0):
@@ -85,6 +86,48 @@ def test_lanes_after_the_tokens_are_not_read():
         np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.parametrize("kept", [128, 144, 179])
+def test_packed_passes_are_those_apart(kept):
+    """Two full passes and a masked one: outputs, and gradients summed over the passes."""
+    full, bias, table, _, along = arrays(2, 2, 8, None)
+    second, along_second = full[::-1], along[::-1]
+    masked, _, _, ids, along_masked = arrays(2, 2, 8, kept, seed=1)
+    strips = attention_kernel.bias_strips(table, GRID)
+    lengths, lanes = (N, N, kept), 2 * N + -(-kept // 128) * 128
+
+    def packed(full, second, masked, bias, strips):
+        qkv = jnp.concatenate([full, second, masked], axis=-1)
+        padding = [(0, 0)] * 4 + [(0, lanes - qkv.shape[-1])]
+        qkv = jnp.pad(qkv, padding, constant_values=jnp.nan)
+        ids_keep = None, None, ids
+        out = attention_kernel.attention(qkv, bias, strips, ids_keep, lengths, True)
+        assert out.shape[-1] == sum(lengths)
+        return out[..., :N], out[..., N : 2 * N], out[..., 2 * N :]
+
+    def apart(full, second, masked, bias, strips):
+        one = lambda qkv, ids, n: attention_kernel.attention(  # noqa: E731
+            qkv, bias, strips, (ids,), (n,), True
+        )
+        return one(full, None, N), one(second, None, N), one(masked, ids, kept)
+
+    def through(attend):
+        out, pull = jax.vjp(attend, full, second, masked, bias, strips)
+        return out, pull((along, along_second, along_masked))
+
+    found, expected = (jax.jit(lambda a=a: through(a))() for a in (packed, apart))
+    for a, e in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert a.shape == e.shape and error(a, e) < 1e-5
+
+
+def test_a_short_pass_before_the_last_is_refused():
+    qkv, bias, table, ids, _ = arrays(1, 1, 8, 144)
+    strips = attention_kernel.bias_strips(table, GRID)
+    with pytest.raises(ValueError, match="those before the last must have 256"):
+        attention_kernel.attention(
+            jnp.concatenate([qkv, qkv], axis=-1), bias, strips, (ids, ids), (144, 144), True
+        )
+
+
 def test_a_bias_with_queries_and_keys_exchanged_shows():
     qkv, bias, table, ids, _ = arrays(1, 1, 8, 144)
     turned = jnp.concatenate([table[-4::-1], table[-3:]])  # the row of (−r, −c)
@@ -129,4 +172,9 @@ def test_bfloat16_is_near():
     ],
 )
 def test_kernels_are_chosen_by_platform_and_size(platform, grid, width, kernels):
-    assert choose_kernels(platform, grid, width) == kernels
+    token = placement.current.set(placement.Placement(platform=platform))
+    try:
+        assert choose_kernels(True, grid, width) == kernels
+        assert choose_kernels(False, grid, width) == "plain"
+    finally:
+        placement.current.reset(token)

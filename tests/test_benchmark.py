@@ -41,9 +41,9 @@ def parts():
 def test_the_step_that_is_timed_keeps_the_count_nearest_to_the_runs_mean(parts):
     assert parts.num_kept is None
     parts = tiny()
-    assert len(parts.run.counts) > 1
-    mean = float(np.dot(parts.run.counts, parts.run.probabilities))
-    assert abs(parts.num_kept - mean) == min(abs(n - mean) for n in parts.run.counts)
+    assert len(parts.run.kept_tokens.counts) > 1
+    mean = float(np.dot(parts.run.kept_tokens.counts, parts.run.kept_tokens.probabilities))
+    assert abs(parts.num_kept - mean) == min(abs(n - mean) for n in parts.run.kept_tokens.counts)
 
 
 def test_a_forward_pass_and_a_sampling_run_have_the_work_that_the_formula_gives(parts):

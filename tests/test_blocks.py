@@ -8,6 +8,8 @@ import pytest
 
 from mdt_jax.models import layers, plain_attention
 from mdt_jax.models.blocks import BlockStack
+from mdt_jax.models.computation import COMPUTATIONS, BlockSettings
+from mdt_jax.models.passes import Packing
 
 DEPTH, BATCH, TOKENS, WIDTH, HEADS = 3, 4, 16, 48, 2
 LOGITS, HIDDEN = (BATCH, HEADS, TOKENS, TOKENS), (BATCH, TOKENS, 4 * WIDTH)
@@ -16,29 +18,21 @@ STREAM = (BATCH, TOKENS, WIDTH)
 
 def kept_by_the_stack(skips="none", dtype=jnp.float32):
     """How often a loop over layers stacks an array of each shape for its backward pass."""
-    stack = BlockStack(
-        depth=DEPTH,
-        num_heads=HEADS,
-        mlp_ratio=4.0,
-        grid_size=4,
-        skips=skips,
-        collect=False,
-        kernels="plain",
-        remat="none",
-        unroll=1,
-        dtype=dtype,
-    )
-    x, c = jnp.zeros(STREAM, dtype), jnp.zeros((BATCH, WIDTH), dtype)
-    positions = jnp.zeros((TOKENS, TOKENS), jnp.int32)
-    skip = {"none": None, "shared": x, "per_layer": jnp.stack([x] * DEPTH)}[skips]
-    skips = None if skip is None else (skip,)
-    params = stack.init(jax.random.key(0), (x,), (c,), (positions,), skips)
+    settings = BlockSettings(HEADS, 4.0, 4, COMPUTATIONS["plain"], "none", 1, dtype)
+    stack = BlockStack(settings, DEPTH)
+    x, c = jnp.zeros(STREAM, dtype), jnp.zeros((BATCH, 1, WIDTH), dtype)
+    packing = Packing((TOKENS,), (None,), (jnp.zeros((TOKENS, TOKENS), jnp.int32),))
+    skip = {
+        "none": {},
+        "shared": {"skip": x},
+        "per_layer": {"skips": jnp.stack([x] * DEPTH)},
+    }[skips]
+    params = stack.init(jax.random.key(0), x, c, packing, **skip)
 
-    def total(params, x, c, skips):
-        (out,), _ = stack.apply(params, (x,), (c,), (positions,), skips)
-        return out.sum()
+    def total(params, x, c, skip):
+        return stack.apply(params, x, c, packing, **skip).sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(total))(params, x, c, skips).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(total))(params, x, c, skip).jaxpr
     forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
     stacked = forward.outvars[forward.params["num_carry"] :]
     assert all(var.aval.shape[0] == DEPTH for var in stacked)

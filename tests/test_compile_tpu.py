@@ -352,10 +352,10 @@ def test_the_sampler_takes_what_it_is_compiled_for(eight_chips, monkeypatch, sam
 
 def test_model_flops_of_a_step_take_every_kept_count_by_its_probability(eight_chips):
     job = TrainingJob(tiny_config(), eight_chips)
-    assert job.counts == (128, 144, 160, 176)
+    assert job.kept_tokens.counts == (128, 144, 160, 176)
     by_hand = sum(
         6 * 64 * (flops.forward_macs(job.trainer.model) + flops.forward_macs(job.trainer.model, n))
-        for n in job.counts
+        for n in job.kept_tokens.counts
     )
     assert report.step_flops(job) == pytest.approx(by_hand / 4)
 
@@ -429,7 +429,7 @@ def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
     job = TrainingJob(tiny_config(), eight_chips)
     arguments = SimpleNamespace(quick=False, sampler=False, calibration=False, sample_batch_size=8)
     found, known, tried = compile_tpu.find_fitting(job, arguments)
-    most, *others = sorted(job.counts, reverse=True)
+    most, *others = sorted(job.kept_tokens.counts, reverse=True)
     assert compiled == [(1, "none", most), (8, "none", most), (8, "dots", most)]
     assert [": fits" in line for line in tried] == [False, False, True]
     made = compile_tpu.compile_job(found, arguments, known)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.compilers import estimate, topologies
-from mdt_jax.models import layers, linear
+from mdt_jax.models import linear
 from mdt_jax.parallel import sharding
 
 
@@ -28,7 +28,7 @@ def test_tokens_last_is_the_product_transposed(mesh_shape):
         return jnp.einsum("bnd,dshw->bshwn", x, kernel)
 
     def ours(x, kernel):
-        (y,) = linear.project((x,), kernel, axes, 1, tokens_last=True)
+        y = linear.project_tokens_last(x, kernel, axes)
         assert y.shape[-1] == linear.LANES
         return y.reshape(8, 3, 2, 6, -1)[..., :16]
 
@@ -43,25 +43,17 @@ def test_tokens_last_is_the_product_transposed(mesh_shape):
         np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_last_needs_someone_else_to_sum_the_bias_gradient():
-    layer = linear.Linear((8,), ("embed", None), jnp.float32, layers.xavier, tokens_last=True)
-    with pytest.raises(ValueError, match="with bias_gradient=False"):
-        layer.init(jax.random.key(0), (draw(1, 4, 8),))
-
-
-def transfers(function, kernel, xs):
+def transfers(function, kernel, x):
     """How often a kernel is gathered for an output and its gradients, and how often its gradient is
     summed over eight devices."""
     mesh = sharding.create_mesh(1, 8, 1)
 
-    def gradients(kernel, xs):
+    def gradients(kernel, x):
         with sharding.activations(mesh):
-            return jax.grad(lambda *args: sum(y.sum() for y in function(*args)), (0, 1))(kernel, xs)
+            return jax.grad(lambda *args: function(*args).sum(), (0, 1))(kernel, x)
 
     cut = jax.NamedSharding(mesh, jax.P("fsdp"))
-    lowered = jax.jit(gradients, in_shardings=(cut, cut), out_shardings=(cut, cut)).lower(
-        kernel, xs
-    )
+    lowered = jax.jit(gradients, in_shardings=(cut, cut), out_shardings=(cut, cut)).lower(kernel, x)
     program = lowered.compile().as_text()
 
     # One transfer may take several arrays.
@@ -72,37 +64,36 @@ def transfers(function, kernel, xs):
     return arrays("all-gather"), arrays("all-reduce|reduce-scatter")
 
 
-def test_passes_share_a_gathered_kernel_and_one_sum_of_its_gradient():
-    kernel, xs = draw(64, 32), (draw(16, 8, 64), draw(16, 3, 64, seed=1))
+def test_packed_passes_share_a_gathered_kernel_and_one_sum_of_its_gradient():
+    kernel, x = draw(64, 32), draw(16, 8 + 3, 64)
     axes = ("embed", "mlp")
 
-    def together(kernel, xs):
-        return linear.project(xs, kernel, axes, 1)
+    def together(kernel, x):
+        return linear.project(x, kernel, axes, 1)
 
-    def apart(kernel, xs):
-        return [linear.project((x,), kernel, axes, 1)[0] for x in xs]
+    def apart(kernel, x):
+        parts = x[:, :8], x[:, 8:]
+        return jnp.concatenate([linear.project(part, kernel, axes, 1) for part in parts], axis=1)
 
-    gathered, summed = transfers(together, kernel, xs)
+    gathered, summed = transfers(together, kernel, x)
     assert (gathered, summed) == (1, 1)
-    assert transfers(apart, kernel, xs)[1] == 2
-    for a, e in zip(together(kernel, xs), apart(kernel, xs), strict=True):
-        np.testing.assert_array_equal(a, e)
+    assert transfers(apart, kernel, x)[1] == 2
+    np.testing.assert_allclose(together(kernel, x), apart(kernel, x), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), (None, "mlp")])
 @pytest.mark.parametrize("mesh_shape", [None, (2, 4, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2)])
-def test_gradients_of_passes_add_up(mesh_shape, axes):
-    kernel, xs = draw(16, 24), (draw(8, 16, 16), draw(8, 5, 16, seed=1))
-    along = draw(8, 16, 24, seed=2), draw(8, 5, 24, seed=3)
+def test_gradients_are_those_of_the_product(mesh_shape, axes):
+    kernel, x, along = draw(16, 24), draw(8, 21, 16), draw(8, 21, 24, seed=2)
 
     def through(function):
-        return jax.vjp(function, xs, kernel)[1](along)
+        return jax.vjp(function, x, kernel)[1](along)
 
     mesh = sharding.create_mesh(*mesh_shape) if mesh_shape else None
     with sharding.activations(mesh) if mesh else contextlib.nullcontext():
-        project = lambda xs, kernel: linear.project(xs, kernel, axes, 1)  # noqa: E731
+        project = lambda x, kernel: linear.project(x, kernel, axes, 1)  # noqa: E731
         found = jax.jit(lambda: through(project))()
-    expected = through(lambda xs, kernel: tuple(x @ kernel for x in xs))
+    expected = through(lambda x, kernel: x @ kernel)
     for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)
 
@@ -112,7 +103,7 @@ def sums(mesh, kernel, x):
 
     def gradient(kernel, x):
         with sharding.activations(mesh):
-            return jax.grad(lambda k: linear.project((x,), k, ("embed", "mlp"), 1)[0].sum())(kernel)
+            return jax.grad(lambda k: linear.project(x, k, ("embed", "mlp"), 1).sum())(kernel)
 
     cut = jax.NamedSharding(mesh, jax.P("fsdp"))
     at = (cut, sharding.batch_sharding(mesh))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from fixtures import reference
 
+from mdt_jax.models import create_model
 from mdt_jax.models.base import gather_kept, scatter_kept
-from mdt_jax.models.masking import draw_kept_count, ids_to_keep, kept_counts
+from mdt_jax.models.masking import NO_MASKED_PASS, KeptTokens, ids_to_keep
 
 NUM_DRAWS = 10_000
 
@@ -24,6 +25,11 @@ def test_the_reference_mean_is_the_authors_rule():
     for num_tokens in (16, 64, 256):
         kept = (num_tokens * (1 - ratios)).astype(int)
         assert reference_mean(num_tokens) == pytest.approx(kept.mean(), abs=1e-3)
+
+
+def kept_counts(num_tokens, ratio, span):
+    kept = KeptTokens.of_ratio(num_tokens, ratio, span)
+    return kept.counts, kept.probabilities
 
 
 def test_256_tokens_keep_four_multiples_of_16():
@@ -55,7 +61,8 @@ def test_large_counts_suit_the_hardware_and_stay_near_the_reference(num_tokens):
 @pytest.mark.parametrize("num_tokens", [16, 64, 256])
 def test_drawn_counts_have_their_probabilities_and_the_reference_mean(num_tokens):
     counts, probabilities = kept_counts(num_tokens, 0.3, 0.2)
-    draws = np.array([draw_kept_count(counts, probabilities, 5, s) for s in range(NUM_DRAWS)])
+    kept = KeptTokens(counts, probabilities)
+    draws = np.array([kept.draw(5, s) for s in range(NUM_DRAWS)])
     assert set(draws) <= set(counts)
     for count, p in zip(counts, probabilities, strict=True):
         sigma = np.sqrt(p * (1 - p) / NUM_DRAWS)
@@ -64,10 +71,10 @@ def test_drawn_counts_have_their_probabilities_and_the_reference_mean(num_tokens
 
 
 def test_a_draw_is_a_function_of_seed_and_step_alone():
-    counts, probabilities = kept_counts(256, 0.3, 0.2)
+    kept = KeptTokens.of_ratio(256, 0.3, 0.2)
 
     def draws(seed, steps):
-        return {s: draw_kept_count(counts, probabilities, seed, s) for s in steps}
+        return {s: kept.draw(seed, s) for s in steps}
 
     forwards = draws(0, range(100))
     np.random.default_rng(1).random()
@@ -78,7 +85,13 @@ def test_a_draw_is_a_function_of_seed_and_step_alone():
 @pytest.mark.parametrize(("num_tokens", "kept"), [(256, 179), (16, 11), (64, 44), (1024, 716)])
 def test_a_fixed_ratio_keeps_one_count(num_tokens, kept):
     assert kept_counts(num_tokens, 0.3, 0.0) == ((kept,), (1.0,))
-    assert draw_kept_count((kept,), (1.0,), 0, 0) == kept
+    assert KeptTokens((kept,), (1.0,)).draw(0, 0) == kept
+
+
+def test_no_masked_pass_is_one_program():
+    assert create_model("DiT-S/2").kept_tokens(0.3, 0.2) is NO_MASKED_PASS
+    assert NO_MASKED_PASS.programs == {None: 1.0} and NO_MASKED_PASS.draw(0, 7) is None
+    assert NO_MASKED_PASS.mean is None and str(NO_MASKED_PASS) == "no masked pass"
 
 
 @pytest.mark.parametrize("name", ["mdt_v1", "mdt_v2"])

@@ -10,7 +10,8 @@ from fixtures import FAMILIES, reference, relative_error
 from flax import linen as nn
 
 from mdt_jax.convert.transformers import from_torch, to_torch
-from mdt_jax.models import Pass, create_model, layers, model_names
+from mdt_jax.models import Pass, base, create_model, layers, model_names
+from mdt_jax.models.passes import over_tokens
 from mdt_jax.parallel import sharding
 
 MASKED = ("mdt_v1", "mdt_v2")
@@ -95,31 +96,38 @@ def test_two_masked_passes_are_refused():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_joined_passes_come_apart_and_stay_on_their_devices(count):
+def test_passes_become_one_batch_and_stay_on_their_devices(count):
     mesh = sharding.create_mesh(2, 4, 1)
     at = sharding.batch_sharding(mesh)
-    streams = tuple(jax.device_put(jnp.arange(16) + 100 * i, at) for i in range(count))
+    arrays = [jax.device_put(jnp.arange(16) + 100 * i, at) for i in range(count)]
 
     @jax.jit
-    def through(streams):
+    def through(arrays):
         with sharding.activations(mesh):
-            joined = layers.join(streams)
-            return joined, layers.split(joined, count)
+            merged = base._as_one_batch(arrays)
+            return merged, base._split_passes(merged, count)
 
-    joined, back = through(streams)
-    for a, e in zip(back, streams, strict=True):
-        np.testing.assert_array_equal(a, e)
-    samples = {
-        shard.device: {int(x) for stream in streams for x in local(stream, shard.device)}
-        for shard in joined.addressable_shards
-    }
-    for shard in joined.addressable_shards:
-        assert {int(x) for x in shard.data} == samples[shard.device]
+    merged, back = through(arrays)
+    for i, e in enumerate(arrays):
+        np.testing.assert_array_equal(back[:, i], e)
+    for shard in merged.addressable_shards:
+        held = {int(x) for array in arrays for x in local(array, shard.device)}
+        assert {int(x) for x in shard.data} == held
 
 
 def local(x, device):
     """What a device holds of an array."""
     return next(shard.data for shard in x.addressable_shards if shard.device == device)
+
+
+def test_each_pass_has_its_own_vector_at_its_tokens():
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32))
+    lengths = (2, 1, 3)
+    out, pull = jax.vjp(lambda v: over_tokens(v, lengths), v)
+    np.testing.assert_array_equal(out, np.repeat(v, lengths, axis=1))
+    along = jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)
+    _, expected = jax.vjp(lambda v: v[:, np.repeat(np.arange(3), lengths)], v)
+    np.testing.assert_allclose(pull(along)[0], expected(along)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -185,7 +193,7 @@ def test_gelu_is_the_tanh_form():
     x = jnp.linspace(-3, 3, 13)[None, None]
     identity = {"kernel": np.eye(13, dtype=np.float32), "bias": np.zeros(13, np.float32)}
     params = {"fc1": identity, "fc2": identity}
-    (out,) = layers.Mlp(1.0, jnp.float32).apply({"params": params}, (x,))
+    out = layers.Mlp(1.0, jnp.float32).apply({"params": params}, x).added()
     tanh_form = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     np.testing.assert_allclose(out, tanh_form, atol=1e-6)  # erf's form differs by 5e-4
 

@@ -29,13 +29,12 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, function=function: function(*a, True))
 
 
+def create_model_of(kernels):
+    return create_model("MDTv2", **SIZES, kernels=kernels, dtype=jnp.float32)
+
+
 def create_block(kernels):
-    return Block(HEADS, 4.0, 16, False, False, kernels, jnp.float32)
-
-
-def where_tokens_are(ids, kernels):
-    model = create_model("MDTv2", **SIZES, kernels=kernels)
-    return model.positions(ids)
+    return Block(create_model_of(kernels).block_settings)
 
 
 def setting(batch, tokens, seed=0):
@@ -44,19 +43,18 @@ def setting(batch, tokens, seed=0):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
     ids = np.stack([rng.permutation(256)[:tokens] for _ in range(batch)]).astype(np.int32)
     ids = None if tokens == 256 else jnp.asarray(ids)
-    x, c, along = draw(batch, tokens, WIDTH), draw(batch, WIDTH), draw(batch, tokens, WIDTH)
-    block, positions = create_block("plain"), where_tokens_are(ids, "plain")
-    abstract = jax.eval_shape(block.init, jax.random.key(0), (x,), None, (c,), (positions,))
+    x, c, along = draw(batch, tokens, WIDTH), draw(batch, 1, WIDTH), draw(batch, tokens, WIDTH)
+    block, packing = create_block("plain"), create_model_of("plain").packing([ids])
+    abstract = jax.eval_shape(block.init, jax.random.key(0), x, c, packing)
     params = jax.tree.map(lambda leaf: 0.1 * draw(*leaf.shape), nn.unbox(abstract))
     return params, x, c, ids, along
 
 
 def output_and_gradients(kernels, params, x, c, ids, along, mesh=None):
-    block, positions = create_block(kernels), where_tokens_are(ids, kernels)
+    block, packing = create_block(kernels), create_model_of(kernels).packing([ids])
 
     def apply(params, x, c):
-        (out,), _ = block.apply(params, (x,), None, (c,), (positions,))
-        return out
+        return block.apply(params, x, c, packing)
 
     def through(params, x, c):
         with sharding.activations(mesh) if mesh else contextlib.nullcontext():
@@ -64,11 +62,12 @@ def output_and_gradients(kernels, params, x, c, ids, along, mesh=None):
             return out, pull(along)
 
     if mesh:  # every kernel's work is divided, on the way back too
+        pallas = kernels == "pallas"
         primitives = str(jax.make_jaxpr(through)(params, x, c))
         kernels = len(re.findall(r"= pallas_call\[", primitives))
         sums = 5  # of weights' gradients: qkv, projection, the MLP's two, modulation
         assert len(re.findall(r"= shard_map\[", primitives)) == kernels + sums
-        assert kernels == (8 if block.kernels == "pallas" else 0)
+        assert kernels == (8 if pallas else 0)
     return jax.jit(through)(params, x, c)
 
 
@@ -94,8 +93,8 @@ def test_a_mesh_divides_the_kernels_work(interpreted, monkeypatch):
     # Devices whose samples are given other samples' places would show.
     attend = attention_kernel.attention
 
-    def misplaced(qkv, bias, strips, ids):
-        return attend(qkv, bias, strips, ids[::-1])
+    def misplaced(qkv, bias, strips, ids_keep, lengths):
+        return attend(qkv, bias, strips, tuple(ids[::-1] for ids in ids_keep), lengths)
 
     monkeypatch.setattr(attention_kernel, "attention", misplaced)
     with pytest.raises(AssertionError):

@@ -15,7 +15,7 @@ from fixtures import FAMILIES, reference, relative_error
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule, gaussian, guided, sample_steps
 from mdt_jax.diffusion.guidance import combine, power_cosine_scale
-from mdt_jax.models import base
+from mdt_jax.models import computation
 
 GUIDED_CHANNELS = 3  # as the authors' code guides, whatever the latents' channels
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, SAMPLE_TOLERANCE = 1e-5, 1e-4, 1e-4
@@ -193,8 +193,8 @@ def test_a_bound_that_trains_the_mean_shows(monkeypatch):
 
 
 def test_a_transposed_relative_bias_shows(monkeypatch):
-    right_index = base.relative_position_index
-    monkeypatch.setattr(base, "relative_position_index", lambda side: right_index(side).T)
+    right_index = computation.relative_position_index
+    monkeypatch.setattr(computation, "relative_position_index", lambda side: right_index(side).T)
     r = reference("mdt_v1")
     total, terms = jax.jit(total_loss(r, process("mdt_v1")))(r.tree("param/"))
     errors = loss_errors("mdt_v1", total, terms)

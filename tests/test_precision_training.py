@@ -9,7 +9,6 @@ import pytest
 from flax import linen as nn
 
 from configs.digits import get_config
-from mdt_jax import config as config_lib
 from mdt_jax import sampling
 from mdt_jax.data import create_source
 from mdt_jax.parallel import sharding
@@ -46,7 +45,7 @@ def distances(judge, dtype, between_steps=lambda state: state):
     config = small_config(dtype)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
     trainer = create_trainer(config, mesh)
-    step = trainer.jit_step(config_lib.kept_counts(config, trainer.model)[0][0])
+    step = trainer.jit_step(trainer.model.kept_tokens(**config.masking).counts[0])
     model = sampling.DiffusionModel.from_config(config)
     options = sampling.resolve_options(model, sampler="dpm++", cfg_scale=1.0)
     sampler = sampling.CompiledSampler(model, mesh, NUM_SAMPLES, options)

@@ -60,8 +60,8 @@ def test_no_schedule_is_said():
 
 
 def both_kernels(qkv, bias, strips, x, scale):
-    out = attention_kernel.attention(qkv, bias, strips, None)
-    return out, norm_kernels.modulated_norm(x, scale, scale, 1e-6)[0]
+    out = attention_kernel.attention(qkv, bias, strips, (None,), (256,))
+    return out, norm_kernels.modulated_norm(x, scale, scale, (256,), 1e-6)[0]
 
 
 def arguments(batch=4, heads=2, width=64):
@@ -70,7 +70,7 @@ def arguments(batch=4, heads=2, width=64):
         ((3, heads, width), jnp.float32),
         ((heads, 16, 31 * 16), jnp.float32),
         ((batch, 256, 128), jnp.bfloat16),
-        ((batch, 128), jnp.bfloat16),
+        ((batch, 1, 128), jnp.bfloat16),
     )
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
@@ -123,7 +123,8 @@ def test_the_compilers_schedules(chip):
 )
 def test_the_kernels_fit_a_v4_core(dtype, heads, width, kept):
     def gradients(qkv, bias, strips, ids):
-        out, pull = jax.vjp(lambda *a: attention_kernel.attention(*a, ids), qkv, bias, strips)
+        attend = lambda *a: attention_kernel.attention(*a, (ids,), (kept,))  # noqa: E731
+        out, pull = jax.vjp(attend, qkv, bias, strips)
         return pull(out)
 
     shapes = (

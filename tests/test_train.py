@@ -242,7 +242,7 @@ def test_nothing_compiles_after_the_first_step(finished):
 
 def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path, monkeypatch):
     def compile_only_first(run, _):
-        first, second = run.counts
+        first, second = run.kept_tokens.counts
         return {first: finished.steps[first], second: run.trainer.jit_step(second)}
 
     def warm_up_when_used(sampler, params):
@@ -254,7 +254,8 @@ def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path,
     monkeypatch.setattr(sampling.CompiledSampler, "warm_up", warm_up_when_used)
     config = changed(finished.config, num_steps=6, eval_every=0)
     run = train.Run(config, "")
-    assert run.kept(0) == run.counts[0] and run.counts[1] in map(run.kept, range(6))
+    counts = run.kept_tokens.counts
+    assert run.kept(0) == counts[0] and counts[1] in map(run.kept, range(6))
     heard = compiled_after_first_step(monkeypatch, config, tmp_path)
     assert len(heard) >= 2, heard  # the step of the other count, and the sampler
 
@@ -534,10 +535,10 @@ def test_a_run_draws_the_references_numbers_of_kept_tokens(tiny_config, tokens):
     config = changed(load_config(tiny_config), model__input_size=size, model__patch_size=patch)
     run = train.Run(changed(config, masking__ratio_span=0.2), "")
     drawn = np.array([run.kept(step) for step in range(10_000)])
-    for count, p in zip(run.counts, run.probabilities, strict=True):
+    for count, p in zip(run.kept_tokens.counts, run.kept_tokens.probabilities, strict=True):
         sigma = np.sqrt(p * (1 - p) / len(drawn))
         assert abs(np.mean(drawn == count) - p) < 4 * sigma, count
-    assert set(drawn) <= set(run.counts)
+    assert set(drawn) <= set(run.kept_tokens.counts)
     ratios = np.random.default_rng(0).uniform(0.3, 0.5, 100_000)
     reference = np.floor(tokens * (1 - ratios)).mean()
     assert drawn.mean() == pytest.approx(reference, rel=0.01)

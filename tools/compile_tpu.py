@@ -52,17 +52,16 @@ def compile_job(
       known: steps that are compiled already, by their number of kept tokens.
     """
     known = dict(known or {})
-    counts, probabilities = chosen_counts(job, arguments.quick)
+    chances = chosen_counts(job, arguments.quick)
+    counts = sorted(chances, key=lambda n: -(n or 0))  # the largest first: it may not fit
     steps: list[Program] = []
-    for count in sorted(counts, key=lambda n: -(n or 0)):  # the largest first: it may not fit
+    for count in counts:
         if count not in known:
             progress(f"compiling the step{f' that keeps {count} tokens' if count else ''}")
             known[count] = job.compile_step(count)
         steps.append(known[count])
         if not steps[-1].fits:
             break
-    by_count = dict(zip(counts, probabilities, strict=True))
-    chances = [by_count[n] for n in sorted(counts, key=lambda n: -(n or 0))][: len(steps)]
     size = arguments.sample_batch_size or job.config.batch_size
     sampler = None
     if arguments.sampler and all(step.fits for step in steps):
@@ -77,7 +76,7 @@ def compile_job(
     return create_report(
         job,
         tuple(steps),
-        tuple(chances),
+        tuple(chances[n] for n in counts[: len(steps)]),
         sampler=sampler,
         calibration=calibration,
         sample_batch=size,
@@ -85,17 +84,15 @@ def compile_job(
     )
 
 
-def chosen_counts(
-    job: TrainingJob, quick: bool
-) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
-    """The numbers of kept tokens to compile for, and their probabilities.
+def chosen_counts(job: TrainingJob, quick: bool) -> dict[int | None, float]:
+    """The numbers of kept tokens to compile for, and how often each runs.
 
     Quickly: only the one nearest to the mean from above, which stands for all of them.
     """
-    if not quick or job.counts[0] is None:
-        return job.counts, job.probabilities
-    mean = sum(n * p for n, p in zip(job.counts, job.probabilities, strict=True))
-    return (min(n for n in job.counts if n >= mean),), (1.0,)
+    kept = job.kept_tokens
+    if not quick or kept.mean is None:
+        return kept.programs
+    return {min(n for n in kept.counts if n >= kept.mean): 1.0}
 
 
 def find_fitting(

@@ -56,7 +56,7 @@ from mdt_jax.data import (
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
 from mdt_jax.data.pipeline import CROPS, epoch_order
-from mdt_jax.models import create_model, flops, masking
+from mdt_jax.models import create_model, flops
 from mdt_jax.parallel.devices import peak_flops
 
 CORES = len(os.sched_getaffinity(0))
@@ -257,12 +257,8 @@ def needed_rate(arguments: argparse.Namespace) -> tuple[float, str]:
     config = default_config()
     config.model.name = arguments.model
     apply_recipe(config)
-    model, ratio = create_model(arguments.model), config.masking
-    kept = None
-    if model.supports_masking:
-        counts = masking.kept_counts(model.num_tokens, ratio.ratio, ratio.ratio_span)
-        kept = float(np.dot(*counts))
-    work = flops.train_step_flops(model, 1, kept)
+    model = create_model(arguments.model)
+    work = flops.train_step_flops(model, 1, model.kept_tokens(**config.masking).mean)
     rate = arguments.mfu * peak * arguments.num_devices / work
     devices = f"{arguments.num_devices} x {arguments.device} at {arguments.mfu:.0%} MFU"
     return rate / arguments.processes, f"{arguments.model} on {devices}{shared}"

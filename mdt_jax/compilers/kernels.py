@@ -41,7 +41,7 @@ class Kernel:
       name: as in the program.
       outputs: its results, by which it is found in the program.
       grid, parallel: its grid, and which dimensions cores may share.
-      bytes: that it reads and writes, each array once.
+      bytes: that its blocks read and write, each array once at the most.
       flops: of its matrix products, in all turns of the grid.
       exported: the kernel alone.
     """
@@ -132,9 +132,24 @@ def _kernel(equation: Any, name: str, outputs: tuple[ArrayType, ...]) -> Kernel:
     grid = tuple(params["grid_mapping"].grid)
     semantics = getattr(params["compiler_params"], "dimension_semantics", None) or ()
     parallel = tuple("parallel" in str(s).lower() for s in semantics) or (False,) * len(grid)
-    size = sum(hlo.array_bytes(*_array(v.aval)) for v in (*equation.invars, *equation.outvars))
+    size = sum(
+        _transferred(block, math.prod(grid)) for block in params["grid_mapping"].block_mappings
+    )
     flops = math.prod(grid) * _product_flops(params["jaxpr"])
     return Kernel(name, outputs, grid, parallel, size, flops, exported)
+
+
+def _transferred(block: Any, steps: int) -> int:
+    """Bytes of an array that the turns of a grid read or write: their blocks, no more than it has.
+
+    A block that stays between turns is one transfer; an array that is only named, not read, none.
+    """
+    aval = block.transformed_block_aval
+    if "any" in str(getattr(aval, "memory_space", "")).lower():
+        return 0
+    whole = hlo.array_bytes(*_array(block.array_aval))
+    part = hlo.array_bytes(_array(block.array_aval)[0], tuple(aval.inner_aval.shape))
+    return min(whole, steps * part)
 
 
 def _product_flops(jaxpr: Any) -> int:

@@ -153,7 +153,7 @@ class TrainingJob:
         self.topology = topology
         self.mesh: Mesh = topologies.create_mesh(topology, **self.config.mesh)
         self.trainer: Trainer = create_trainer(self.config, self.mesh)
-        self.counts, self.probabilities = config_lib.kept_counts(self.config, self.trainer.model)
+        self.kept_tokens = self.trainer.model.kept_tokens(**self.config.masking)
         self.abstract = self.trainer.abstract_state()
 
     @property

@@ -230,7 +230,7 @@ def step_flops(job: TrainingJob) -> float:
     size, model = job.config.batch_size, job.trainer.model
     return math.fsum(
         probability * flops.train_step_flops(model, size, None if count is None else float(count))
-        for count, probability in zip(job.counts, job.probabilities, strict=True)
+        for count, probability in job.kept_tokens.programs.items()
     )
 
 

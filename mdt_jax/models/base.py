@@ -13,27 +13,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mdt_jax.models import attention_kernel, layers, placement
-from mdt_jax.models.attention import KERNELS, choose_kernels, kept_position_index
 from mdt_jax.models.blocks import Block, BlockStack
-from mdt_jax.models.layers import each
-from mdt_jax.models.linear import Streams
-from mdt_jax.models.positions import relative_position_index, sincos_position_table
+from mdt_jax.models.computation import (
+    COMPUTATIONS,
+    REMAT,
+    BlockSettings,
+    choose_kernels,
+)
+from mdt_jax.models.masking import NO_MASKED_PASS, KeptTokens
+from mdt_jax.models.passes import Packing, Pass, join
+from mdt_jax.models.positions import sincos_position_table
 
 
-class Pass(NamedTuple):
-    """What a model is given for one forward pass.
+class Layers(NamedTuple):
+    """Blocks of one kind that a pass goes through.
 
     Attributes:
-      x: noisy latents or images (batch, H, W, C).
-      t: timesteps of the 1000-step training process (batch,), integers or floats.
-      labels: classes (batch,); num_classes is the null class.
-      ids_keep: kept token ids (batch, kept) of a masked pass, None for the full pass.
+      count: how many.
+      tokens: how many tokens each computes.
+      skip: whether they first map concat(x, skip) from 2D to D.
     """
 
-    x: Float[Array, "batch h w c"]
-    t: Int[Array, " batch"] | Float[Array, " batch"]
-    labels: Int[Array, " batch"] | None = None
-    ids_keep: Int[Array, "batch kept"] | None = None
+    count: int
+    tokens: int
+    skip: bool = False
 
 
 class LatentTransformer(nn.Module):
@@ -52,9 +55,9 @@ class LatentTransformer(nn.Module):
         guidance. An unconditional model has that row alone, and always uses it.
       learn_variance: whether C more output channels give the learned-range variance.
       dtype: compute dtype; parameters are float32. float32 also asks for float32 products.
-      kernels: what computes the blocks, one of `attention.KERNELS`, or "auto": by the mesh that is
-        in force, as `attention.choose_kernels` has it.
-      remat: rematerialisation of the blocks, a key of `layers.REMAT_POLICIES`.
+      kernels: what computes the blocks, a key of `computation.COMPUTATIONS`, or "auto": by the mesh
+        that is in force, as `computation.choose_kernels` has it.
+      remat: rematerialisation of the blocks, one of `computation.REMAT`.
       scan_unroll: layers per turn of the scanned stacks. None of these changes a parameter's name.
 
     Raises:
@@ -76,8 +79,10 @@ class LatentTransformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
 
-    relative_bias = True  # of every family but DiT
+    relative_bias = True  # whether attention has a relative-position bias: in all families but DiT
     frozen = ()  # parameters (top-level names) that checkpoints hold and training leaves alone
+    # The share of masked passes among the steps of inpainting (`sampling.inpainting`).
+    inpainting_masked_share = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,14 +98,12 @@ class LatentTransformer(nn.Module):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
-        if self.kernels not in ("auto", *KERNELS):
-            raise ValueError(
-                f"kernels {self.kernels!r} is unknown; known: {', '.join(('auto', *KERNELS))}"
-            )
+        if self.kernels not in ("auto", *COMPUTATIONS):
+            known = ", ".join(("auto", *COMPUTATIONS))
+            raise ValueError(f"kernels {self.kernels!r} is unknown; known: {known}")
         self._check_kernels()
-        if self.remat not in layers.REMAT_POLICIES:
-            known = ", ".join(layers.REMAT_POLICIES)
-            raise ValueError(f"remat {self.remat!r} is unknown; known: {known}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
         if self.scan_unroll < 1:
             raise ValueError(f"scan_unroll {self.scan_unroll} is below 1")
 
@@ -120,13 +123,24 @@ class LatentTransformer(nn.Module):
 
     @property
     def chosen_kernels(self) -> str:
-        """One of `attention.KERNELS`."""
+        """A key of `computation.COMPUTATIONS`."""
         if self.kernels != "auto":
             return self.kernels
-        if not self.relative_bias:
-            return "plain"
-        platform = placement.current.get().platform
-        return choose_kernels(platform, self.grid_size, self.hidden_size // self.num_heads)
+        head_width = self.hidden_size // self.num_heads
+        return choose_kernels(self.relative_bias, self.grid_size, head_width)
+
+    @property
+    def block_settings(self) -> BlockSettings:
+        """The settings of this model's blocks on the mesh that is in force."""
+        return BlockSettings(
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            grid_size=self.grid_size if self.relative_bias else None,
+            computation=COMPUTATIONS[self.chosen_kernels],
+            remat=self.remat,
+            unroll=self.scan_unroll,
+            dtype=self.dtype,
+        )
 
     @property
     def grid_size(self) -> int:
@@ -148,6 +162,26 @@ class LatentTransformer(nn.Module):
         """Whether `__call__` takes `ids_keep`."""
         return self.relative_bias
 
+    def kept_tokens(self, ratio: float, ratio_span: float) -> KeptTokens:
+        """How many tokens the masked passes of a training run keep (`masking.KeptTokens`).
+
+        Raises:
+          ValueError: ratios that leave [0, 1) or keep no token, in a model with masked passes.
+        """
+        if not self.supports_masking:
+            return NO_MASKED_PASS
+        return KeptTokens.of_ratio(self.num_tokens, ratio, ratio_span)
+
+    def layers_of(self, num_kept: int | None) -> tuple[Layers, ...]:
+        """The blocks that a pass goes through: a masked pass that keeps so many tokens, or a full
+        one for None."""
+        raise NotImplementedError
+
+    @property
+    def num_shortcuts(self) -> int:
+        """Blocks whose output is kept for a later block."""
+        return 0
+
     def __call__(
         self,
         x: Float[Array, "batch h w c"],
@@ -160,26 +194,40 @@ class LatentTransformer(nn.Module):
         return output
 
     def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
-        """The output of each of several passes of one batch size, computed side by side.
+        """The output of each of several passes of one batch size, computed side by side (`passes`).
 
         A layer's kernels are then gathered once for all passes, and what they add to their
-        gradients is summed on the device before it is sent. Where passes have the same tokens they
-        go as one batch. At most one of them may be masked, and `init` takes a single one.
+        gradients is summed on the device before it is sent. At most one pass may be masked, and
+        `init` takes a single one.
+
+        Raises:
+          ValueError: inputs of another shape, labels that are missing, passes that the model does
+            not have.
         """
+        if sum(one.ids_keep is not None for one in passes) > 1:
+            raise ValueError("more than one masked pass; one can run beside full ones")
+        # The masked one last: kernels find the others at the same places in every packed array.
+        order = sorted(range(len(passes)), key=lambda i: passes[i].ids_keep is not None)
+        outputs = self.outputs(self.with_masks([passes[i] for i in order]))
+        return tuple(outputs[:, order.index(i)] for i in range(len(passes)))
+
+    def outputs(self, passes: Sequence[Pass]) -> Float[Array, "batch passes h w out"]:
+        """The outputs of `run`, a masked pass being the last."""
         raise NotImplementedError
 
     def embed(
         self, passes: Sequence[Pass]
-    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch width"]]:
-        """Patch tokens without positions, and conditioning vectors c; all passes as one batch."""
+    ) -> tuple[Float[Array, "batch passes n width"], Float[Array, "batch passes width"]]:
+        """Patch tokens without positions, and conditioning vectors c, of every pass."""
         for one in passes:
             if (shape := one.x.shape[1:]) != self.image_shape:
                 raise ValueError(f"input of shape {shape}, the model takes {self.image_shape}")
-        x = layers.join(tuple(one.x for one in passes))
-        t = layers.join(tuple(one.t for one in passes))
-        tokens = layers.PatchEmbed(
+        x = _as_one_batch([one.x for one in passes])
+        t = _as_one_batch([one.t for one in passes])
+        patches = layers.PatchEmbed(
             self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
-        )(x)
+        )
+        tokens = patches(x)
         c = layers.TimestepEmbed(self.hidden_size, name="timestep_embed")(t)
         table = self.param(
             "label_embed",
@@ -192,8 +240,9 @@ class LatentTransformer(nn.Module):
         elif any(one.labels is None for one in passes):
             raise ValueError(f"a model of {self.num_classes} classes needs labels")
         else:
-            labels = layers.join(tuple(one.labels for one in passes))
+            labels = _as_one_batch([one.labels for one in passes])
         c = (c + placement.constrain_batch(table[labels])).astype(self.dtype)
+        tokens, c = (x.reshape(-1, len(passes), *x.shape[1:]) for x in (tokens, c))
         return placement.constrain_batch(tokens), placement.constrain_batch(c)
 
     def position_table(self, name: str) -> Float[Array, "n width"]:
@@ -206,38 +255,49 @@ class LatentTransformer(nn.Module):
             jnp.float32,
         ).astype(self.dtype)
 
-    def positions(self, ids_keep: Int[Array, "batch kept"] | None = None) -> Array | None:
-        """Where the tokens of a pass are, as the blocks' attention wants it; all by default.
+    def packing(self, ids_keep: Sequence[Int[Array, "batch kept"] | None]) -> Packing:
+        """How passes with these tokens are packed, None for all tokens."""
+        computation = COMPUTATIONS[self.chosen_kernels]
+        lengths = (self.num_tokens if ids is None else ids.shape[1] for ids in ids_keep)
+        pairs: tuple = (None,) * len(ids_keep)
+        if self.relative_bias:
+            pairs = tuple(computation.bias_pairs(self.grid_size, ids) for ids in ids_keep)
+        return Packing(tuple(lengths), tuple(ids_keep), pairs)
 
-        The same in every layer, so a pass computes it once.
-        """
-        if not self.relative_bias or self.chosen_kernels == "pallas":
-            return ids_keep
-        index = jnp.asarray(relative_position_index(self.grid_size))
-        return index if ids_keep is None else kept_position_index(index, ids_keep)
+    @property
+    def whole(self) -> Packing:
+        """The packing of one pass with all tokens."""
+        return self.packing([None])
 
-    def stack(
-        self, depth: int, name: str, skips: str = "none", collect: bool = False
-    ) -> BlockStack:
+    def pack(
+        self, tokens: Float[Array, "batch passes n width"], passes: Sequence[Pass]
+    ) -> tuple[Float[Array, "batch packed width"], Packing]:
+        """The tokens that each pass keeps, packed."""
+        parts = [gather_kept(tokens[:, i], one.ids_keep) for i, one in enumerate(passes)]
+        return join(parts), self.packing([one.ids_keep for one in passes])
+
+    def stack(self, depth: int, name: str) -> BlockStack:
         """A scanned stack of this model's blocks."""
-        return BlockStack(
-            depth=depth,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            grid_size=self.grid_size if self.relative_bias else None,
-            skips=skips,
-            collect=collect,
-            kernels=self.chosen_kernels,
-            remat=self.remat,
-            unroll=self.scan_unroll,
-            dtype=self.dtype,
-            name=name,
-        )
+        return BlockStack(self.block_settings, depth, name=name)
+
+    def decode(
+        self,
+        blocks: BlockStack,
+        tokens: Float[Array, "batch passes n width"],
+        c: Float[Array, "batch passes width"],
+        skip: Float[Array, "batch passes n width"] | None = None,
+    ) -> Float[Array, "batch passes h w out"]:
+        """All tokens through some blocks and the final layer, passes as one batch."""
+        count = tokens.shape[1]
+        tokens, c = _merge_passes(tokens), _merge_passes(c)[:, None]
+        skip = None if skip is None else _merge_passes(skip)
+        tokens = blocks(tokens, c, self.whole, skip=skip)
+        return _split_passes(self.unembed(tokens, c), count)
 
     def interpolate_masked(
         self,
         kept: Float[Array, "batch kept width"],
-        c: Float[Array, "batch width"],
+        c: Float[Array, "batch 1 width"],
         ids_keep: Int[Array, "batch kept"],
         decoder_positions: Float[Array, "n width"],
     ) -> Float[Array, "batch n width"]:
@@ -253,44 +313,32 @@ class LatentTransformer(nn.Module):
             kept, mask_token.astype(self.dtype), ids_keep, self.num_tokens
         )
         tokens = placement.constrain_batch(tokens + decoder_positions)
-        side = Block(
-            self.num_heads,
-            self.mlp_ratio,
-            self.grid_size,
-            skip=False,
-            collect=False,
-            kernels=self.chosen_kernels,
-            dtype=self.dtype,
-            name="side_block",
-        )
-        (interpolated,), _ = side((tokens,), None, (c,), (self.positions(),))
-        return jnp.where(masked[..., None], interpolated, tokens)
+        side_block = Block(self.block_settings, name="side_block")
+        return jnp.where(masked[..., None], side_block(tokens, c, self.whole), tokens)
 
     def decoder_input(
         self,
-        tokens: Streams,
-        cs: Streams,
-        passes: Sequence[Pass],
+        packed: Float[Array, "batch packed width"],
+        packing: Packing,
+        c: Float[Array, "batch passes width"],
         decoder_positions: Float[Array, "n width"],
-    ) -> Float[Array, "batch n width"]:
-        """All N tokens of what the encoder gave, decoder positions added; passes as one batch.
+    ) -> Float[Array, "batch passes n width"]:
+        """All N tokens of each pass from the encoder's output, decoder positions added.
 
         Those of a masked pass go through the side-interpolator.
         """
 
-        if sum(one.ids_keep is not None for one in passes) > 1:
-            raise ValueError("more than one masked pass; one can run beside full ones")
-
-        def whole(tokens: Array, c: Array, one: Pass) -> Array:
-            if one.ids_keep is None:
+        def whole(i: int, tokens: Array) -> Array:
+            if (ids := packing.ids_keep[i]) is None:
                 return tokens + decoder_positions
-            return self.interpolate_masked(tokens, c, one.ids_keep, decoder_positions)
+            return self.interpolate_masked(tokens, c[:, i : i + 1], ids, decoder_positions)
 
-        return layers.join(each(whole, tokens, cs, tuple(passes)))
+        parts = [whole(i, tokens) for i, tokens in enumerate(packing.split(packed))]
+        return jnp.stack(parts, axis=1)
 
     def with_masks(self, passes: Sequence[Pass]) -> Sequence[Pass]:
         """The passes; `init` runs masked ones, of all tokens, for the side-interpolator's sake."""
-        if not self.is_initializing():
+        if not (self.is_initializing() and self.supports_masking):
             return passes
 
         def masked(one: Pass) -> Pass:
@@ -302,7 +350,7 @@ class LatentTransformer(nn.Module):
         return [masked(one) for one in passes]
 
     def unembed(
-        self, x: Float[Array, "batch n width"], c: Float[Array, "batch width"]
+        self, x: Float[Array, "batch n width"], c: Float[Array, "batch 1 width"]
     ) -> Float[Array, "batch h w out"]:
         """The final layer, and its patches laid out as (B, H, W, C or 2C) float32.
 
@@ -314,6 +362,24 @@ class LatentTransformer(nn.Module):
         return rearrange(
             x, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid_size, p=p, q=p, c=channels
         )
+
+
+def _as_one_batch(arrays: Sequence[Array]) -> Array:
+    """Arrays (batch, ...) of P passes, alike in shape, as one batch (batch · P, ...).
+
+    A sample's passes lie next to each other, so that each stays on its device.
+    """
+    return placement.constrain_batch(_merge_passes(jnp.stack(arrays, axis=1)))
+
+
+def _merge_passes(x: Array) -> Array:
+    """(batch, passes, ...) to (batch · passes, ...)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _split_passes(x: Array, count: int) -> Array:
+    """(batch · passes, ...) to (batch, passes, ...)."""
+    return placement.constrain_batch(x.reshape(-1, count, *x.shape[1:]))
 
 
 def scatter_kept(

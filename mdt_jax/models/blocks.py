@@ -2,147 +2,123 @@
 
 from __future__ import annotations
 
-from flax import linen as nn
-from jax.typing import DTypeLike
-from jaxtyping import Array
+from collections.abc import Callable
 
-from mdt_jax.models import layers, norm_kernels, placement
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32
+
+from mdt_jax.models import layers, placement
 from mdt_jax.models.attention import Attention
-from mdt_jax.models.layers import each
-from mdt_jax.models.linear import Streams
+from mdt_jax.models.computation import BlockSettings
+from mdt_jax.models.linear import Product
+from mdt_jax.models.passes import Packing
+
+Vector = Float32[Array, "batch passes width"]
 
 
 class Block(nn.Module):
-    """x + gate·attention(modulated norm), then x + gate·MLP(modulated norm); adaLN-Zero (DiT §3.2).
+    """x + gate · attention(modulated norm(x)), then x + gate · MLP(modulated norm(x)).
 
-    Attributes:
-      num_heads, mlp_ratio: as usual.
-      grid_size: side of the token grid for the relative-position bias, None for no bias.
-      skip: whether the block first maps concat(x, skip) from 2D to D (MDTv2's long shortcuts).
-      collect: whether to return the output a second time, for a scan to stack.
-      kernels: one of `attention.KERNELS`.
-      dtype: compute dtype.
+    adaLN-Zero (DiT §3.2): shifts, scales and gates are linear in SiLU(c), and zero at the start.
+    With a skip, a linear map of concat(x, skip), 2D to D, comes first (MDTv2's long shortcuts).
     """
 
-    num_heads: int
-    mlp_ratio: float
-    grid_size: int | None
-    skip: bool
-    collect: bool
-    kernels: str
-    dtype: DTypeLike
+    settings: BlockSettings
 
     @nn.compact
     def __call__(
         self,
-        xs: Streams,
-        skips: Streams | None,
-        cs: Streams,
-        positions: tuple[Array | None, ...],
-    ) -> tuple[Streams, Streams | None]:
-        """The block in every pass: x (batch, n, width), skip alike, c (batch, width).
+        x: Float[Array, "batch n width"],
+        c: Float[Array, "batch passes width"],
+        packing: Packing,
+        skip: Float[Array, "batch n width"] | None = None,
+    ) -> Float[Array, "batch n width"]:
+        """The block of one pass, or of several packed in one array."""
+        s = self.settings
+        attention = Attention(s, name="attn")
+        mlp = layers.Mlp(s.mlp_ratio, s.dtype, name="mlp")
 
-        Positions are what `Attention` takes.
-        """
-        if self.skip:
-            xs = layers.SkipLinear(self.dtype, name="skip")(xs, skips)
-        modulation = layers.Modulation(6, self.dtype, name="modulation")(cs)
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        attention = Attention(self.num_heads, self.grid_size, self.kernels, self.dtype, name="attn")
-        pallas = self.kernels == "pallas"
-        mlp = layers.Mlp(self.mlp_ratio, self.dtype, bias_gradient=not pallas, name="mlp")
-        norm, add = (_norm_on_tpu, _add_on_tpu) if pallas else (_norm, _add)
-        if pallas:
-            xs = each(lambda x: x.astype(self.dtype), xs)
-        hs, xs = norm(xs, attn_shift, attn_scale, self.dtype)
-        xs = add(xs, attn_gate, attention(hs, positions))
-        hs, xs = norm(xs, mlp_shift, mlp_scale, self.dtype)
-        xs = add(xs, mlp_gate, mlp(hs))
-        xs = each(placement.constrain_batch, xs)
-        return xs, xs if self.collect else None
+        def residual(
+            x: Array, f: Callable[[Array], Product], shift: Vector, scale: Vector, gate: Vector
+        ) -> Array:
+            """x + gate · f(modulated norm(x))."""
+            h, x = s.computation.modulated_norm(x, shift, scale, packing)
+            return s.computation.gated_residual(x, gate, f(h), packing)
 
-
-def _norm(
-    xs: Streams, shifts: Streams, scales: Streams, dtype: DTypeLike
-) -> tuple[Streams, Streams]:
-    """The modulated norm of every pass, and what goes on as the residual stream."""
-    hs = each(layers.modulated_norm, xs, shifts, scales)
-    return each(lambda h: h.astype(dtype), hs), xs
-
-
-def _norm_on_tpu(
-    xs: Streams, shifts: Streams, scales: Streams, dtype: DTypeLike
-) -> tuple[Streams, Streams]:
-    def norm(x: Array, shift: Array, scale: Array) -> tuple[Array, Array]:
-        return norm_kernels.modulated_norm(x, shift, scale, layers.EPSILON)
-
-    hs, xs = zip(*each(norm, xs, shifts, scales), strict=True)
-    return hs, xs
-
-
-def _add(xs: Streams, gates: Streams, hs: Streams) -> Streams:
-    return each(lambda x, gate, h: x + gate[:, None].astype(h.dtype) * h, xs, gates, hs)
-
-
-def _add_on_tpu(xs: Streams, gates: Streams, hs_and_bias: tuple[Streams, Array]) -> Streams:
-    hs, bias = hs_and_bias
-    return each(lambda x, h, g: norm_kernels.gated_residual(x, h, bias, g), xs, hs, gates)
+        if skip is not None:
+            x = layers.SkipLinear(s.dtype, name="skip")(x, skip)
+        modulation = layers.Modulation(6, s.dtype, name="modulation")(c)
+        x = residual(x, lambda h: attention(h, packing), *modulation[:3])
+        x = residual(x, mlp, *modulation[3:])
+        return placement.constrain_batch(x)
 
 
 class BlockStack(nn.Module):
     """`depth` blocks in a row as one scan over stacked parameters, (depth, …) each.
 
-    A 28-layer model compiles as fast as one block. `unroll` (how many layers a loop turn holds) and
-    `remat` (a key of `layers.REMAT_POLICIES`) change no parameter name.
-
-    Attributes:
-      skips: "none", "per_layer" (the skip argument has a leading layer axis) or "shared".
-      collect: whether to return every block's output too.
+    A 28-layer model compiles as fast as one block. How far the scan is unrolled, and what is
+    rematerialised, changes no parameter's name.
     """
 
+    settings: BlockSettings
     depth: int
-    num_heads: int
-    mlp_ratio: float
-    grid_size: int | None
-    skips: str
-    collect: bool
-    kernels: str
-    remat: str
-    unroll: int
-    dtype: DTypeLike
 
-    @nn.compact
     def __call__(
         self,
-        xs: Streams,
-        cs: Streams,
-        positions: tuple[Array | None, ...],
-        skips: Streams | None = None,
-    ) -> tuple[Streams, Streams | None]:
-        """Returns the last block's outputs and, if collecting, every block's, stacked."""
-        block = Block
-        if self.remat != "none":
+        x: Float[Array, "batch n width"],
+        c: Float[Array, "batch passes width"],
+        packing: Packing,
+        *,
+        skip: Float[Array, "batch n width"] | None = None,
+        skips: Float[Array, "depth batch n width"] | None = None,
+    ) -> Float[Array, "batch n width"]:
+        """The last block's output; with a skip for all blocks, or one for each, or none."""
+        x, _ = self.scan(x, c, packing, skip, skips, collected=lambda x: None)
+        return x
+
+    def with_outputs(
+        self,
+        x: Float[Array, "batch n width"],
+        c: Float[Array, "batch passes width"],
+        packing: Packing,
+    ) -> tuple[Float[Array, "batch n width"], Float[Array, "depth batch n width"]]:
+        """The last block's output, and every block's."""
+        return self.scan(x, c, packing, None, None, collected=lambda x: x)
+
+    @nn.compact
+    def scan(
+        self,
+        x: Array,
+        c: Array,
+        packing: Packing,
+        skip: Array | None,
+        skips: Array | None,
+        collected: Callable[[Array], Array | None],
+    ) -> tuple[Array, Array | None]:
+        """The last block's output, and of every block's what `collected` takes, stacked."""
+        s = self.settings
+
+        def layer(
+            block: Block,
+            x: Array,
+            c: Array,
+            packing: Packing,
+            skip: Array | None,
+            own: Array | None,
+        ) -> tuple[Array, Array | None]:
+            x = block(x, c, packing, skip if own is None else own)
+            return x, collected(x)
+
+        if s.remat != "none":
             # Under a scan the loop itself keeps XLA from merging the recomputation away.
-            block = nn.remat(
-                block, policy=layers.REMAT_POLICIES[self.remat], prevent_cse=self.unroll > 1
-            )
-        skip_axis = 0 if self.skips == "per_layer" else nn.broadcast
+            layer = nn.remat(layer, policy=s.remat_policy, prevent_cse=s.unroll > 1)
         scanned = nn.scan(
-            block,
+            layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(skip_axis, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=self.depth,
-            unroll=min(self.unroll, self.depth),
+            unroll=min(s.unroll, self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(
-            self.num_heads,
-            self.mlp_ratio,
-            self.grid_size,
-            self.skips != "none",
-            self.collect,
-            self.kernels,
-            self.dtype,
-            name="layers",
-        )(xs, skips, cs, positions)
+        return scanned(Block(s, name="layers"), x, c, packing, skip, skips)

@@ -8,8 +8,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mdt_jax.models.base import LatentTransformer, Pass
-from mdt_jax.models.layers import split
+from mdt_jax.models.base import LatentTransformer, Layers
+from mdt_jax.models.passes import Pass
 
 
 class DiT(LatentTransformer):
@@ -19,11 +19,14 @@ class DiT(LatentTransformer):
     frozen = ("pos_embed",)
 
     @nn.compact
-    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
-        """As `LatentTransformer.run` has it."""
+    def outputs(self, passes: Sequence[Pass]) -> Float[Array, "batch passes h w out"]:
+        """As `LatentTransformer.outputs` has it."""
         if any(one.ids_keep is not None for one in passes):
             raise ValueError("DiT has no masked pass; MDT and MDTv2 have")
         tokens, c = self.embed(passes)
         tokens = tokens + jax.lax.stop_gradient(self.position_table("pos_embed"))
-        (tokens,), _ = self.stack(self.depth, "blocks")((tokens,), (c,), (None,))
-        return split(self.unembed(tokens, c), len(passes))
+        return self.decode(self.stack(self.depth, "blocks"), tokens, c)
+
+    def layers_of(self, num_kept: int | None) -> tuple[Layers, ...]:
+        """As `LatentTransformer.layers_of` has it; there are full passes only."""
+        return (Layers(self.depth, self.num_tokens),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mdt_jax.models import LatentTransformer, MDTv2
+from mdt_jax.models.base import LatentTransformer, Layers
 
 
 def forward_macs(model: LatentTransformer, num_kept: int | None = None) -> int:
@@ -14,23 +14,15 @@ def forward_macs(model: LatentTransformer, num_kept: int | None = None) -> int:
     d, n = model.hidden_size, model.num_tokens
     hidden = int(d * model.mlp_ratio)
 
-    def blocks(count: int, tokens: int, skip: bool = False) -> int:
-        per_token = 4 * d * d + 2 * d * hidden + (2 * d * d if skip else 0)
-        return count * (tokens * per_token + 2 * tokens**2 * d + 6 * d * d)
+    def blocks(layers: Layers) -> int:
+        per_token = 4 * d * d + 2 * d * hidden + (2 * d * d if layers.skip else 0)
+        block = layers.tokens * per_token + 2 * layers.tokens**2 * d + 6 * d * d
+        return layers.count * block
 
     patch = model.patch_size**2 * model.in_channels
     outputs = patch * (2 if model.learn_variance else 1)
     ends = n * patch * d + n * d * outputs + 2 * d * d + 256 * d + d * d
-    if not model.supports_masking:
-        return ends + blocks(model.depth, n)
-    encoder, decoder = model.depth - model.decoder_depth, model.decoder_depth
-    tokens = n if num_kept is None else num_kept
-    side = 0 if num_kept is None else blocks(1, n)
-    if isinstance(model, MDTv2):
-        half = encoder // 2
-        encoded = blocks(half, tokens) + blocks(half, tokens, skip=True)
-        return ends + encoded + side + blocks(decoder, n, skip=True)
-    return ends + blocks(encoder, tokens) + side + blocks(decoder, n)
+    return ends + sum(map(blocks, model.layers_of(num_kept)))
 
 
 def train_step_flops(

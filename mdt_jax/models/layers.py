@@ -1,27 +1,25 @@
-"""What every transformer here is made of: embeddings, norms, MLPs, last layers, initialisers.
+"""The parts of every transformer here: embeddings, norms, MLPs, last layers, initialisers.
 
-What a block is made of takes the arrays of several passes at once (`linear.Streams`).
-
-Parameters carry logical axis names; `mdt_jax.parallel.sharding` maps those to mesh axes.
+Arrays may hold the tokens of several passes (`passes`). Parameters carry logical axis names;
+`mdt_jax.parallel.sharding` maps those to mesh axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from mdt_jax.models import placement
-from mdt_jax.models.linear import OUTPUT, Linear, Streams, add_bias, project
+from mdt_jax.models.linear import OUTPUT, Linear, Product, project
+from mdt_jax.models.passes import over_tokens
 from mdt_jax.models.placement import Axes
 
 # The authors' initialisation (DiT's): Xavier-uniform linears, N(0, 0.02) for tables and the
@@ -32,46 +30,11 @@ normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
 EPSILON = 1e-6  # of every LayerNorm
-REMAT_POLICIES = {
-    "none": None,
-    # Recompute everything of a block, or all but what its linear maps give. With Pallas kernels
-    # attention's projection is recomputed too: keeping it would cost more.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
-}
 
-
-# For a function that costs little: a loop over layers keeps its arguments for the way back, and
-# what follows from them is computed again, faster than it would be written and read. Where layers
-# are unrolled XLA may merge both computations, and keeps what it likes.
+# For functions that cost little: a loop over layers keeps their arguments for the backward pass,
+# and computes their results again, faster than it would write and read them. Where layers are
+# unrolled XLA may merge both computations, and keeps what it likes.
 recompute = partial(jax.checkpoint, prevent_cse=False)
-
-
-def each(function: Callable, *streams: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The function of every pass' arrays: each of the streams has one for every pass."""
-    return tuple(map(function, *streams))
-
-
-def join(streams: Streams) -> Array:
-    """Arrays (B, ...) of P passes, alike in shape, as one batch (P·B, ...).
-
-    Each device's samples are put one pass after the other, and stay on it.
-    """
-    if len(streams) == 1:
-        return streams[0]
-    parts = placement.current.get().batch_shards
-    shape = streams[0].shape
-    stacked = jnp.stack([x.reshape(parts, -1, *shape[1:]) for x in streams], axis=1)
-    return placement.constrain_batch(stacked.reshape(-1, *shape[1:]))
-
-
-def split(x: Array, num_passes: int) -> Streams:
-    """What `join` joined."""
-    if num_passes == 1:
-        return (x,)
-    parts, shape = placement.current.get().batch_shards, x.shape[1:]
-    x = x.reshape(parts, num_passes, -1, *shape)
-    return tuple(placement.constrain_batch(x[:, i].reshape(-1, *shape)) for i in range(num_passes))
 
 
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
@@ -103,18 +66,20 @@ def layer_norm(x: Float[Array, "batch n width"]) -> Float32[Array, "batch n widt
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
 
 
-@recompute
+@partial(recompute, static_argnums=3)
 def modulated_norm(
     x: Float[Array, "batch n width"],
-    shift: Float32[Array, "batch width"],
-    scale: Float32[Array, "batch width"],
+    shift: Float32[Array, "batch passes width"],
+    scale: Float32[Array, "batch passes width"],
+    lengths: tuple[int, ...],
 ) -> Float32[Array, "batch n width"]:
-    """LayerNorm(x)·(1 + scale) + shift, per sample, in float32.
+    """LayerNorm(x)·(1 + scale) + shift, of each pass's tokens with its own, in float32.
 
     In bfloat16 a scale below 1/256 would be lost.
     """
     with jax.named_scope("modulated_norm"):
-        return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+        shift, scale = over_tokens(shift, lengths), over_tokens(scale, lengths)
+        return layer_norm(x) * (1 + scale) + shift
 
 
 @recompute
@@ -134,9 +99,8 @@ class PatchEmbed(nn.Module):
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch n width"]:
         p = self.patch_size
         patches = rearrange(x, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
-        axes = (None, None, None, "embed")
-        (tokens,) = Linear((self.width,), axes, self.dtype, xavier, name="proj")((patches,))
-        return tokens
+        patch, axes = (p, p, x.shape[-1]), (None, None, None, "embed")
+        return Linear(patch, (self.width,), axes, self.dtype, xavier, name="proj")(patches)
 
 
 class TimestepEmbed(nn.Module):
@@ -148,59 +112,46 @@ class TimestepEmbed(nn.Module):
     def __call__(self, t: Array) -> Float[Array, "batch width"]:
         def linear(name: str, axes: Axes, x: Array) -> Array:
             x = placement.constrain_batch(x)
-            (y,) = Linear((self.width,), axes, jnp.float32, normal, name=name)((x,))
-            return y
+            sizes = x.shape[1:], (self.width,)
+            return Linear(*sizes, axes, jnp.float32, normal, name=name)(x)
 
         h = linear("fc1", (None, "embed"), timestep_features(t))
         return linear("fc2", ("embed", None), nn.silu(h))
 
 
 class Mlp(nn.Module):
-    """Linear to ratio × width, tanh-GELU, linear back.
-
-    Attributes:
-      bias_gradient: of the second linear map, as `Linear` has it.
-    """
+    """Linear to ratio × width, tanh-GELU, and the product of the linear map back."""
 
     ratio: float
     dtype: DTypeLike
-    bias_gradient: bool = True
 
     @nn.compact
-    def __call__(self, xs: Streams) -> Streams | tuple[Streams, Array]:
-        width = xs[0].shape[-1]
-        hidden = int(width * self.ratio)
-        h = Linear((hidden,), ("embed", "mlp"), self.dtype, xavier, name="fc1")(xs)
-        h = each(gelu, h)
-        back = Linear(
-            (width,),
-            ("mlp", "embed"),
-            self.dtype,
-            xavier,
-            bias_gradient=self.bias_gradient,
-            name="fc2",
-        )
-        return back(h)
+    def __call__(self, x: Float[Array, "batch n width"]) -> Product:
+        width = (x.shape[-1],)
+        hidden = (int(x.shape[-1] * self.ratio),)
+        h = Linear(width, hidden, ("embed", "mlp"), self.dtype, xavier, name="fc1")(x)
+        back = Linear(hidden, width, ("mlp", "embed"), self.dtype, xavier, name="fc2")
+        return back.product(gelu(h))
 
 
 class Modulation(nn.Module):
     """`count` vectors of the width from linear(SiLU(c)), zero at the start (adaLN-Zero).
 
-    Each of the `count` that are returned is every pass' (B, width). They are float32, so that the
-    gradients of shift and scale are put together before they are rounded to the compute dtype.
+    They are float32, so that the gradients of shift and scale are put together before they are
+    rounded to the compute dtype.
     """
 
     count: int
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, cs: Streams) -> list[Streams]:
-        features, axes = (self.count, cs[0].shape[-1]), ("embed", None, "modulation")
-        linear = Linear(features, axes, self.dtype, zeros, name="linear")
-        # As one batch: so few rows take as long as reading the kernel does.
-        (out,) = linear((nn.silu(join(cs)),))
-        out = out.astype(jnp.float32)
-        return [split(out[:, i], len(cs)) for i in range(self.count)]
+    def __call__(
+        self, c: Float[Array, "batch passes width"]
+    ) -> list[Float32[Array, "batch passes width"]]:
+        width, axes = c.shape[-1], ("embed", None, "modulation")
+        linear = Linear((width,), (self.count, width), axes, self.dtype, zeros, name="linear")
+        out = linear(nn.silu(c)).astype(jnp.float32)
+        return [out[:, :, i] for i in range(self.count)]
 
 
 class SkipLinear(nn.Module):
@@ -209,8 +160,10 @@ class SkipLinear(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, xs: Streams, skips: Streams) -> Streams:
-        width = xs[0].shape[-1]
+    def __call__(
+        self, x: Float[Array, "batch n width"], skip: Float[Array, "batch n width"]
+    ) -> Float[Array, "batch n width"]:
+        width = x.shape[-1]
 
         def fused_xavier(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return xavier(key, (2 * width, width), dtype).reshape(shape)
@@ -224,14 +177,13 @@ class SkipLinear(nn.Module):
         bias = self.param("bias", partitioned(zeros, None), (width,), jnp.float32)
         kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)
 
-        def part(i: int, xs: Streams, kernel: Array) -> Streams:
-            xs = each(lambda x: x.astype(self.dtype), xs)
-            return project(xs, kernel[i], ("embed", "mlp"), 1)
+        def half(i: int, x: Array, kernel: Array) -> Array:
+            return project(x.astype(self.dtype), kernel[i], ("embed", "mlp"), 1)
 
         # Recomputed, lest a loop keep the halves of a kernel that it is given anyway.
-        xs = recompute(partial(part, 0))(xs, kernel)
-        skips = recompute(partial(part, 1))(skips, kernel)
-        return each(lambda x, s: checkpoint_name(add_bias(x + s, bias), OUTPUT), xs, skips)
+        x = recompute(partial(half, 0))(x, kernel)
+        skip = recompute(partial(half, 1))(skip, kernel)
+        return Product(x + skip, bias, OUTPUT).added()
 
 
 class FinalLayer(nn.Module):
@@ -241,9 +193,11 @@ class FinalLayer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, c: Array) -> Float[Array, "batch n {self.features}"]:
-        (shift,), (scale,) = Modulation(2, self.dtype, name="modulation")((c,))
-        x = modulated_norm(x, shift, scale)
-        linear = Linear((self.features,), ("embed", None), self.dtype, zeros, name="linear")
-        (y,) = linear((x,))
+    def __call__(
+        self, x: Float[Array, "batch n width"], c: Float[Array, "batch 1 width"]
+    ) -> Float[Array, "batch n {self.features}"]:
+        shift, scale = Modulation(2, self.dtype, name="modulation")(c)
+        x = modulated_norm(x, shift, scale, (x.shape[1],))
+        sizes, axes = ((x.shape[-1],), (self.features,)), ("embed", None)
+        y = Linear(*sizes, axes, self.dtype, zeros, name="linear")(x)
         return y.astype(jnp.float32)

@@ -1,16 +1,16 @@
 """Linear maps with float32 weights that may be sharded: cast, then gathered, then multiplied.
 
 Left to itself, the partitioner of a product with sharded weights may cut the contraction into one
-slice a chip, which leaves much of a TPU's matrix unit empty. Here they are cast to the compute
-dtype, gathered once a use and multiplied whole; their gradient is summed over tokens, passes and
+slice a chip, which leaves much of a TPU's matrix unit empty. Here the weights are cast to the
+compute dtype, gathered once a use and multiplied whole. Their gradient is summed over tokens and
 devices in float32.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,8 @@ from jaxtyping import Array, Float
 from mdt_jax.models import placement
 from mdt_jax.models.placement import Axes
 
-# What several passes through the same layers have of one kind, batch first: the full pass' and the
-# masked one's, say, which differ in their number of tokens.
-Streams = tuple[Array, ...]
-
 LANES = 128  # of a TPU's vector registers
-OUTPUT = "linear"  # what rematerialisation policies call a linear map's result
+OUTPUT = "linear"  # the name of a linear map's result in rematerialisation policies
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -35,85 +31,107 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
-    xs: Streams,
-    kernel: Float[Array, "..."],
-    axes: Axes,
-    num_contracted: int,
-    tokens_last: bool = False,
-) -> Streams:
-    """Each x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
+    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: Axes, num_contracted: int
+) -> Float[Array, "..."]:
+    """x times a kernel in x's dtype, over the last axes of x and the first of the kernel.
 
-    The kernel is gathered once for all of them, and their gradients are one sum before it leaves
-    the device.
+    The kernel is gathered for the product, and its gradient is summed on each device before it is
+    sent.
 
     Args:
-      xs: activations of passes that share the kernel, batch first.
+      x: activations, batch first.
       kernel: float32, as the state holds it.
       axes: the kernel's logical axes.
       num_contracted: how many axes are summed over.
-      tokens_last: whether results are (batch, *features, lanes), for xs (batch, n, ...): n tokens,
-        and others that nobody is to read up to a multiple of LANES. A transpose would do, but the
-        TPU's compiler makes a copy of it, and of a result that does not fill its rows of lanes.
 
     Returns:
-      The products, their features in one axis where `Placement.merges`.
+      The product, its features in one axis where `Placement.merges`.
     """
-    return _forward(xs, kernel, axes, num_contracted, tokens_last)[0]
+    return _forward(x, kernel, axes, num_contracted)[0]
 
 
-def _forward(
-    xs: Streams, kernel: Array, axes: Axes, num_contracted: int, tokens_last: bool
-) -> tuple[Streams, Any]:
-    saved = xs, kernel  # as given: a loop over layers need not stack copies of their kernels
-    xs, kernel, axes, num_contracted = _matrices(xs, kernel, axes, num_contracted)
-    kernel = _gathered(kernel, xs[0].dtype, axes)
-    first = tuple(range(num_contracted))
-
-    def multiply(x: Array) -> Array:
-        last = tuple(range(x.ndim - num_contracted, x.ndim))
-        if tokens_last:
-            padding = [(0, 0)] * x.ndim
-            padding[1] = (0, -x.shape[1] % LANES)
-            return jnp.moveaxis(_product(kernel, jnp.pad(x, padding), (first, last)), -2, 0)
-        return _product(x, kernel, (last, first))
-
-    return tuple(map(multiply, xs)), saved
+def _forward(x: Array, kernel: Array, axes: Axes, num_contracted: int) -> tuple[Array, Any]:
+    saved = x, kernel  # as given: a loop over layers need not stack copies of its kernels
+    x, kernel, axes, num_contracted = _as_matrices(x, kernel, axes, num_contracted)
+    contracted = _last(x, num_contracted), tuple(range(num_contracted))
+    return _product(x, _gathered(kernel, x.dtype, axes), contracted), saved
 
 
-def _backward(
-    axes: Axes, num_contracted: int, tokens_last: bool, saved: Any, dys: Streams
-) -> tuple[Streams, Array]:
-    xs, kernel, axes, num_contracted = _matrices(*saved, axes, num_contracted)
-    gathered = _gathered(kernel, xs[0].dtype, axes)
+def _backward(axes: Axes, num_contracted: int, saved: Any, dy: Array) -> tuple[Array, Array]:
+    x, kernel, axes, num_contracted = _as_matrices(*saved, axes, num_contracted)
+    rows = tuple(range(x.ndim - num_contracted))
+    return _gradients(saved, x, kernel, axes, num_contracted, dy, (rows, rows))
+
+
+project.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project_tokens_last(
+    x: Float[Array, "batch n width"], kernel: Float[Array, "width ..."], axes: Axes
+) -> Float[Array, "batch ..."]:
+    """`project` over the width, transposed: (batch, *features, lanes).
+
+    There are as many lanes as tokens, rounded up to a multiple of LANES; nobody may read those
+    after the tokens. A transpose would do, but the TPU's compiler makes a copy of it, and of a
+    result that does not fill its rows of lanes.
+    """
+    return _forward_tokens_last(x, kernel, axes)[0]
+
+
+def _forward_tokens_last(x: Array, kernel: Array, axes: Axes) -> tuple[Array, Any]:
+    saved = x, kernel
+    x, kernel, axes, _ = _as_matrices(x, kernel, axes, 1)
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0)))
+    product = _product(_gathered(kernel, x.dtype, axes), padded, ((0,), (2,)))
+    return jnp.moveaxis(product, -2, 0), saved
+
+
+def _backward_tokens_last(axes: Axes, saved: Any, dy: Array) -> tuple[Array, Array]:
+    x, kernel, axes, _ = _as_matrices(*saved, axes, 1)
+    dy = dy[..., : x.shape[1]]
+    return _gradients(saved, x, kernel, axes, 1, dy, ((0, 1), (0, dy.ndim - 1)))
+
+
+project_tokens_last.defvjp(_forward_tokens_last, _backward_tokens_last)
+
+
+def _gradients(
+    saved: tuple[Array, Array],
+    x: Array,
+    kernel: Array,
+    axes: Axes,
+    num_contracted: int,
+    dy: Array,
+    rows: tuple[tuple[int, ...], tuple[int, ...]],
+) -> tuple[Array, Array]:
+    """Gradients of the saved x and kernel, which `x` and `kernel` are as matrices.
+
+    Args:
+      saved: x and kernel as they were given.
+      x, kernel, axes, num_contracted: from `_as_matrices`.
+      dy: the gradient of the product.
+      rows: the axes of x and of dy that are neither features nor summed over in the product.
+    """
+    features = tuple(axis for axis in range(dy.ndim) if axis not in rows[1])
     kernel_features = tuple(range(num_contracted, kernel.ndim))
+    dx = _product(dy, _gathered(kernel, x.dtype, axes), (features, kernel_features))
     place = placement.current.get()
-    dxs, dkernels = [], []
-    for x, dy in zip(xs, dys, strict=True):
-        if tokens_last:
-            dy = dy[..., : x.shape[1]]
-        # Axes that are neither features nor summed over in the product forward.
-        x_rows = tuple(range(x.ndim - num_contracted))
-        dy_rows = (0, dy.ndim - 1) if tokens_last else x_rows
-        features = tuple(axis for axis in range(dy.ndim) if axis not in dy_rows)
-        dxs.append(_product(dy, gathered, (features, kernel_features)))
-        dkernels.append(_product_by_device(x, dy, (x_rows, dy_rows), place.batch_shards))
-    dkernel = reduce(jnp.add, dkernels)
+    dkernel = _product_by_device(x, dy, rows, place.batch_shards)
     add_up = place.add_up if place.batch_shards > 1 else place.shard
-    dkernel = add_up(dkernel, axes)
-    given_xs, given_kernel = saved
-    dxs = tuple(d.reshape(x.shape) for d, x in zip(dxs, given_xs, strict=True))
-    return dxs, dkernel.reshape(given_kernel.shape)
+    given_x, given_kernel = saved
+    return dx.reshape(given_x.shape), add_up(dkernel, axes).reshape(given_kernel.shape)
 
 
 def _product_by_device(
     a: Array, b: Array, contracted: tuple[tuple[int, ...], tuple[int, ...]], parts: int
 ) -> Array:
-    """A float32 product summed over the batch, for each of its parts apart: (parts, ...).
+    """A float32 product summed over each device's part of the batch: (parts, ...).
 
-    What the partitioner makes of a product summed over a divided batch adds devices' results at
-    once. These can be added to others first. One part has no axis of its own.
+    The partitioner adds up a product that is summed over a divided batch wherever it likes; these
+    are added up by `Placement.add_up`. One part has no axis of its own.
     """
     if parts == 1:
         return _product(a, b, contracted, jnp.float32)
@@ -122,23 +140,23 @@ def _product_by_device(
     return _product(a, b, rows, jnp.float32, batch=((0,), (0,)))
 
 
-def _matrices(
-    xs: Streams, kernel: Array, axes: Axes, num_contracted: int
-) -> tuple[Streams, Array, Axes, int]:
-    """The same with a kernel of two axes, if they may be merged.
+def _as_matrices(
+    x: Array, kernel: Array, axes: Axes, num_contracted: int
+) -> tuple[Array, Array, Axes, int]:
+    """The same product with a kernel of two axes, where axes may be merged.
 
-    Of more axes the TPU's compiler makes slower products.
+    The TPU's compiler makes slower products of kernels with more axes.
     """
     if not placement.current.get().merges:
-        return xs, kernel, axes, num_contracted
+        return x, kernel, axes, num_contracted
     size = math.prod(kernel.shape[:num_contracted])
     merged = _merged(axes[:num_contracted]), _merged(axes[num_contracted:])
-    xs = tuple(x.reshape(*x.shape[: x.ndim - num_contracted], size) for x in xs)
-    return xs, kernel.reshape(size, -1), merged, 1
+    x = x.reshape(*x.shape[: x.ndim - num_contracted], size)
+    return x, kernel.reshape(size, -1), merged, 1
 
 
 def _merged(axes: Axes) -> str | None:
-    """What the axes are as one; of several only `embed`, the first of its group, is ever cut."""
+    """The name of several axes as one; only `embed`, the first of its group, is ever cut."""
     return axes[0] if len(axes) == 1 or axes[0] == "embed" else None
 
 
@@ -146,6 +164,10 @@ def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes) -> Array:
     place = placement.current.get()
     # As sharded as before it is cast: what travels is of the smaller dtype.
     return place.gather(place.shard(kernel.astype(dtype), axes), axes)
+
+
+def _last(x: Array, count: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - count, x.ndim))
 
 
 def _product(
@@ -161,9 +183,6 @@ def _product(
     )
 
 
-project.defvjp(_forward, _backward)
-
-
 @jax.custom_vjp
 def add_bias(x: Float[Array, "... *features"], bias: Float[Array, "*features"]) -> Array:
     """x plus a float32 bias in x's dtype, whose gradient is summed in float32."""
@@ -177,71 +196,82 @@ def _bias_gradient(bias: Array, dy: Array) -> tuple[Array, Array]:
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_gradient)
 
 
-class Linear(nn.Module):
-    """A linear map of the last axes, with bias, of every pass' activations.
+class Product(NamedTuple):
+    """A linear map's product and its bias, yet to be added: some kernels sum the bias' gradient.
 
     Attributes:
+      value: the product, in the compute dtype.
+      bias: float32, shaped to be added to it.
+      name: the result's name in rematerialisation policies.
+    """
+
+    value: Float[Array, "..."]
+    bias: Float[Array, "..."]
+    name: str
+
+    def added(self) -> Array:
+        """The linear map's result."""
+        return checkpoint_name(add_bias(self.value, self.bias), self.name)
+
+    def added_without_gradient(self) -> Array:
+        """The same, for a caller that gives the bias its gradient."""
+        bias = jax.lax.stop_gradient(self.bias).astype(self.value.dtype)
+        return checkpoint_name(self.value + bias, self.name)
+
+
+class Linear(nn.Module):
+    """A linear map of an array's last axes, with bias.
+
+    Attributes:
+      inputs: sizes of the axes that are summed over.
       features: sizes of the axes that come out.
       axes: logical names of the kernel's axes, those summed over first.
       dtype: compute dtype.
-      kernel_init: of the kernel as one matrix, whose fans count.
-      bias_init: of the bias.
-      bias_gradient: whether to give the bias its gradient; else it is returned beside the result,
-        and has none but from a kernel that is given it (attention's, or the gated residual's).
-      tokens_last: whether results are (batch, *features, lanes), as `project` has it; without the
-        bias' gradient only.
-      kept: whether the rematerialisation policy "dots" keeps the result.
+      kernel_init: the initialiser of the kernel as one matrix, whose fans count.
+      bias_init: the initialiser of the bias.
+      output_name: the result's name in rematerialisation policies.
     """
 
+    inputs: tuple[int, ...]
     features: tuple[int, ...]
     axes: Axes
     dtype: DTypeLike
     kernel_init: nn.initializers.Initializer
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    bias_gradient: bool = True
-    tokens_last: bool = False
-    kept: bool = True
+    output_name: str = OUTPUT
 
-    @nn.compact
-    def __call__(self, xs: Streams) -> Streams | tuple[Streams, Array]:
-        if self.tokens_last and self.bias_gradient:
-            raise ValueError("tokens_last=True is to be used with bias_gradient=False")
-        count = len(self.axes) - len(self.features)
-        contracted = xs[0].shape[xs[0].ndim - count :]
-
+    def setup(self):
         def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            flat = (math.prod(contracted), math.prod(self.features))
+            flat = (math.prod(self.inputs), math.prod(self.features))
             return self.kernel_init(key, flat, dtype).reshape(shape)
 
-        kernel = self.param(
+        self.kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(init, self.axes),
-            (*contracted, *self.features),
+            (*self.inputs, *self.features),
             jnp.float32,
         )
-        bias = self.param(
+        self.bias = self.param(
             "bias",
-            nn.with_logical_partitioning(self.bias_init, self.axes[count:]),
+            nn.with_logical_partitioning(self.bias_init, self.axes[len(self.inputs) :]),
             self.features,
             jnp.float32,
         )
-        kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)  # NumPy's may be given
-        rows = [x.shape[: x.ndim - count] for x in xs]
-        xs = tuple(x.astype(self.dtype) for x in xs)
-        ys = project(xs, kernel, self.axes, count, self.tokens_last)
-        ys = tuple(self._finish(y, bias, shape) for y, shape in zip(ys, rows, strict=True))
-        return ys if self.bias_gradient else (ys, bias)
 
-    def _finish(self, y: Array, bias: Array, rows: tuple[int, ...]) -> Array:
-        """Adds the bias to a product with an x (*rows, ...), and gives features their axes back."""
-        # What follows is fused with the product in its shape.
-        shape = y.shape[1:-1] + (1,) if self.tokens_last else y.shape[len(rows) :]
-        if self.bias_gradient:
-            y = add_bias(y, bias.reshape(shape))
-        else:
-            y = y + jax.lax.stop_gradient(bias).reshape(shape).astype(y.dtype)
-        if self.kept:
-            y = checkpoint_name(y, OUTPUT)
-        if self.tokens_last:
-            return y.reshape(y.shape[0], *self.features, y.shape[-1])
-        return y.reshape(*rows, *self.features)
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The map of x (*rows, *inputs): (*rows, *features)."""
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        return self.product(x).added().reshape(*rows, *self.features)
+
+    def product(self, x: Float[Array, "..."]) -> Product:
+        """Product and bias apart, features in one axis where `Placement.merges`."""
+        kernel, bias = jnp.asarray(self.kernel), jnp.asarray(self.bias)  # NumPy's may be given
+        count = len(self.inputs)
+        y = project(x.astype(self.dtype), kernel, self.axes, count)
+        return Product(y, bias.reshape(y.shape[x.ndim - count :]), self.output_name)
+
+    def product_tokens_last(self, x: Float[Array, "batch n width"]) -> Product:
+        """`product` as `project_tokens_last` has it, the bias with an axis of 1 for the lanes."""
+        kernel, bias = jnp.asarray(self.kernel), jnp.asarray(self.bias)
+        y = project_tokens_last(x.astype(self.dtype), kernel, self.axes)
+        return Product(y, bias.reshape(*y.shape[1:-1], 1), self.output_name)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
-from mdt_jax.models.layers import each, split
+from mdt_jax.models.base import LatentTransformer, Layers
+from mdt_jax.models.passes import Pass
 
 
 class MDT(LatentTransformer):
@@ -29,19 +29,22 @@ class MDT(LatentTransformer):
             )
 
     @nn.compact
-    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
-        """As `LatentTransformer.run` has it."""
-        passes = self.with_masks(passes)
-        ids = tuple(one.ids_keep for one in passes)
+    def outputs(self, passes: Sequence[Pass]) -> Float[Array, "batch passes h w out"]:
+        """As `LatentTransformer.outputs` has it."""
         tokens, c = self.embed(passes)
         tokens = tokens + self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
 
-        kept, cs = each(gather_kept, split(tokens, len(passes)), ids), split(c, len(passes))
-        encoder = self.stack(self.depth - self.decoder_depth, "encoder_blocks")
-        kept, _ = encoder(kept, cs, each(self.positions, ids))
+        kept, packing = self.pack(tokens, passes)
+        kept = self.stack(self.depth - self.decoder_depth, "encoder_blocks")(kept, c, packing)
 
-        tokens = self.decoder_input(kept, cs, passes, decoder_positions)
+        tokens = self.decoder_input(kept, packing, c, decoder_positions)
         decoder = self.stack(self.decoder_depth, "decoder_blocks")
-        (tokens,), _ = decoder((tokens,), (c,), (self.positions(),))
-        return split(self.unembed(tokens, c), len(passes))
+        return self.decode(decoder, tokens, c)
+
+    def layers_of(self, num_kept: int | None) -> tuple[Layers, ...]:
+        """As `LatentTransformer.layers_of` has it."""
+        n = self.num_tokens
+        kept, side = (n, 0) if num_kept is None else (num_kept, 1)
+        encoder = Layers(self.depth - self.decoder_depth, kept)
+        return encoder, Layers(side, n), Layers(self.decoder_depth, n)

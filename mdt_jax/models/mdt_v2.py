@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mdt_jax.models.base import LatentTransformer, Pass, gather_kept
-from mdt_jax.models.layers import each, split
+from mdt_jax.models.base import LatentTransformer, Layers
+from mdt_jax.models.passes import Pass
 
 
 class MDTv2(LatentTransformer):
@@ -25,6 +25,8 @@ class MDTv2(LatentTransformer):
 
     decoder_depth: int = 4
 
+    inpainting_masked_share = 0.5
+
     def __post_init__(self):
         super().__post_init__()
         encoder_depth = self.depth - self.decoder_depth
@@ -38,22 +40,34 @@ class MDTv2(LatentTransformer):
             )
 
     @nn.compact
-    def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
-        """As `LatentTransformer.run` has it."""
-        passes = self.with_masks(passes)
-        ids = tuple(one.ids_keep for one in passes)
+    def outputs(self, passes: Sequence[Pass]) -> Float[Array, "batch passes h w out"]:
+        """As `LatentTransformer.outputs` has it."""
         tokens, c = self.embed(passes)
         embedded = tokens + self.position_table("pos_embed")
         decoder_positions = self.position_table("decoder_pos_embed")
 
-        kept, cs = each(gather_kept, split(embedded, len(passes)), ids), split(c, len(passes))
-        half = (self.depth - self.decoder_depth) // 2
-        positions = each(self.positions, ids)
-        kept, outputs = self.stack(half, "in_blocks", collect=True)(kept, cs, positions)
-        shortcuts = each(lambda x: x[::-1], outputs)
-        kept, _ = self.stack(half, "out_blocks", skips="per_layer")(kept, cs, positions, shortcuts)
+        kept, packing = self.pack(embedded, passes)
+        kept, shortcuts = self.stack(self.half, "in_blocks").with_outputs(kept, c, packing)
+        kept = self.stack(self.half, "out_blocks")(kept, c, packing, skips=shortcuts[::-1])
 
-        tokens = self.decoder_input(kept, cs, passes, decoder_positions)
-        decoder = self.stack(self.decoder_depth, "decoder_blocks", skips="shared")
-        (tokens,), _ = decoder((tokens,), (c,), (self.positions(),), (embedded,))
-        return split(self.unembed(tokens, c), len(passes))
+        tokens = self.decoder_input(kept, packing, c, decoder_positions)
+        return self.decode(
+            self.stack(self.decoder_depth, "decoder_blocks"), tokens, c, skip=embedded
+        )
+
+    @property
+    def half(self) -> int:
+        """h, the number of in-blocks and of out-blocks."""
+        return (self.depth - self.decoder_depth) // 2
+
+    @property
+    def num_shortcuts(self) -> int:
+        """As `LatentTransformer.num_shortcuts` has it."""
+        return self.half
+
+    def layers_of(self, num_kept: int | None) -> tuple[Layers, ...]:
+        """As `LatentTransformer.layers_of` has it."""
+        n = self.num_tokens
+        kept, side = (n, 0) if num_kept is None else (num_kept, 1)
+        encoder = Layers(self.half, kept), Layers(self.half, kept, skip=True)
+        return *encoder, Layers(side, n), Layers(self.decoder_depth, n, skip=True)

@@ -1,13 +1,13 @@
-"""What stands between a block's products, as Pallas TPU kernels: modulated norm, gated residual.
+"""Modulated norm and gated residual as Pallas TPU kernels.
 
 Each kernel reads every activation once, where the compiler makes a pass over them for each sum: for
 mean and variance and, on the way back, for shift, scale, gate and bias. Sums are float32.
-`mdt_jax.models.layers` has the plain forms.
+`mdt_jax.models.layers` and `PlainComputation` have the plain forms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,60 +18,65 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mdt_jax.models import placement
+from mdt_jax.models.passes import over_tokens, segments
 
 _ROWS = 16  # tokens that are in registers at a time
 _VMEM_LIMIT = 64 * 2**20
-_TOKENS, _VECTOR = ("batch", None, None), ("batch", None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def modulated_norm(
     x: Float[Array, "batch n width"],
-    shift: Float[Array, "batch width"],
-    scale: Float[Array, "batch width"],
+    shift: Float[Array, "batch passes width"],
+    scale: Float[Array, "batch passes width"],
+    lengths: tuple[int, ...],
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch n width"]]:
     """LayerNorm(x)·(1 + scale) + shift in x's dtype, computed in float32; and x itself.
 
-    Who goes on with that x has the gradient of both added in one kernel.
+    A caller that goes on with that x has the gradients of both added in one kernel.
+
+    Args:
+      x: tokens, those of each pass after the other.
+      shift, scale: of each pass.
+      lengths: tokens of each pass.
+      epsilon: added to the variance.
+      interpret: whether to interpret the kernels, which needs no TPU.
     """
-    return _norm_forward(x, shift, scale, epsilon, interpret)[0]
+    return _norm_forward(x, shift, scale, lengths, epsilon, interpret)[0]
 
 
-def _norm_forward(x: Array, shift: Array, scale: Array, epsilon: float, interpret: bool) -> Any:
-    (y,) = _run(
-        partial(_norm_kernel, epsilon=epsilon),
-        (x, shift, scale),
-        [_TOKENS, _VECTOR, _VECTOR],
-        [(_TOKENS, x.dtype)],
-        interpret,
-    )
+def _norm_forward(
+    x: Array, shift: Array, scale: Array, lengths: tuple[int, ...], epsilon: float, interpret: bool
+) -> Any:
+    kernel = partial(_norm_kernel, lengths=lengths, epsilon=epsilon)
+    (y,) = _run(kernel, (x, shift, scale), [(x.shape, x.dtype)], interpret)
     return (y, x), (x, shift, scale)
 
 
-def _norm_backward(epsilon: float, interpret: bool, saved: Any, gradients: Any) -> Any:
+def _norm_backward(
+    lengths: tuple[int, ...], epsilon: float, interpret: bool, saved: Any, gradients: Any
+) -> Any:
     x, shift, scale = saved
     dy, dx = gradients
-    dx, d_shift, d_scale = _run(
-        partial(_norm_gradient_kernel, epsilon=epsilon),
-        (x, scale, dy, dx),
-        [_TOKENS, _VECTOR, _TOKENS, _TOKENS],
-        [(_TOKENS, x.dtype), (_VECTOR, jnp.float32), (_VECTOR, jnp.float32)],
-        interpret,
-    )
+    kernel = partial(_norm_gradient_kernel, lengths=lengths, epsilon=epsilon)
+    sums = (scale.shape, jnp.float32)
+    outputs = [(x.shape, x.dtype), sums, sums]
+    dx, d_shift, d_scale = _run(kernel, (x, scale, dy, dx), outputs, interpret)
     return dx, d_shift.astype(shift.dtype), d_scale.astype(scale.dtype)
 
 
 modulated_norm.defvjp(_norm_forward, _norm_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def gated_residual(
     x: Float[Array, "batch n width"],
     h: Float[Array, "batch n width"],
     bias: Float[Array, " width"],
-    gate: Float[Array, "batch width"],
+    gate: Float[Array, "batch passes width"],
+    lengths: tuple[int, ...],
     interpret: bool = False,
 ) -> Float[Array, "batch n width"]:
     """x + gate·h, in x's dtype; the compiler fuses it into the product that gives h.
@@ -80,26 +85,26 @@ def gated_residual(
       x: the residual stream.
       h: a linear map's result, its bias added.
       bias: that bias, whose gradient is summed here.
-      gate: per sample.
+      gate: of each pass.
+      lengths: tokens of each pass.
       interpret: whether to interpret the kernels, which needs no TPU.
     """
-    return x + gate[:, None].astype(h.dtype) * h
+    return x + over_tokens(gate.astype(h.dtype), lengths) * h
 
 
-def _residual_forward(x: Array, h: Array, bias: Array, gate: Array, interpret: bool) -> Any:
-    return gated_residual(x, h, bias, gate), (h, gate)
+def _residual_forward(
+    x: Array, h: Array, bias: Array, gate: Array, lengths: tuple[int, ...], interpret: bool
+) -> Any:
+    return gated_residual(x, h, bias, gate, lengths), (h, gate)
 
 
-def _residual_backward(interpret: bool, saved: Any, dx: Array) -> Any:
+def _residual_backward(lengths: tuple[int, ...], interpret: bool, saved: Any, dx: Array) -> Any:
     h, gate = saved
-    dh, total, along = _run(
-        _residual_gradient_kernel,
-        (dx, h, gate),
-        [_TOKENS, _TOKENS, _VECTOR],
-        [(_TOKENS, h.dtype), (_VECTOR, jnp.float32), (_VECTOR, jnp.float32)],
-        interpret,
-    )
-    d_bias = jnp.sum(gate.astype(jnp.float32) * total, axis=0)
+    sums = (gate.shape, jnp.float32)
+    kernel = partial(_residual_gradient_kernel, lengths=lengths)
+    outputs = [(h.shape, h.dtype), sums, sums]
+    dh, total, along = _run(kernel, (dx, h, gate), outputs, interpret)
+    d_bias = jnp.sum(gate.astype(jnp.float32) * total, axis=(0, 1))
     return dx, dh, d_bias, along.astype(gate.dtype)
 
 
@@ -107,47 +112,42 @@ gated_residual.defvjp(_residual_forward, _residual_backward)
 
 
 def _run(
-    kernel: Callable,
+    kernel: partial,
     arguments: tuple[Array, ...],
-    inputs: list[placement.Axes],
-    outputs: list[tuple[placement.Axes, Any]],
+    outputs: list[tuple[tuple[int, ...], Any]],
     interpret: bool,
 ) -> tuple[Array, ...]:
-    """Runs a kernel for each sample; vectors (batch, width) come as (1, width) rows."""
+    """Runs a kernel for each sample of arrays (batch, rows, width)."""
 
     def local(*arrays: Array) -> tuple[Array, ...]:
-        batch, n, width = arrays[0].shape
+        batch = arrays[0].shape[0]
 
-        def shape(axes: placement.Axes) -> tuple[int, ...]:
-            return (batch, n if len(axes) == 3 else 1, width)
+        def block(shape: tuple[int, ...]) -> pl.BlockSpec:
+            return pl.BlockSpec((1, *shape[1:]), lambda b: (b, 0, 0))
 
-        def block(axes: placement.Axes) -> pl.BlockSpec:
-            return pl.BlockSpec((1, *shape(axes)[1:]), lambda b: (b, 0, 0))
-
-        out = pl.pallas_call(
+        return pl.pallas_call(
             kernel,
             grid=(batch,),
-            in_specs=[block(axes) for axes in inputs],
-            out_specs=[block(axes) for axes, _ in outputs],
-            out_shape=[jax.ShapeDtypeStruct(shape(axes), dtype) for axes, dtype in outputs],
-            name=getattr(kernel, "func", kernel).__name__.strip("_"),
+            in_specs=[block(x.shape) for x in arrays],
+            out_specs=[block(shape) for shape, _ in outputs],
+            out_shape=[
+                jax.ShapeDtypeStruct((batch, *shape[1:]), dtype) for shape, dtype in outputs
+            ],
+            name=kernel.func.__name__.strip("_"),
             interpret=interpret,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
             ),
-        )(*(a.reshape(shape(axes)) for a, axes in zip(arrays, inputs, strict=True)))
-        return tuple(
-            a if len(axes) == 3 else a.reshape(batch, width)
-            for a, (axes, _) in zip(out, outputs, strict=True)
-        )
+        )(*arrays)
 
-    results = tuple(axes for axes, _ in outputs)
-    run = placement.current.get().partition(local, tuple(inputs), results)
-    return run(*arguments)
+    axes = ("batch", None, None)
+    run = placement.current.get().partition(local, (axes,) * len(arguments), (axes,) * len(outputs))
+    return tuple(run(*arguments))
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
+def _chunks(start: int, stop: int) -> Iterator[slice]:
+    for first in range(start, stop, _ROWS):
+        yield slice(first, min(first + _ROWS, stop))
 
 
 def _normalised(x: Array, epsilon: float) -> tuple[Array, Array]:
@@ -157,7 +157,7 @@ def _normalised(x: Array, epsilon: float) -> tuple[Array, Array]:
     return centred * inverse, inverse
 
 
-def _float(ref: Any, rows: slice = slice(None)) -> Array:
+def _float(ref: Any, rows: slice) -> Array:
     return ref[0, rows, :].astype(jnp.float32)
 
 
@@ -179,11 +179,15 @@ class _Sum:
         return jnp.sum(self._folded, axis=0, keepdims=True) + self._rest
 
 
-def _norm_kernel(x: Any, shift: Any, scale: Any, y: Any, *, epsilon: float) -> None:
-    factor, shift = 1 + _float(scale), _float(shift)
-    for rows in _chunks(x.shape[1]):
-        normalised, _ = _normalised(_float(x, rows), epsilon)
-        y[0, rows, :] = (normalised * factor + shift).astype(y.dtype)
+def _norm_kernel(
+    x: Any, shift: Any, scale: Any, y: Any, *, lengths: tuple[int, ...], epsilon: float
+) -> None:
+    for i, segment in enumerate(segments(lengths)):
+        own = slice(i, i + 1)
+        factor, offset = 1 + _float(scale, own), _float(shift, own)
+        for rows in _chunks(*segment):
+            normalised, _ = _normalised(_float(x, rows), epsilon)
+            y[0, rows, :] = (normalised * factor + offset).astype(y.dtype)
 
 
 def _norm_gradient_kernel(
@@ -195,28 +199,35 @@ def _norm_gradient_kernel(
     d_shift: Any,
     d_scale: Any,
     *,
+    lengths: tuple[int, ...],
     epsilon: float,
 ) -> None:
-    factor = 1 + _float(scale)
-    of_shift, of_scale = _Sum(x.shape[2]), _Sum(x.shape[2])
-    for rows in _chunks(x.shape[1]):
-        normalised, inverse = _normalised(_float(x, rows), epsilon)
-        g = _float(dy, rows)
-        of_shift.add(g)
-        of_scale.add(g * normalised)
-        g = g * factor
-        along = jnp.mean(g * normalised, axis=1, keepdims=True)
-        g = inverse * (g - jnp.mean(g, axis=1, keepdims=True) - along * normalised)
-        dx[0, rows, :] = (_float(dx_more, rows) + g).astype(dx.dtype)
-    d_shift[0], d_scale[0] = of_shift.total(), of_scale.total()
+    for i, segment in enumerate(segments(lengths)):
+        own = slice(i, i + 1)
+        factor = 1 + _float(scale, own)
+        of_shift, of_scale = _Sum(x.shape[2]), _Sum(x.shape[2])
+        for rows in _chunks(*segment):
+            normalised, inverse = _normalised(_float(x, rows), epsilon)
+            g = _float(dy, rows)
+            of_shift.add(g)
+            of_scale.add(g * normalised)
+            g = g * factor
+            along = jnp.mean(g * normalised, axis=1, keepdims=True)
+            g = inverse * (g - jnp.mean(g, axis=1, keepdims=True) - along * normalised)
+            dx[0, rows, :] = (_float(dx_more, rows) + g).astype(dx.dtype)
+        d_shift[0, own, :], d_scale[0, own, :] = of_shift.total(), of_scale.total()
 
 
-def _residual_gradient_kernel(dx: Any, h: Any, gate: Any, dh: Any, total: Any, along: Any) -> None:
-    factor = _float(gate)
-    sum_dx, sum_along = _Sum(dx.shape[2]), _Sum(dx.shape[2])
-    for rows in _chunks(dx.shape[1]):
-        g = _float(dx, rows)
-        sum_dx.add(g)
-        sum_along.add(g * _float(h, rows))
-        dh[0, rows, :] = (g * factor).astype(dh.dtype)
-    total[0], along[0] = sum_dx.total(), sum_along.total()
+def _residual_gradient_kernel(
+    dx: Any, h: Any, gate: Any, dh: Any, total: Any, along: Any, *, lengths: tuple[int, ...]
+) -> None:
+    for i, segment in enumerate(segments(lengths)):
+        own = slice(i, i + 1)
+        factor = _float(gate, own)
+        sum_dx, sum_along = _Sum(dx.shape[2]), _Sum(dx.shape[2])
+        for rows in _chunks(*segment):
+            g = _float(dx, rows)
+            sum_dx.add(g)
+            sum_along.add(g * _float(h, rows))
+            dh[0, rows, :] = (g * factor).astype(dh.dtype)
+        total[0, own, :], along[0, own, :] = sum_dx.total(), sum_along.total()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mdt_jax.models import LatentTransformer, MDTv2
+from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import gather
 
@@ -69,5 +69,4 @@ def row_bytes(network: LatentTransformer) -> int:
     mlp = 2 * network.mlp_ratio * stream  # before and after the activation
     norm = 2 * tokens * width * 4  # in float32
     block = 3 * stream + norm + max(attention, mlp)  # the residual stream, the embedded input
-    in_blocks = (network.depth - network.decoder_depth) // 2 if isinstance(network, MDTv2) else 0
-    return int(block + 2 * in_blocks * stream)  # v2's shortcuts, and the same last first
+    return int(block + 2 * network.num_shortcuts * stream)  # outputs, and the same last first

@@ -10,7 +10,7 @@ is taken once.
 
 **Masked passes.** MDT's side-interpolator, kept at inference, predicts hidden tokens from others.
 Here a masked pass hides every token that has an unknown pixel, so that the encoder sees known
-tokens alone. What that is good for depends on the family (`default_masked_share`):
+tokens alone. What that is good for depends on the family (`inpainting_masked_share`):
 
 - MDTv2's decoder is fed all noisy tokens, so that a masked pass is a denoiser, of a shorter
   encoder. On a small model of the digits its x̂0 at the hidden half of the tokens errs as much as
@@ -48,7 +48,6 @@ from jaxtyping import Array, Bool, Float, Int
 from mdt_jax import sampling
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
-from mdt_jax.models import LatentTransformer, MDTv2
 from mdt_jax.parallel import sharding
 
 # What a draw of noise is for: the first state, a reverse step, the known pixels, going back a step.
@@ -86,7 +85,7 @@ def inpaint(
       resamples: how often each step but the last is taken, from noise added anew; the time is in
         proportion.
       masked_share: which share of the steps, the noisiest, are masked passes; by default
-        `default_masked_share`. 0 where the model or the mask allows none.
+        `inpainting_masked_share`. 0 where the model or the mask allows none.
       batch_size, mesh, progress: `sampling.sample`'s.
       **options: `sampling.sample`'s cfg_scale, cfg_power, guided_channels, sampler, steps, eta and
         clip.
@@ -154,7 +153,7 @@ def prepare(
     labels = _resolve_labels(model, labels, len(images), num_samples, given)
     if (labels == model.network.num_classes).all():  # also if unconditional
         options["cfg_scale"] = 1.0
-    share = default_masked_share(model.network) if masked_share is None else masked_share
+    share = model.network.inpainting_masked_share if masked_share is None else masked_share
     if not 0 <= share <= 1:
         raise ValueError(f"masked_share {share} is outside 0 to 1")
     if share and masked_share and not model.network.supports_masking:
@@ -376,11 +375,6 @@ def compile_inpainter(
 ) -> CompiledInpainter:
     """The inpainter for these settings, kept for the next call."""
     return CompiledInpainter(model, mesh, batch_size, options, resamples)
-
-
-def default_masked_share(network: LatentTransformer) -> float:
-    """The share of masked passes that suits a family; the module's docstring has the reasons."""
-    return 0.5 if isinstance(network, MDTv2) else 0.0
 
 
 def read_image(path: str | os.PathLike, channels: int) -> Float[np.ndarray, "h w c"]:

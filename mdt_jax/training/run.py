@@ -20,7 +20,7 @@ from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import Source, example_spec
-from mdt_jax.models import flops, masking
+from mdt_jax.models import flops
 from mdt_jax.parallel import sharding
 from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
@@ -58,7 +58,7 @@ class Run:
         self.mesh = sharding.create_mesh(**config.mesh)
         self.trainer = create_trainer(config, self.mesh)
         self.model = self.trainer.model
-        self.counts, self.probabilities = config_lib.kept_counts(config, self.model)
+        self.kept_tokens = self.model.kept_tokens(**config.masking)
         sampling.resolve_options(sampling.DiffusionModel.from_config(config))
         self.abstract = self.trainer.abstract_state()
         self.rates = [str(rate) for rate in config.ema_rates]
@@ -78,25 +78,18 @@ class Run:
             "(parameters, optimiser, EMA)",
             f"batch          {c.batch_size} ({c.batch_size // sharding.batch_shards(self.mesh)} a "
             f"device, in {c.accumulation_steps} microbatch(es))",
-            f"kept tokens    {', '.join(map(str, self.counts))}"
-            if self.counts[0] is not None
-            else "kept tokens    no masked pass",
+            f"kept tokens    {self.kept_tokens}",
             f"work           {step_flops / 1e12:,.3g} model TFLOP a step",
         ]
         return "\n".join(lines)
 
     def step_flops(self) -> float:
         """Model FLOPs of a step, at the mean number of kept tokens."""
-        if self.counts[0] is None:
-            return flops.train_step_flops(self.model, self.config.batch_size)
-        mean = float(np.dot(self.counts, self.probabilities))
-        return flops.train_step_flops(self.model, self.config.batch_size, mean)
+        return flops.train_step_flops(self.model, self.config.batch_size, self.kept_tokens.mean)
 
     def kept(self, step: int) -> int | None:
-        """How many tokens the masked pass of a step keeps."""
-        if self.counts[0] is None:
-            return None
-        return masking.draw_kept_count(self.counts, self.probabilities, self.config.seed, step)
+        """How many tokens the masked pass of a step keeps, None without one."""
+        return self.kept_tokens.draw(self.config.seed, step)
 
     def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:
         """The compiled step of every number of kept tokens, so that none is compiled later.
@@ -114,12 +107,11 @@ class Run:
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
             for name, one in spec.items()
         }
-        lowered = [
-            self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
-        ]
+        counts = self.kept_tokens.programs
+        lowered = [self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in counts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = pool.map(lambda step: step.compile(), lowered)
-            return dict(zip(self.counts, compiled, strict=True))
+            return dict(zip(counts, compiled, strict=True))
 
     def restore(
         self, store: Checkpoints, autoencoder: str | None = None

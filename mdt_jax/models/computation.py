@@ -1,0 +1,221 @@
+"""How a block's parts are computed: by what the compiler makes of them, or by kernels.
+
+A block has three parts that can be computed in more than one way: the modulated norm, attention,
+and the gated residual. `Computation` is their interface; a model chooses one for all of its blocks.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from mdt_jax.models import (
+    attention_kernel,
+    layers,
+    norm_kernels,
+    passes,
+    placement,
+    plain_attention,
+)
+from mdt_jax.models.linear import OUTPUT, Linear, Product
+from mdt_jax.models.passes import Packing
+from mdt_jax.models.positions import relative_position_index
+
+PROJECTION = "projection"  # the name of attention's output in rematerialisation policies
+REMAT = ("none", "full", "dots")
+
+
+class Computation(abc.ABC):
+    """The parts of a block that are computed in more than one way.
+
+    Attributes:
+      remat_names: results that rematerialisation "dots" keeps.
+    """
+
+    remat_names: tuple[str, ...]
+
+    @abc.abstractmethod
+    def bias_pairs(
+        self, grid_size: int, ids_keep: Int[Array, "batch kept"] | None
+    ) -> Int[Array, "*batch kept kept"] | None:
+        """`Packing.pairs` of a pass, as this attention wants them."""
+
+    @abc.abstractmethod
+    def modulated_norm(
+        self,
+        x: Float[Array, "batch n width"],
+        shift: Float32[Array, "batch passes width"],
+        scale: Float32[Array, "batch passes width"],
+        packing: Packing,
+    ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch n width"]]:
+        """LayerNorm(x)·(1 + scale) + shift in x's dtype, and x, to go on with.
+
+        A kernel adds the gradients of both.
+        """
+
+    @abc.abstractmethod
+    def attention(
+        self,
+        h: Float[Array, "batch n width"],
+        qkv: Linear,
+        table: Float[Array, "rows heads"] | None,
+        packing: Packing,
+    ) -> Float[Array, "batch n heads width"]:
+        """Each pass's softmax(q·kᵀ/√width + bias) v among its own tokens.
+
+        Args:
+          h: the blocks' input of attention.
+          qkv: the linear map to (3, heads, head width).
+          table: the relative-position bias table, None for no bias.
+          packing: where the tokens lie.
+        """
+
+    @abc.abstractmethod
+    def gated_residual(
+        self,
+        x: Float[Array, "batch n width"],
+        gate: Float32[Array, "batch passes width"],
+        branch: Product,
+        packing: Packing,
+    ) -> Float[Array, "batch n width"]:
+        """x + gate · (the branch's product and its bias), each pass with its own gate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainComputation(Computation):
+    """What the compiler makes of the plain forms.
+
+    Attributes:
+      attend: attention of one pass, from (qkv, bias).
+    """
+
+    attend: Callable[[Array, Array | None], Array]
+    remat_names = (OUTPUT, PROJECTION)
+
+    def bias_pairs(self, grid_size: int, ids_keep: Array | None) -> Array:
+        """The pairs' rows, gathered at the kept ids on both axes."""
+        index = jnp.asarray(relative_position_index(grid_size))
+        return index if ids_keep is None else kept_position_index(index, ids_keep)
+
+    def modulated_norm(
+        self, x: Array, shift: Array, scale: Array, packing: Packing
+    ) -> tuple[Array, Array]:
+        """As `Computation` has it."""
+        h = layers.modulated_norm(x, shift, scale, packing.lengths)
+        return h.astype(x.dtype), x
+
+    def attention(
+        self, h: Array, qkv: Linear, table: Array | None, packing: Packing
+    ) -> Float[Array, "batch n heads width"]:
+        """As `Computation` has it."""
+
+        def attend(part: Array, pairs: Array | None) -> Array:
+            bias = None if table is None else jnp.moveaxis(table[pairs], -1, -3)
+            return self.attend(part, bias)
+
+        return passes.join(list(map(attend, packing.split(qkv(h)), packing.pairs)))
+
+    def gated_residual(self, x: Array, gate: Array, branch: Product, packing: Packing) -> Array:
+        """As `Computation` has it."""
+        h = branch.added()
+        return x + passes.over_tokens(gate.astype(h.dtype), packing.lengths) * h
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasComputation(Computation):
+    """Pallas kernels for a TPU: they read each activation once, and sum the biases' gradients."""
+
+    # Attention and its output are computed again for less than keeping them costs.
+    remat_names = (OUTPUT,)
+
+    def bias_pairs(self, grid_size: int, ids_keep: Array | None) -> None:
+        """None: the kernel takes the kept ids."""
+
+    def modulated_norm(
+        self, x: Array, shift: Array, scale: Array, packing: Packing
+    ) -> tuple[Array, Array]:
+        """As `Computation` has it."""
+        return norm_kernels.modulated_norm(x, shift, scale, packing.lengths, layers.EPSILON)
+
+    def attention(
+        self, h: Array, qkv: Linear, table: Array | None, packing: Packing
+    ) -> Float[Array, "batch n heads width"]:
+        """As `Computation` has it."""
+        projected = qkv.product_tokens_last(h)
+        value, heads = projected.added_without_gradient(), qkv.features
+        out = attention_kernel.attention(
+            value.reshape(value.shape[0], *heads, value.shape[-1]),
+            projected.bias.reshape(heads),
+            attention_kernel.bias_strips(table, attention_kernel.GRID_SIZE),
+            packing.ids_keep,
+            packing.lengths,
+        )
+        return jnp.transpose(out, (0, 3, 1, 2))
+
+    def gated_residual(self, x: Array, gate: Array, branch: Product, packing: Packing) -> Array:
+        """As `Computation` has it."""
+        h = branch.added_without_gradient()
+        return norm_kernels.gated_residual(x, h, branch.bias, gate, packing.lengths)
+
+
+COMPUTATIONS: dict[str, Computation] = {
+    "plain": PlainComputation(plain_attention.attention),
+    "pallas": PallasComputation(),
+    "cudnn": PlainComputation(plain_attention.cudnn_attention),
+}
+
+
+def choose_kernels(relative_bias: bool, grid_size: int, head_width: int) -> str:
+    """The key of COMPUTATIONS that computes a model best on the mesh that is in force.
+
+    On a TPU these are the Pallas kernels, for models with a bias of sizes that they take; elsewhere
+    the plain forms (docs/performance.md). "cudnn" is never chosen: it has not been timed on a GPU.
+    Without a mesh a kernel of ours could not be divided.
+    """
+    platform = placement.current.get().platform
+    fits = relative_bias and attention_kernel.supports(grid_size, head_width)
+    return "pallas" if platform == "tpu" and fits else "plain"
+
+
+def kept_position_index(
+    index: Int[Array, "n n"], ids_keep: Int[Array, "batch kept"]
+) -> Int[Array, "batch kept kept"]:
+    """The bias-table rows among each sample's kept tokens, gathered on both axes."""
+    return index[ids_keep[:, :, None], ids_keep[:, None, :]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """What all blocks of a model have in common.
+
+    Attributes:
+      num_heads: attention heads; they divide the width.
+      mlp_ratio: hidden width of the MLP over the width.
+      grid_size: side of the token grid for the relative-position bias, None for no bias (DiT).
+      computation: how blocks are computed.
+      remat: what is computed again for the gradient: "none", "full" (all of a block), or "dots"
+        (all but the results of linear maps).
+      unroll: layers in one turn of a loop over layers.
+      dtype: compute dtype.
+    """
+
+    num_heads: int
+    mlp_ratio: float
+    grid_size: int | None
+    computation: Computation
+    remat: str
+    unroll: int
+    dtype: DTypeLike
+
+    @property
+    def remat_policy(self) -> Callable:
+        """The policy of `jax.checkpoint`, where `remat` is not "none"."""
+        if self.remat == "full":
+            return jax.checkpoint_policies.nothing_saveable
+        return jax.checkpoint_policies.save_only_these_names(*self.computation.remat_names)
