@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mdt_jax.convert.inception import is_inception
+from mdt_jax.models.registry import SIZES, model_names
 
 Shape = tuple[int, ...]
 
 # Widths the authors trained, and the heads they gave them (DiT, table 1).
-KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-_SIZES = {(12, 384, 6): "S", (12, 768, 12): "B", (24, 1024, 16): "L", (28, 1152, 16): "XL"}
+KNOWN_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 # Label tables of this many rows are ImageNet's without a null row; any other has one.
 _KNOWN_CLASSES = 1000
 
@@ -55,10 +55,10 @@ class Architecture:
     @property
     def name(self) -> str:
         """The published name, such as "MDTv2-XL/2", of these sizes; the family if there is none."""
-        size = _SIZES.get((self.depth, self.hidden_size, self.num_heads))
-        patches = (2,) if self.family == "MDTv2" else (2, 4, 8)
-        published = size and self.patch_size in patches and self.mlp_ratio == 4
-        return f"{self.family}-{size}/{self.patch_size}" if published else self.family
+        sizes = {key: getattr(self, key) for key in ("depth", "hidden_size", "num_heads")}
+        size = next((size for size, known in SIZES.items() if known == sizes), None)
+        name = f"{self.family}-{size}/{self.patch_size}"
+        return name if name in model_names() and self.mlp_ratio == 4 else self.family
 
     def settings(self) -> dict[str, Any]:
         """The fields as keywords of `mdt_jax.create_model(family, ...)`."""

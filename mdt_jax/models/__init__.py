@@ -1,64 +1,31 @@
-"""The models by name: `create_model("MDTv2-XL/2")`, or any size by keyword.
+"""The networks. `registry.create_model("MDTv2-XL/2")` builds one by name, or any size by keyword.
 
-A new model is one file here and one line in `FAMILIES`.
+A new model is one file here and one line in `registry.FAMILIES`. Classes are imported when they are
+first asked for (PEP 562), so that `mdt_jax.models.positions` and the registry's tables, which
+converters need, cost no Flax.
 """
 
-from __future__ import annotations
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import difflib
-from typing import Any
+from mdt_jax.models.registry import FAMILIES, create_model, family_class, model_names
 
-from mdt_jax.models.base import LatentTransformer, Pass
-from mdt_jax.models.dit import DiT
-from mdt_jax.models.mdt import MDT
-from mdt_jax.models.mdt_v2 import MDTv2
-
-FAMILIES: dict[str, tuple[type[LatentTransformer], tuple[int, ...]]] = {
-    # family: (module, the patch sizes the authors trained)
-    "MDT": (MDT, (2, 4, 8)),
-    "MDTv2": (MDTv2, (2,)),
-    "DiT": (DiT, (2, 4, 8)),
-}
-SIZES = {
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
-
-
-def model_names() -> list[str]:
-    """Every published name, such as "MDTv2-XL/2"."""
-    return [f"{f}-{s}/{p}" for f, (_, patches) in FAMILIES.items() for s in SIZES for p in patches]
-
-
-def create_model(name: str, **overrides: Any) -> LatentTransformer:
-    """The module of a published name ("MDT-B/4"), or of a family ("MDTv2") and sizes by keyword.
-
-    Args:
-      name: one of `model_names()`, or a key of `FAMILIES`.
-      **overrides: fields of the module, overriding the name's.
-
-    Raises:
-      ValueError: an unknown name (the nearest are listed) or an unknown field.
-    """
-    if name in FAMILIES:
-        module, sizes = FAMILIES[name][0], {}
-    elif name in model_names():
-        family, variant = name.split("-")
-        size, patch = variant.split("/")
-        module, sizes = FAMILIES[family][0], {**SIZES[size], "patch_size": int(patch)}
-    else:
-        known = [*model_names(), *FAMILIES]
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
-        raise ValueError(f"unknown model {name!r}; the nearest: {', '.join(nearest)}")
-    fields = {f for f in module.__dataclass_fields__ if f not in ("parent", "name")}
-    unknown = sorted(set(overrides) - fields)
-    if unknown:
-        raise ValueError(
-            f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}"
-        )
-    return module(**{**sizes, **overrides})
-
+if TYPE_CHECKING:
+    from mdt_jax.models.base import LatentTransformer, Pass
+    from mdt_jax.models.dit import DiT
+    from mdt_jax.models.mdt import MDT
+    from mdt_jax.models.mdt_v2 import MDTv2
 
 __all__ = ["DiT", "MDT", "MDTv2", "LatentTransformer", "Pass", "create_model", "model_names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in FAMILIES:
+        return family_class(name)
+    if name in ("LatentTransformer", "Pass"):
+        return getattr(importlib.import_module("mdt_jax.models.base"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *FAMILIES, *__all__})
