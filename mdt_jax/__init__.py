@@ -3,13 +3,31 @@
 `load` a run's model, or PyTorch weights, and `sample` from it or `inpaint` with it; `Autoencoder`
 turns latents into images; `create_model` builds a model by name. The commands are
 `python -m mdt_jax.train` and `python -m mdt_jax.sample`.
+
+Each name is imported when it is first asked for (PEP 562), so that `import mdt_jax`, and with it
+`import mdt_jax.convert.transformers`, imports neither JAX nor Flax.
 """
 
-from mdt_jax.models import create_model, model_names
-from mdt_jax.sampling.inpainting import inpaint
-from mdt_jax.sampling.model import DiffusionModel, load
-from mdt_jax.sampling.sampler import sample
-from mdt_jax.weights.autoencoder import Autoencoder
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdt_jax.models.registry import create_model, model_names
+    from mdt_jax.sampling.inpainting import inpaint
+    from mdt_jax.sampling.model import DiffusionModel, load
+    from mdt_jax.sampling.sampler import sample
+    from mdt_jax.weights.autoencoder import Autoencoder
+
+# The module that each name is imported from, as for type checkers above.
+_HOMES = {
+    "Autoencoder": "mdt_jax.weights.autoencoder",
+    "DiffusionModel": "mdt_jax.sampling.model",
+    "create_model": "mdt_jax.models.registry",
+    "inpaint": "mdt_jax.sampling.inpainting",
+    "load": "mdt_jax.sampling.model",
+    "model_names": "mdt_jax.models.registry",
+    "sample": "mdt_jax.sampling.sampler",
+}
 
 __all__ = [
     "Autoencoder",
@@ -20,3 +38,20 @@ __all__ = [
     "model_names",
     "sample",
 ]
+
+# `mdt_jax.sample` is this function, and also the package of the command `python -m mdt_jax.sample`.
+# Python binds a package's name in its parent at its first import and at no later one. So the
+# command's package, which is empty, is imported here, before the name stands for the function.
+importlib.import_module("mdt_jax.sample")
+globals().pop("sample", None)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

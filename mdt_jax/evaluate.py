@@ -18,7 +18,6 @@ within the class's own reference images, and the distance between radially avera
 from __future__ import annotations
 
 import datetime
-import importlib
 import importlib.metadata
 import json
 import re
@@ -43,16 +42,15 @@ from mdt_jax.parallel.distributed import (
     initialize_distributed,
     leave,
 )
-
-# By name: `mdt_jax.sample` is also the package's function.
-sample_command = importlib.import_module("mdt_jax.sample")
+from mdt_jax.sample import command as sample_command
+from mdt_jax.sample import flags as sample_flags
 
 # Flags of `mdt_jax.sample` that mean nothing here.
 _NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
 # Those that change where and how fast samples are made, not which.
 _RUNNING = ("workdir", "checkpoint", "mesh_fsdp", "mesh_tensor", "vae_batch_size", "step")
-SAMPLING_FLAGS = tuple(flag for flag in sample_command.FLAGS if flag[1] not in _NOT_SAMPLING)
-FLAGS = (
+SAMPLING_FLAGS = tuple(flag for flag in sample_flags.SAMPLE_FLAGS if flag[1] not in _NOT_SAMPLING)
+EVALUATE_FLAGS = (
     (flags.DEFINE_string, "reference", None, "An npz in ADM's layout, or images as --samples."),
     (flags.DEFINE_string, "samples", None, "Npz (several: A,B), folder of them or images, run."),
     (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
@@ -66,7 +64,7 @@ FLAGS = (
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
-    for define, name, default, text in (*FLAGS, *SAMPLING_FLAGS):
+    for define, name, default, text in (*EVALUATE_FLAGS, *SAMPLING_FLAGS):
         define(name, default, help=text, flag_values=f)
 
 
@@ -98,7 +96,7 @@ def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
       ValueError, CheckpointError: as `sample.generate` does.
     """
     given = flags.FlagValues()
-    sample_command.define_flags(given)
+    sample_flags.define_flags(given)
     given.mark_as_parsed()
     for _, name, _, _ in SAMPLING_FLAGS:
         setattr(given, name, getattr(f, name))
@@ -109,7 +107,7 @@ def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
     given.output = str(_sample_stem(f, workdir))
     mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
     sample_command.generate(given, mesh)
-    return sample_command.outputs(given.output)[0]
+    return sample_flags.output_files(given.output)[0]
 
 
 def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
@@ -166,7 +164,7 @@ def _finish(
     f: flags.FlagValues, reference: evaluator.Description, samples: evaluator.Description
 ) -> dict[str, Any]:
     report = evaluator.evaluate(reference, samples, k=f.neighbours, progress=True)
-    settings = {name: getattr(f, name) for _, name, _, _ in (*FLAGS, *SAMPLING_FLAGS)}
+    settings = {name: getattr(f, name) for _, name, _, _ in (*EVALUATE_FLAGS, *SAMPLING_FLAGS)}
     found = report.as_json()
     found["about"] = found["about"] | {"split_size": f.split_size, "flags": settings}
     found["about"] |= {"versions": _versions(), "date": datetime.date.today().isoformat()}

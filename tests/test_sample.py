@@ -1,6 +1,5 @@
 """Sampling: the same images however they are batched and spread, refusals, and the command."""
 
-import importlib
 import json
 import os
 import re
@@ -26,11 +25,12 @@ from mdt_jax.convert.transformers import to_torch
 from mdt_jax.diffusion.samplers import FEW_STEPS, SAMPLERS
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.parallel import sharding
+from mdt_jax.sample import command as sample_command
+from mdt_jax.sample import flags as sample_flags
 from mdt_jax.sampling import images
 from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
 
-sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
 NAMES = ("cat", "catfish", "dog", "goldfish")
 
@@ -173,7 +173,7 @@ def test_samplers_that_need_few_steps_take_few():
 
 
 def test_the_help_tells_of_every_sampler_and_its_steps():
-    told = sample_command.SAMPLER_HELP
+    told = sample_flags.SAMPLER_HELP
     for sampler in SAMPLERS:
         about = told.split(f"{sampler}: ")[1].split(". ")[0]
         assert re.search(r"\b\d+\b", about), sampler
@@ -237,12 +237,6 @@ def test_an_unconditional_model_takes_no_labels(loaded):
     assert sampling.resolve_options(model, cfg_scale=4.0).cfg_scale == 1
 
 
-def test_sample_stays_a_function_when_the_command_is_imported(loaded, twelve):
-    importlib.import_module("mdt_jax.sample")
-    samples = mdt_jax.sample(*loaded, num_samples=12, key=3)
-    np.testing.assert_array_equal(samples, twelve)
-
-
 def run_command(*flags):
     return subprocess.run(
         [sys.executable, "-m", "mdt_jax.sample", *map(str, flags)],
@@ -298,7 +292,7 @@ def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
 def command(*arguments):
     """What the command does with these flags, in this process; the files it wrote."""
     values = flags.FlagValues()
-    sample_command.define_flags(values)
+    sample_flags.define_flags(values)
     values(["sample", *map(str, arguments)])
     return sample_command.generate(values, sharding.create_mesh())
 

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import functools
-import importlib
 import json
 import os
 import random
@@ -29,10 +28,11 @@ from mdt_jax import sampling
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import by_first_process
+from mdt_jax.sample import command as sample_command
+from mdt_jax.sample import flags as sample_flags
 from mdt_jax.sampling import images
 from mdt_jax.sampling.parts import Parts, first_difference
 
-sample_command = importlib.import_module("mdt_jax.sample")
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"step": 7, "seed": 0, "batch_size": 4, "labels": [0, 1, 2]}
 SHAPE, COUNT = (2, 3, 1), 10
@@ -303,7 +303,7 @@ def command(workdir, loaded, tmp_path, monkeypatch):
 
     def run(*arguments, output="out"):
         values = flags.FlagValues()
-        sample_command.define_flags(values)
+        sample_flags.define_flags(values)
         own = (f"--workdir={workdir}", f"--output={tmp_path / output}", "--steps=2")
         values(["sample", *own, "--batch_size=8", *arguments])
         made.clear()
@@ -488,20 +488,21 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(workdir, tmp_path):
 
 
 PROCESS = """
-    import importlib, sys
+    import sys
     import jax
     from absl import flags
 
     process, port, *arguments = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     from mdt_jax.parallel import sharding
-    command = importlib.import_module("mdt_jax.sample")
+    from mdt_jax.sample.command import generate
+    from mdt_jax.sample.flags import define_flags
 
     def run(*more):
         values = flags.FlagValues()
-        command.define_flags(values)
+        define_flags(values)
         values(["sample", *arguments, *more])
-        return command.generate(values, sharding.create_mesh())
+        return generate(values, sharding.create_mesh())
 
     try:
         run("--seed=9")
@@ -515,7 +516,7 @@ def test_two_processes_go_on_with_what_one_began(workdir, tmp_path):
     output, settings = tmp_path / "out", ["--num_samples=20", "--batch_size=8", "--steps=2"]
     own = [f"--workdir={workdir}", f"--output={output}", *settings]
     values = flags.FlagValues()
-    sample_command.define_flags(values)
+    sample_flags.define_flags(values)
     values(["sample", *own, "--keep_parts"])
     mesh = sharding.create_mesh(devices=jax.devices()[:2])
     npz, _ = sample_command.generate(values, mesh)

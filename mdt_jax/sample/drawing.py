@@ -1,0 +1,110 @@
+"""New samples of the flags' classes: drawn batch by batch into parts, then joined."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from mdt_jax import sampling
+from mdt_jax.parallel.distributed import by_first_process
+from mdt_jax.sample.flags import given_options, output_files
+from mdt_jax.sample.settings import decoder_digest, sample_settings, weights_digest
+from mdt_jax.sampling import images
+from mdt_jax.sampling.parts import Parts
+from mdt_jax.weights.autoencoder import Autoencoder
+
+GRID_IMAGES = 100  # at most, of the first samples
+
+
+def draw_samples(
+    f: flags.FlagValues,
+    model: sampling.DiffusionModel,
+    params: Any,
+    autoencoder: Autoencoder | None,
+    mesh: jax.sharding.Mesh,
+) -> list[Path]:
+    """Samples the flags' classes, decodes them if there is an autoencoder, and writes them."""
+    options = sampling.resolve_options(model, **given_options(f))
+    labels = chosen_labels(f, model)
+    batch_size = sampling.resolve_batch_size(f.batch_size, model, params, mesh, options)
+    size = sampling.global_batch_size(batch_size, len(labels), mesh)
+    shape = model.network.image_shape
+    if autoencoder:
+        factor, channels = autoencoder.module.downsampling, autoencoder.module.out_channels
+        shape = (shape[0] * factor, shape[1] * factor, channels)
+    pixels = shape[-1] in (1, 3)
+    digests = by_first_process(lambda: [weights_digest(f, model), decoder_digest(autoencoder)])
+    settings = sample_settings(f, model, options, size, *digests)
+    npz, png = output_files(f.output)
+    parts = Parts(
+        f"{npz.with_suffix('')}.parts", settings, shape, np.dtype("u1" if pixels else "<f4")
+    )
+    written = [npz, png] if pixels else [npz]
+
+    def begin() -> list[int] | None:
+        if all(path.exists() for path in written) and parts.is_joined(npz, len(labels)):
+            logging.warning("%s holds these samples already; remove it to make them again", npz)
+            return None
+        return parts.begin(len(labels))
+
+    with parts.held():
+        done = by_first_process(begin)
+        if done is not None:
+            batches = sampling.in_batches(
+                sampling.compile_sampler(model, mesh, size, options),
+                params,
+                len(labels),
+                lambda rows: (labels[rows],),
+                key=f.seed,
+                progress=True,
+                done=set(done),
+            )
+            for first, samples in batches:
+                if autoencoder:
+                    samples = decode(f, autoencoder, samples, size)
+                rows = images.to_uint8(samples, first) if pixels else samples
+                by_first_process(functools.partial(parts.write, first, rows))
+            about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
+            about = {"model": model.name, "step": model.step, "label_order": f.label_order} | about
+            by_first_process(lambda: join_samples(parts, labels, written, about))
+        if not f.keep_parts:
+            by_first_process(parts.remove)
+    return written if jax.process_index() == 0 else []
+
+
+def join_samples(
+    parts: Parts, labels: np.ndarray, written: list[Path], about: dict[str, Any]
+) -> None:
+    """Joins the parts into an .npz, after a grid of the first samples if they are images.
+
+    Labels are text in a grid's metadata, and in that of an .npz that the grid shows all of.
+    """
+    npz, *grids = written
+    shown = labels[:GRID_IMAGES].tolist()
+    for png in grids:
+        grid = images.image_grid(parts.first_samples(len(shown)))
+        with parts.explained():
+            images.save_png(png, grid, images.provenance(labels=shown, **about))
+    said = images.provenance(labels=shown if len(shown) == len(labels) else None, **about)
+    parts.join(npz, labels, {"metadata": said})
+
+
+def chosen_labels(f: flags.FlagValues, model: sampling.DiffusionModel) -> np.ndarray:
+    """The class of every sample, in turn or drawn; sample i's does not depend on how many."""
+    if f.label_order == "random":
+        return sampling.draw_labels(model, f.labels or None, f.num_samples, key=f.seed)
+    return sampling.resolve_labels(model, f.labels or None, f.num_samples)
+
+
+def decode(
+    f: flags.FlagValues, autoencoder: Autoencoder, latents: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """A batch's images, or a last, smaller one's, through the same program as a whole one's."""
+    padding = -len(latents) % min(f.vae_batch_size, batch_size)
+    padded = np.pad(latents, [(0, padding), (0, 0), (0, 0), (0, 0)])
+    return autoencoder.decode(padded, f.vae_batch_size, f.vae_tile_size)[: len(latents)]

@@ -1,0 +1,87 @@
+"""The flags of `python -m mdt_jax.sample`, some of which `mdt_jax.evaluate` has too."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mdt_jax.diffusion import SAMPLERS
+
+flags.disclaim_key_flags()  # they are the command's, whose --help lists them
+
+SAMPLER_HELP = (
+    "The run's by default. ddpm: ancestral, 100 to 250 steps, as published numbers are made. ddim: "
+    "deterministic, 50 or more. heun: second order, two model calls a step, 10 to 25 steps (10 "
+    "without --steps). dpm++: DPM-Solver++(2M), second order, 10 to 25 (20), evenly spaced in "
+    "log(SNR). dpm++sde: its stochastic form, 20 to 50 (20)."
+)
+_LABEL_ORDER = functools.partial(flags.DEFINE_enum, enum_values=["in_turn", "random"])
+_SAMPLER = functools.partial(flags.DEFINE_enum, enum_values=list(SAMPLERS))
+# Each flag: absl's function that defines it, name, default, help.
+SAMPLE_FLAGS = (
+    (flags.DEFINE_string, "workdir", None, "The run to sample from."),
+    (flags.DEFINE_string, "checkpoint", None, "Or PyTorch weights: .pt, .safetensors, hf://O/R/F."),
+    (flags.DEFINE_integer, "decode_layers", None, "Decoder depth of such an MDT v1; 2 by default."),
+    (flags.DEFINE_integer, "num_heads", None, "Heads of such a DiT, if of no known width."),
+    (flags.DEFINE_integer, "num_classes", None, "Settles whether their last label is a class."),
+    (flags.DEFINE_integer, "input_size", None, "Side of the latents of diffusers' DiT."),
+    (flags.DEFINE_string, "vae", None, "Decoder of latents: ema, mse, a file or folder of one."),
+    (flags.DEFINE_integer, "vae_batch_size", 16, "Images en- or decoded at a time."),
+    (flags.DEFINE_integer, "vae_tile_size", None, "Side in latents of tiles, for large images."),
+    (flags.DEFINE_string, "inpaint", None, "A picture to paint into, with --mask."),
+    (flags.DEFINE_string, "mask", None, "A picture of its size, white where it is to be painted."),
+    (flags.DEFINE_integer, "resamples", 4, "How often each step of painting is taken."),
+    (flags.DEFINE_float, "masked_share", None, "Share of masked passes in painting; the model's."),
+    (flags.DEFINE_string, "output", "samples", "Where to: OUTPUT.npz and OUTPUT.png."),
+    (flags.DEFINE_bool, "keep_parts", False, "Keep OUTPUT.parts/, to raise num_samples later."),
+    (flags.DEFINE_integer, "num_samples", None, "How many; labels are repeated to that many."),
+    (flags.DEFINE_list, "labels", [], "Classes by number or name; all in turn by default."),
+    (_LABEL_ORDER, "label_order", "in_turn", "in_turn, balanced, or random, drawn uniformly."),
+    (flags.DEFINE_integer, "seed", 0, "Of noise and drawn labels; sample i depends on it and i."),
+    (flags.DEFINE_float, "cfg_scale", None, "Guidance scale, 1 for none; the run's by default."),
+    (flags.DEFINE_float, "cfg_power", None, "Exponent of the power-cosine scale; 0: constant."),
+    (flags.DEFINE_list, "cfg_interval", [], "LOW,HIGH: fractions of the process that are guided."),
+    (flags.DEFINE_integer, "guided_channels", None, "Channels that are guided; the run's."),
+    (flags.DEFINE_string, "steps", None, "Steps, or a respacing (ddim50, 10,15,20, logsnr20)."),
+    (_SAMPLER, "sampler", None, SAMPLER_HELP),
+    (flags.DEFINE_bool, "clip", None, "Whether x0 is clipped to [-1, 1]; the run's by default."),
+    (flags.DEFINE_float, "eta", 0.0, "DDIM's: 0 deterministic, 1 ancestral."),
+    (flags.DEFINE_float, "ema_rate", None, "Which average; the run's first by default."),
+    (flags.DEFINE_integer, "step", None, "Which checkpoint; the newest by default."),
+    (flags.DEFINE_integer, "mesh_fsdp", 1, "Devices that share one copy of the parameters."),
+    (flags.DEFINE_integer, "mesh_tensor", 1, "Devices that share each head and hidden layer."),
+    (flags.DEFINE_integer, "batch_size", None, "Samples at a time, over all devices; what fits."),
+)
+
+
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    for define, name, default, text in SAMPLE_FLAGS:
+        define(name, default, help=text, flag_values=f)
+
+
+def given_options(f: flags.FlagValues) -> dict[str, Any]:
+    """The sampler's options that flags give, as `sampling.resolve_options` takes them."""
+    names = ("cfg_scale", "cfg_power", "guided_channels", "sampler", "steps", "clip", "eta")
+    interval = {"cfg_interval": _numbers(f.cfg_interval)} if f.cfg_interval else {}
+    return interval | {name: getattr(f, name) for name in names if getattr(f, name) is not None}
+
+
+def _numbers(texts: list[str]) -> list[float]:
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise ValueError(
+            f"--cfg_interval {','.join(texts)} is not LOW,HIGH, as in 0.1,0.7"
+        ) from None
+
+
+def output_files(output: str | Path) -> tuple[Path, Path]:
+    """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none; no URL."""
+    if "://" in str(output):
+        raise ValueError(f"--output {output} is a URL: mount the bucket (gcsfuse), give the path")
+    stem = str(output).removesuffix(".png").removesuffix(".npz")
+    return Path(f"{stem}.npz"), Path(f"{stem}.png")

@@ -1,0 +1,77 @@
+"""What the bits of samples depend on: settings and weights, kept beside the samples on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from mdt_jax import checkpoints, sampling
+from mdt_jax import config as config_lib
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import pretrained
+from mdt_jax.weights.autoencoder import Autoencoder
+
+
+def sample_settings(
+    f: flags.FlagValues,
+    model: sampling.DiffusionModel,
+    options: sampling.SamplerOptions,
+    batch_size: int,
+    weights: str,
+    decoder: str | None,
+) -> dict[str, Any]:
+    """All that a sample's bits depend on, but the machine, under the flags' names."""
+    ema_rate, source = f.ema_rate, f.workdir or f.checkpoint
+    if ema_rate is None and not _is_file(source):
+        _, meta = checkpoints.read_meta(source, model.step)
+        ema_rate = config_lib.from_json(meta["config"]).ema_rates[0]
+    network = model.network
+    return {
+        "model": model.name,
+        "step": model.step,
+        "ema_rate": ema_rate,
+        "seed": f.seed,
+        "label_order": f.label_order,
+        "labels": sampling.resolve_classes(model, f.labels or None).tolist(),
+        **vars(options),
+        "steps": str(options.steps),
+        "batch_size": batch_size,
+        "vae": decoder,
+        "vae_batch_size": f.vae_batch_size if decoder else None,
+        "vae_tile_size": f.vae_tile_size if decoder else None,
+        "dtype": np.dtype(network.dtype).name,
+        **dataclasses.asdict(pretrained.architecture_of(network)),
+        "weights": weights,
+    }
+
+
+def weights_digest(f: flags.FlagValues, model: sampling.DiffusionModel) -> str:
+    """BLAKE2b of the file of weights, or of the seal of a run's checkpoint (which has digests)."""
+    source = f.workdir or f.checkpoint
+    if _is_file(source):
+        path = weight_files.fetch(source)
+    else:
+        path = Path(source) / "checkpoints" / str(model.step) / "manifest.json"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _is_file(source: str) -> bool:
+    return weight_files.is_weight_file(source) or Path(source).is_file()
+
+
+def decoder_digest(autoencoder: Autoencoder | None) -> str | None:
+    """BLAKE2b of an autoencoder's weights and scale, None without one."""
+    if autoencoder is None:
+        return None
+    digest = hashlib.blake2b(f"{autoencoder.scale} {autoencoder.shift}".encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(autoencoder.params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:32]
