@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
+from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer, create_model
 
 # What a run's parameters mean: changing one of these needs another workdir.
@@ -112,24 +113,20 @@ def default_config() -> ConfigDict:
     config.sample = ConfigDict()  # how this model is sampled, in training and by default after it
     config.sample.every = 5_000  # steps between grids of EMA samples; 0: none
     config.sample.num_samples = 16
-    config.sample.sampler = "ddpm"
-    config.sample.steps = 250
-    config.sample.cfg_scale = 3.8
-    config.sample.cfg_power = number()  # of the power-cosine scale; None: constant
-    config.sample.cfg_power = 4.0
-    config.sample.cfg_interval = ()  # (low, high), fractions of the process; (): all of it
-    config.sample.guided_channels = integer()  # of the mean's; None: all
-    config.sample.guided_channels = 3
-    config.sample.clip = False  # x̂0 to [−1, 1]: for images, not latents
+    # sampler, steps, cfg_scale and the other options of a sampler: see diffusion/options.py.
+    for name, option in SAMPLER_OPTIONS.items():
+        # A reference keeps its type while it is None, for flags that set it again.
+        reference = config_dict.FieldReference(option.config, field_type=option.kind)
+        config.sample[name] = reference if option.none else option.config
 
     config.eval_every = 0  # steps between judgements of EMA samples (and at the end); 0: none
-    config.eval = ConfigDict()  # how; None: as config.sample has it
+    config.eval = ConfigDict()  # how
     config.eval.num_samples = 5_000  # classes in turn; published FIDs are of 50,000
     config.eval.batch_size = 256  # samples at a time, over all devices
     config.eval.seed = 0  # of the noise, the same at every judgement
-    config.eval.sampler = config_dict.placeholder(str)
-    config.eval.steps = integer()
-    config.eval.cfg_scale = number()
+    # The same options of the sampler; None: as config.sample has it.
+    for name, option in SAMPLER_OPTIONS.items():
+        config.eval[name] = config_dict.placeholder(option.kind)
     # "inception", or "classifier", a small one of the training images (labelled, up to 64 pixels);
     # "auto": inception where its weights are given, else the classifier where it can be.
     config.eval.evaluator = "auto"

@@ -173,7 +173,7 @@ def test_samplers_that_need_few_steps_take_few():
 
 
 def test_the_help_tells_of_every_sampler_and_its_steps():
-    told = sample_flags.SAMPLER_HELP
+    told = sampling.SAMPLER_OPTIONS["sampler"].help
     for sampler in SAMPLERS:
         about = told.split(f"{sampler}: ")[1].split(". ")[0]
         assert re.search(r"\b\d+\b", about), sampler

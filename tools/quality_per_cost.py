@@ -139,9 +139,8 @@ def compile_methods(
     compiled = []
     for method in methods:
         sampler, _, steps = method.partition(":")
-        options = sampling.resolve_options(
-            model, sampler=sampler, steps=steps, cfg_scale=config.eval.cfg_scale
-        )
+        chosen = sampling.judging_options(config) | {"sampler": sampler, "steps": steps}
+        options = sampling.resolve_options(model, **chosen)
         began = time.perf_counter()
         run = sampling.CompiledSampler(model, mesh, batch_size, options)
         run.warm_up(params)

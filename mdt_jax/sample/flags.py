@@ -8,18 +8,11 @@ from typing import Any
 
 from absl import flags
 
-from mdt_jax.diffusion import SAMPLERS
+from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
 
-SAMPLER_HELP = (
-    "The run's by default. ddpm: ancestral, 100 to 250 steps, as published numbers are made. ddim: "
-    "deterministic, 50 or more. heun: second order, two model calls a step, 10 to 25 steps (10 "
-    "without --steps). dpm++: DPM-Solver++(2M), second order, 10 to 25 (20), evenly spaced in "
-    "log(SNR). dpm++sde: its stochastic form, 20 to 50 (20)."
-)
 _LABEL_ORDER = functools.partial(flags.DEFINE_enum, enum_values=["in_turn", "random"])
-_SAMPLER = functools.partial(flags.DEFINE_enum, enum_values=list(SAMPLERS))
 # Each flag: absl's function that defines it, name, default, help.
 SAMPLE_FLAGS = (
     (flags.DEFINE_string, "workdir", None, "The run to sample from."),
@@ -41,14 +34,7 @@ SAMPLE_FLAGS = (
     (flags.DEFINE_list, "labels", [], "Classes by number or name; all in turn by default."),
     (_LABEL_ORDER, "label_order", "in_turn", "in_turn, balanced, or random, drawn uniformly."),
     (flags.DEFINE_integer, "seed", 0, "Of noise and drawn labels; sample i depends on it and i."),
-    (flags.DEFINE_float, "cfg_scale", None, "Guidance scale, 1 for none; the run's by default."),
-    (flags.DEFINE_float, "cfg_power", None, "Exponent of the power-cosine scale; 0: constant."),
-    (flags.DEFINE_list, "cfg_interval", [], "LOW,HIGH: fractions of the process that are guided."),
-    (flags.DEFINE_integer, "guided_channels", None, "Channels that are guided; the run's."),
-    (flags.DEFINE_string, "steps", None, "Steps, or a respacing (ddim50, 10,15,20, logsnr20)."),
-    (_SAMPLER, "sampler", None, SAMPLER_HELP),
-    (flags.DEFINE_bool, "clip", None, "Whether x0 is clipped to [-1, 1]; the run's by default."),
-    (flags.DEFINE_float, "eta", 0.0, "DDIM's: 0 deterministic, 1 ancestral."),
+    *((o.define, name, None, o.help) for name, o in SAMPLER_OPTIONS.items()),
     (flags.DEFINE_float, "ema_rate", None, "Which average; the run's first by default."),
     (flags.DEFINE_integer, "step", None, "Which checkpoint; the newest by default."),
     (flags.DEFINE_integer, "mesh_fsdp", 1, "Devices that share one copy of the parameters."),
@@ -65,18 +51,12 @@ def define_flags(f: flags.FlagValues) -> None:
 
 def given_options(f: flags.FlagValues) -> dict[str, Any]:
     """The sampler's options that flags give, as `sampling.resolve_options` takes them."""
-    names = ("cfg_scale", "cfg_power", "guided_channels", "sampler", "steps", "clip", "eta")
-    interval = {"cfg_interval": _numbers(f.cfg_interval)} if f.cfg_interval else {}
-    return interval | {name: getattr(f, name) for name in names if getattr(f, name) is not None}
-
-
-def _numbers(texts: list[str]) -> list[float]:
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
-        raise ValueError(
-            f"--cfg_interval {','.join(texts)} is not LOW,HIGH, as in 0.1,0.7"
-        ) from None
+    values = {name: getattr(f, name) for name in SAMPLER_OPTIONS}
+    return {
+        name: SAMPLER_OPTIONS[name].read(value)
+        for name, value in values.items()
+        if value not in (None, [])
+    }
 
 
 def output_files(output: str | Path) -> tuple[Path, Path]:

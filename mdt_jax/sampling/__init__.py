@@ -1,9 +1,11 @@
 """Sampling from a trained model: `load`, `sample`, and how both are made."""
 
+from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.sampling.model import DiffusionModel, load
 from mdt_jax.sampling.options import (
-    SamplerOptions,
+    check_options,
     draw_labels,
+    judging_options,
     resolve_classes,
     resolve_labels,
     resolve_options,
@@ -22,14 +24,17 @@ from mdt_jax.sampling.sampler import (
 
 __all__ = [
     "CHUNK_STEPS",
+    "SAMPLER_OPTIONS",
     "CompiledBatch",
     "CompiledSampler",
     "DiffusionModel",
     "SamplerOptions",
+    "check_options",
     "compile_sampler",
     "draw_labels",
     "global_batch_size",
     "in_batches",
+    "judging_options",
     "load",
     "resolve_batch_size",
     "resolve_classes",

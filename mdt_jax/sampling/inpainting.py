@@ -87,12 +87,13 @@ def inpaint(
       masked_share: which share of the steps, the noisiest, are masked passes; by default
         `inpainting_masked_share`. 0 where the model or the mask allows none.
       batch_size, mesh, progress: `sampling.sample`'s.
-      **options: `sampling.sample`'s cfg_scale, cfg_power, guided_channels, sampler, steps, eta and
-        clip.
+      **options: how the sampler draws, fields of `SamplerOptions`, as `sampling.sample` has them.
 
     Raises:
+      TypeError: an unknown option.
       ValueError: images, a mask, labels or settings that do not fit the model or each other.
     """
+    sampling.check_options(inpaint, options)
     task = prepare(
         model,
         images,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
 from mdt_jax.diffusion import GaussianDiffusion
+from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import files as weight_files
@@ -29,8 +30,7 @@ class DiffusionModel:
       diffusion: its training process.
       class_names: names of the classes, empty if it has none.
       step: training steps behind the parameters.
-      defaults: `sample`'s arguments where the caller gives none: sampler, steps, cfg_scale,
-        cfg_power, cfg_interval, guided_channels, clip.
+      defaults: options of the sampler (fields of `SamplerOptions`) where the caller gives none.
     """
 
     name: str
@@ -43,15 +43,13 @@ class DiffusionModel:
     @classmethod
     def from_config(cls, config: Any, class_names: Sequence[str] = (), step: int = 0):
         """The model of a run's config."""
-        keys = ("sampler", "steps", "cfg_scale", "cfg_power", "cfg_interval", "guided_channels",
-                "clip")  # fmt: skip
         return cls(
             name=config.model.name,
             network=config_lib.create_network(config),
             diffusion=config_lib.create_diffusion(config),
             class_names=tuple(class_names),
             step=step,
-            defaults={key: config.sample[key] for key in keys},
+            defaults={name: config.sample[name] for name in SAMPLER_OPTIONS},
         )
 
     def label(self, name: str | int) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
 from mdt_jax.diffusion import SAMPLERS
+from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.diffusion.samplers import FEW_STEPS, spaced
 from mdt_jax.sampling.model import DiffusionModel
 
@@ -20,66 +23,77 @@ _LABEL = np.uint32(2**32 - 1)
 _LABEL_BLOCK = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerOptions:
-    """What a compiled sampler is specialised to."""
+def check_options(function: Callable, options: Iterable[str]) -> None:
+    """Refuses keywords that are no options of a sampler, naming the nearest argument.
 
-    sampler: str
-    steps: int | str
-    cfg_scale: float
-    cfg_power: float | None
-    cfg_interval: tuple[float, float] | None
-    guided_channels: int
-    eta: float
-    clip: bool
+    Args:
+      function: the function that was called with them, for the names of its other arguments.
+      options: the keywords.
+
+    Raises:
+      TypeError: one that is unknown.
+    """
+    unknown = [name for name in options if name not in SAMPLER_OPTIONS]
+    if not unknown:
+        return
+    known = [*inspect.signature(function).parameters, *SAMPLER_OPTIONS]
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    hint = f"the nearest is {near[0]!r}" if near else f"options are {', '.join(SAMPLER_OPTIONS)}"
+    raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}; {hint}")
 
 
-def resolve_options(
-    model: DiffusionModel,
-    cfg_scale: float | None = None,
-    cfg_power: float | None | str = "default",
-    cfg_interval: Sequence[float | int] | None = None,
-    guided_channels: int | None | str = "default",
-    sampler: str | None = None,
-    steps: int | str | None = None,
-    eta: float = 0.0,
-    clip: bool | None = None,
-) -> SamplerOptions:
-    """The caller's settings over the model's own; refuses those that cannot be."""
-    given = {"cfg_scale": cfg_scale, "sampler": sampler, "steps": steps, "clip": clip}
-    fallback = {"cfg_scale": 1.0, "sampler": "ddpm", "steps": 250, "clip": False} | model.defaults
-    if sampler != fallback["sampler"]:  # the model's number of steps is its own sampler's
-        fallback["steps"] = FEW_STEPS.get(sampler, fallback["steps"])
-    chosen = {k: fallback[k] if v is None else v for k, v in given.items()}
-    power = model.defaults.get("cfg_power") if cfg_power == "default" else cfg_power
-    channels = (
-        model.defaults.get("guided_channels") if guided_channels == "default" else guided_channels
-    )
-    interval = cfg_interval or model.defaults.get("cfg_interval") or (0.0, 1.0)
+def resolve_options(model: DiffusionModel, **options: Any) -> SamplerOptions:
+    """The caller's options over the model's own; refuses those that cannot be.
+
+    Args:
+      model: whose `defaults` hold where the caller gives nothing.
+      **options: fields of `SamplerOptions`. None is a value of those that have a meaning for it:
+        cfg_power, a constant scale, and guided_channels, all of them. Elsewhere None is as if it
+        were not given.
+
+    Raises:
+      TypeError: an unknown option.
+      ValueError: a value that the model or the process does not have.
+    """
+    check_options(resolve_options, options)
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None or SAMPLER_OPTIONS[name].none
+    }
+    own = vars(SamplerOptions()) | model.defaults
+    chosen = own | given
+    if "steps" not in given and chosen["sampler"] != own["sampler"]:
+        # The model's number of steps is its own sampler's.
+        chosen["steps"] = FEW_STEPS.get(chosen["sampler"], own["steps"])
+    interval = chosen["cfg_interval"] or (0.0, 1.0)
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"cfg_interval {tuple(interval)} is not (low, high), 0 <= low < high <= 1")
+    chosen["cfg_interval"] = None if tuple(interval) == (0, 1) else tuple(map(float, interval))
     if chosen["sampler"] not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
     chosen["steps"] = spaced(chosen["sampler"], chosen["steps"])
     model.diffusion.respaced(chosen["steps"])  # refuses steps that the process does not have
     available = model.network.in_channels
-    channels = available if channels is None else channels
-    if not 1 <= channels <= available:
+    if chosen["guided_channels"] is None:
+        chosen["guided_channels"] = available
+    if not 1 <= chosen["guided_channels"] <= available:
         raise ValueError(
-            f"guided_channels {channels} is outside 1 to {available}; None guides all of them"
+            f"guided_channels {chosen['guided_channels']} is outside 1 to {available}; None guides "
+            "all of them"
         )
     if model.network.num_classes == 0:
         chosen["cfg_scale"] = 1.0
     elif chosen["cfg_scale"] != 1 and not model.network.null_class:
         raise ValueError(f"cfg_scale {chosen['cfg_scale']}: the model has no null class; 1 works")
-    return SamplerOptions(
-        **{**chosen, "cfg_scale": float(chosen["cfg_scale"])},
-        cfg_power=power,
-        cfg_interval=None if tuple(interval) == (0, 1) else tuple(map(float, interval)),
-        guided_channels=channels,
-        eta=eta,
-    )
+    chosen["cfg_scale"] = float(chosen["cfg_scale"])
+    return SamplerOptions(**chosen)
+
+
+def judging_options(config: ConfigDict) -> dict[str, Any]:
+    """The options that a run's samples are judged with, where `config.eval` gives them."""
+    return {name: config.eval[name] for name in SAMPLER_OPTIONS if config.eval[name] is not None}
 
 
 def resolve_labels(

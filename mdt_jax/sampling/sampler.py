@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from mdt_jax.diffusion import guided, run_steps, start
+from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling.batch_size import fitting
 from mdt_jax.sampling.model import DiffusionModel
-from mdt_jax.sampling.options import SamplerOptions, resolve_labels, resolve_options
+from mdt_jax.sampling.options import check_options, resolve_labels, resolve_options
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
 # tqdm's own bar, but a batch that is half done is half its samples, always in samples a second.
@@ -37,59 +38,42 @@ def sample(
     labels: Sequence[int | str] | np.ndarray | Array | None = None,
     num_samples: int | None = None,
     key: Array | int | np.integer = 0,
-    cfg_scale: float | None = None,
-    cfg_power: float | None | str = "default",
-    cfg_interval: Sequence[float | int] | None = None,
-    guided_channels: int | None | str = "default",
-    sampler: str | None = None,
-    steps: int | str | None = None,
-    eta: float = 0.0,
-    clip: bool | None = None,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Float[np.ndarray, "n h w c"]:
     """Samples, one for each label, in the range the model was trained on ([−1, 1] for images).
-
-    What is None or "default" is the model's own (`DiffusionModel.defaults`).
 
     Args:
       model, params: from `load`, or a model of your own and its parameters.
       labels: classes by number or name. Without any, classes in turn; none if unconditional.
       num_samples: how many, when labels are not given (16), or labels repeated to that many.
       key: PRNG key or seed; sample i's noise depends on it and i alone.
-      cfg_scale: guidance scale, 1 for none; always 1 if unconditional.
-      cfg_power: exponent of the power-cosine scale, None for a constant scale.
-      cfg_interval: (low, high), the fractions of the process that are guided, low ≤ t/T < high;
-        (0, 1) for all of it. Outside, a step costs half.
-      guided_channels: how many channels of the mean are guided, None for all.
-      sampler: "ddpm", "ddim", "heun" (two model calls a step), "dpm++" (DPM-Solver++(2M)) or
-        "dpm++sde".
-      steps: a count of steps, spaced as the sampler wants (`diffusion.samplers.spaced`), or any
-        respacing ("10,15,20", "ddim50", "logsnr20"). Of another sampler than the model's own that
-        needs few: `diffusion.samplers.FEW_STEPS`.
-      eta: DDIM's, 0 deterministic to 1 ancestral.
-      clip: whether x̂0 is clipped to [−1, 1].
       batch_size: samples at a time, over all devices; rounded up to fill them. By default as many
         as their memory takes (`mdt_jax.sampling.batch_size`).
       mesh: devices to use; all by default, the batch split over them.
       progress: whether to show a progress bar.
+      **options: how the sampler draws, such as `cfg_scale=2.0` or `sampler="ddim"`: fields of
+        `SamplerOptions`, where each is described. One that is not given is the model's own
+        (`DiffusionModel.defaults`). cfg_power None is a constant scale, guided_channels None all
+        channels.
 
     Raises:
+      TypeError: an unknown option.
       ValueError: labels, sampler, steps or channels that the model does not have, or no batch.
     """
+    check_options(sample, options)
     chosen = resolve_labels(model, labels, num_samples)
-    options = resolve_options(
-        model, cfg_scale, cfg_power, cfg_interval, guided_channels, sampler, steps, eta, clip
-    )
+    resolved = resolve_options(model, **options)
     mesh = sharding.create_mesh() if mesh is None else mesh
     return run_in_batches(
-        lambda mesh, size: compile_sampler(model, mesh, size, options),
+        lambda mesh, size: compile_sampler(model, mesh, size, resolved),
         params,
         len(chosen),
         lambda rows: (chosen[rows],),
         key=key,
-        batch_size=resolve_batch_size(batch_size, model, params, mesh, options),
+        batch_size=resolve_batch_size(batch_size, model, params, mesh, resolved),
         mesh=mesh,
         progress=progress,
     )

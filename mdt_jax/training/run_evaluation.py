@@ -356,10 +356,7 @@ def real_images(source: Source, config: ConfigDict) -> ArrayImages:
 
 def _options(model: sampling.DiffusionModel, config: ConfigDict) -> sampling.SamplerOptions:
     """How samples are drawn to be judged; ValueError for what cannot be."""
-    e = config.eval
     try:
-        return sampling.resolve_options(
-            model, sampler=e.sampler, steps=e.steps, cfg_scale=e.cfg_scale
-        )
+        return sampling.resolve_options(model, **sampling.judging_options(config))
     except ValueError as error:
         raise ValueError(f"eval: {error}") from error
