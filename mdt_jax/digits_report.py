@@ -10,7 +10,6 @@ class means and one that repeats its training scans each miss a different requir
 import argparse
 import dataclasses
 import math
-import sys
 
 import numpy as np
 from absl import app
@@ -166,24 +165,44 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Samples the run in `args.workdir`, prints the table, and returns the exit status."""
     # Here and not above, so that `report` can be used on arrays without JAX starting up.
+    from mdt_jax.parallel.command import command_ending
+    from mdt_jax.parallel.distributed import initialize_distributed
+
+    with command_ending():
+        initialize_distributed()
+        guided, plain, labels = _draw_samples(args)
+        result = report(guided, labels, plain, labels, *_scans("train"), *_scans("heldout"))
+        print(f"{len(labels)} samples of {args.workdir} at guidance {args.cfg_scale:g} and 1\n")
+        print(table(result))
+    if result["failed"]:
+        missed = [
+            f"{measure.name} is {result[measure.name]:.3f}, required {measure.requirement}"
+            for measure in MEASURES
+            if measure.name in result["failed"]
+        ]
+        print(f"\nThe samples do not pass: {'; '.join(missed)}.")
+        return 1
+    print("\nThe samples pass.")
+    return 0
+
+
+def _draw_samples(args: argparse.Namespace) -> tuple[Images, Images, Labels]:
+    """Samples with guidance and without, and the class asked for in each.
+
+    Raises:
+      CheckpointError: no run there.
+      ValueError: a run of other images than the digits.
+    """
     import jax
 
-    from mdt_jax.checkpoints import CheckpointError
-    from mdt_jax.parallel.distributed import initialize_distributed
     from mdt_jax.sampling.images import to_uint8
     from mdt_jax.sampling.model import load
     from mdt_jax.sampling.sampler import sample
 
-    initialize_distributed()
-    try:
-        model, params = load(args.workdir)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, params = load(args.workdir)
     if model.network.image_shape != (8, 8, 1) or model.network.num_classes != 10:
         shape, classes = model.network.image_shape, model.network.num_classes
-        print(f"error: {args.workdir}: {classes} classes of {shape} are no digits", file=sys.stderr)
-        return 1
+        raise ValueError(f"{args.workdir}: {classes} classes of {shape} are no digits")
     labels = np.repeat(np.arange(10), args.per_class)
     guided, plain = (
         to_uint8(
@@ -199,19 +218,7 @@ def main(args: argparse.Namespace) -> int:
         )
         for cfg_scale in (args.cfg_scale, 1.0)
     )
-    result = report(guided, labels, plain, labels, *_scans("train"), *_scans("heldout"))
-    print(f"{len(labels)} samples of {args.workdir} at guidance {args.cfg_scale:g} and 1\n")
-    print(table(result))
-    if result["failed"]:
-        missed = [
-            f"{measure.name} is {result[measure.name]:.3f}, required {measure.requirement}"
-            for measure in MEASURES
-            if measure.name in result["failed"]
-        ]
-        print(f"\nThe samples do not pass: {'; '.join(missed)}.")
-        return 1
-    print("\nThe samples pass.")
-    return 0
+    return guided, plain, labels
 
 
 if __name__ == "__main__":

@@ -21,27 +21,21 @@ import datetime
 import importlib.metadata
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from mdt_jax import checkpoints
 from mdt_jax.atomic import whole_file
-from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.evaluation import evaluator, extractors
 from mdt_jax.evaluation.batches import open_images
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
-from mdt_jax.parallel.distributed import (
-    by_first_process,
-    ending_together,
-    initialize_distributed,
-    leave,
-)
+from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 
@@ -188,17 +182,12 @@ def _versions() -> dict[str, str]:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     f = flags.FLAGS
-    with ending_together():
-        try:
-            initialize_distributed()
-            use_compilation_cache()
-            run(f)
-        except (ValueError, OSError, CheckpointError) as error:
-            if logging.level_debug():
-                raise
-            sys.exit(f"error: {' '.join(str(error).split())}")
+    with command_ending():
+        initialize_distributed()
+        use_compilation_cache()
+        run(f)
     if jax.process_count() > 1:
         leave()
 

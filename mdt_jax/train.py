@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as config_lib
-from mdt_jax.checkpoints import CheckpointError, Checkpoints, SaveError
+from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
-from mdt_jax.parallel.distributed import ending_together, initialize_distributed
+from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, metrics, run_evaluation
-from mdt_jax.training.monitors import GridSampler, NonFiniteLoss, StepLog
+from mdt_jax.training.monitors import GridSampler, StepLog
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
@@ -229,16 +229,11 @@ def dry_run(config: ConfigDict) -> str:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
-    with ending_together():
-        try:
-            initialize_distributed()
-            use_compilation_cache()
-            _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
-        except (ValueError, OSError, CheckpointError, NonFiniteLoss) as error:
-            if logging.level_debug():
-                raise
-            sys.exit(f"error: {' '.join(str(error).split())}")
+    """The command."""
+    with command_ending():
+        initialize_distributed()
+        use_compilation_cache()
+        _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
@@ -252,21 +247,27 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config", "-config") or flag.startswith("--config="):
-            path = Path((flag.partition("=")[2] or value).split(":")[0])
-            if not path.is_file():
-                there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
-                sys.exit(
-                    f"error: --config {path} is not there; "
-                    + (f"there are {there}" if there else "run from the root of the clone")
-                )
+    with command_ending():
+        _check_config_is_there(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         # ml_collections quotes the message of one exception in the next.
         said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "")
-        sys.exit(f"error: --config has no such key: {' '.join(said.split())}")
+        with command_ending():
+            raise ValueError(f"--config has no such key: {said}") from error
+
+
+def _check_config_is_there(argv: list[str]) -> None:
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config", "-config") or flag.startswith("--config="):
+            path = Path((flag.partition("=")[2] or value).split(":")[0])
+            if not path.is_file():
+                there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
+                raise ValueError(
+                    f"--config {path} is not there; "
+                    + (f"there are {there}" if there else "run from the root of the clone")
+                )
 
 
 if __name__ == "__main__":

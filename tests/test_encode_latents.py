@@ -25,6 +25,7 @@ from PIL import Image
 from mdt_jax import data
 from mdt_jax.convert.autoencoder import settings_from_config, to_torch
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.parallel.command import one_line
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.autoencoder import Autoencoder
 
@@ -450,7 +451,7 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
 def test_an_error_names_the_commands_own_flags_and_keeps_its_notes():
     error = ValueError("data.path DIR/data.path: not there; set data.labels or data.class_order")
     error.add_note("in the\nfirst of them")
-    assert tool()._one_line(error) == (
+    assert one_line(error, tool().FLAGS_OF_KEYS) == (
         "--data_path DIR/data.path: not there; set --labels or --class_order in the first of them"
     )
 

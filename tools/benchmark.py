@@ -36,12 +36,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from mdt_jax import benchmarking
 from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
+from mdt_jax.parallel.command import UserError, command_ending
 from mdt_jax.train import parse_flags
 from mdt_jax.training import metrics
 from mdt_jax.weights import pretrained
@@ -202,7 +203,7 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
     finally:
         child.send_signal(signal.SIGTERM)
         _, errors = child.communicate()
-    raise RuntimeError(f"{' '.join(command)} made no step: {errors.decode()[-500:]}")
+    raise UserError(f"{' '.join(command)} made no step: {errors.decode()[-500:]}")
 
 
 def expand_model(argv: list[str]) -> list[str]:
@@ -239,14 +240,10 @@ def run(f: flags.FlagValues) -> list[dict[str, Any]]:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
-    try:
+    """The command."""
+    with command_ending(also=(RuntimeError,)):  # such as JAX's, of a device that is not there
         set_up(flags.FLAGS)
         run(flags.FLAGS)
-    except (ValueError, OSError, RuntimeError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def set_up(f: flags.FlagValues) -> None:

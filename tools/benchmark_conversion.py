@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
 from mdt_jax.models.positions import relative_position_index
+from mdt_jax.parallel.command import UserError, command_ending
 from mdt_jax.weights import files as weight_files
 
 XL = {
@@ -52,7 +54,7 @@ def random_weights(architecture: Architecture) -> dict[str, np.ndarray]:
 
 
 def measure(arguments: list[str]) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of a run of the converter; RuntimeError if it fails."""
+    """Seconds and peak anonymous bytes of a run of the converter; UserError if it fails."""
     began = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, str(CONVERT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -70,7 +72,7 @@ def measure(arguments: list[str]) -> tuple[float, int]:
     _, errors = child.communicate()
     watcher.join()
     if child.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: {errors.decode()[-500:]}")
+        raise UserError(f"{' '.join(arguments)}: {errors.decode()[-500:]}")
     return time.perf_counter() - began, peak
 
 
@@ -117,32 +119,40 @@ def benchmark(name: str, scratch: Path) -> list[dict]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=["MDTv2-XL/2", "MDT-XL/2"])
     parser.add_argument("--scratch", help="where files of some 10 GB may lie for a while")
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
-    rows = []
-    for name in args.models:
-        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-            rows += benchmark(name, Path(scratch))
+    with command_ending():
+        rows = []
+        for name in args.models:
+            with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+                rows += benchmark(name, Path(scratch))
+        print(table(rows))
+        if args.output:
+            about = {
+                "date": datetime.date.today().isoformat(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "command": "python tools/benchmark_conversion.py",
+            }
+            with whole_file(args.output) as file:
+                file.write(json.dumps(about | {"rows": rows}, indent=2).encode() + b"\n")
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
     header = ("model", "command", "checkpoint", "seconds", "peak memory", "of size", "bit-exact")
-    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['command']} | {row['checkpoint_bytes'] / 2**30:.2f} GiB | "
-            f"{row['seconds']:.0f} | {row['peak_anonymous_bytes'] / 2**30:.2f} GiB | "
-            f"{row['memory_ratio']:.2f} | {'yes' if row['bit_exact'] else 'NO'} |"
-        )
-    if args.output:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "command": "python tools/benchmark_conversion.py",
-        }
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += [
+        f"| {row['model']} | {row['command']} | {row['checkpoint_bytes'] / 2**30:.2f} GiB | "
+        f"{row['seconds']:.0f} | {row['peak_anonymous_bytes'] / 2**30:.2f} GiB | "
+        f"{row['memory_ratio']:.2f} | {'yes' if row['bit_exact'] else 'NO'} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 
 from mdt_jax.evaluation import manifold
 from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+from mdt_jax.parallel.command import command_ending
 
 
 def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -105,33 +106,37 @@ def _processor() -> str:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--references", type=int, nargs="*", default=[10_000, 50_000])
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
-    rows = benchmark(args.samples, args.references, args.features)
-    print("| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6)
-    for row in rows:
-        reference = f"{row['reference']:,}" if "reference" in row else ""
+    with command_ending():
+        rows = benchmark(args.samples, args.references, args.features)
         print(
-            f"| {row['part']} | {row['samples']:,} | {reference} | {row['seconds']:.0f} | "
-            f"{row['cpu_seconds']:.0f} | "
-            f"{row['peak_anonymous_bytes'] / 2**30:.2f} GiB |"
+            "| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6
         )
-    if args.output:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "device": _processor(),
-            "cores": os.cpu_count(),
-            "load_average": [round(load, 1) for load in os.getloadavg()],
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "command": "python tools/benchmark_evaluation.py",
-        }
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        for row in rows:
+            reference = f"{row['reference']:,}" if "reference" in row else ""
+            print(
+                f"| {row['part']} | {row['samples']:,} | {reference} | {row['seconds']:.0f} | "
+                f"{row['cpu_seconds']:.0f} | "
+                f"{row['peak_anonymous_bytes'] / 2**30:.2f} GiB |"
+            )
+        if args.output:
+            about = {
+                "date": datetime.date.today().isoformat(),
+                "device": _processor(),
+                "cores": os.cpu_count(),
+                "load_average": [round(load, 1) for load in os.getloadavg()],
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "command": "python tools/benchmark_evaluation.py",
+            }
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

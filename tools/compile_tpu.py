@@ -27,7 +27,7 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.compilers import advice, programs, topologies
@@ -35,6 +35,7 @@ from mdt_jax.compilers.programs import Program, TrainingJob
 from mdt_jax.compilers.report import Report, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.train import parse_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
@@ -206,13 +207,9 @@ def run(arguments: Any) -> Any:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
-    try:
+    """The command."""
+    with command_ending():
         result = run(flags.FLAGS)
-    except (ValueError, OSError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(json.dumps(result))
 
 

@@ -19,17 +19,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 
-from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import inception, pretrained
@@ -141,7 +139,7 @@ def _print_arrays(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,12 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         for hint, meaning in HINTS.items():
             command.add_argument(f"--{hint}", type=int, help=meaning)
     args = parser.parse_args(argv)
-    try:
+    with command_ending():
         args.run(args)
-    except (ValueError, OSError, CheckpointError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +51,7 @@ from mdt_jax.data import (
 from mdt_jax.data.latent_cache import Description
 from mdt_jax.data.pipeline import check_bad_fraction
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.weights.autoencoder import Autoencoder
 
 # A configuration's keys, which messages name, and this command's flags for them.
@@ -306,9 +306,12 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     f = flags.FLAGS
-    try:
+    with command_ending(
+        message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS),
+        interrupted="interrupted; the same command goes on from the last finished shard",
+    ):
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
@@ -335,13 +338,6 @@ def main(_: list[str]) -> None:
             progress=index == 0,
         )
         print(_summary(output) if finished else f"{output}: other processes have not finished yet")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished shard", file=sys.stderr)
-        sys.exit(130)  # a shell's for Ctrl-C
-    except (ValueError, OSError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {_one_line(error)}")
 
 
 def _summary(output: Path) -> str:
@@ -352,13 +348,6 @@ def _summary(output: Path) -> str:
         f"{output}: latents of {count - left_out:,} images in {len(manifest['shards']):,} files; "
         f"left out, as they could not be used, {left_out:,}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    """What an exception and its notes say, of this command's flags."""
-    said = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
-    keys = "|".join(map(re.escape, FLAGS_OF_KEYS))
-    return re.sub(rf"(?<![^\s(])({keys})\b", lambda match: FLAGS_OF_KEYS[match[0]], said)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ size. For a PyTorch file use `tools/convert_checkpoint.py to-torch`.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import jax
-from absl import logging
 
-from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.training import transfer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,14 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
     parser.add_argument("--dtype", choices=tuple(transfer.DTYPES), help="as saved if not given")
     args = parser.parse_args(argv)
-    try:
+    with command_ending():
         folder = transfer.export_ema(
             args.input, args.output, ema_rate=args.ema_rate, step=args.step, dtype=args.dtype
         )
-    except (ValueError, OSError, CheckpointError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(folder)
 
 

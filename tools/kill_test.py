@@ -29,6 +29,7 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import checkpoints
+from mdt_jax.parallel.command import UserError, command_ending
 from mdt_jax.training import metrics
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
@@ -260,20 +261,31 @@ def table_line(number: int, row: dict[str, Any]) -> str:
 
 
 def finish(run: list[str], workdir: Path, folder: Path, processes: int) -> None:
-    """Runs to the end; RuntimeError if that fails."""
+    """Runs to the end; UserError if that fails."""
     command = [sys.executable, "-m", "mdt_jax.train", *run, "--workdir", str(workdir)]
     job = start(command, processes, folder / "cache", folder / f"log.{workdir.name}")
     statuses = wait(job, time.time() + START_SECONDS)
     if statuses != [0] * processes:
-        raise RuntimeError(f"{workdir} ended with {statuses}; see {folder}/log.{workdir.name}.*")
+        raise UserError(f"{workdir} ended with {statuses}; see {folder}/log.{workdir.name}.*")
 
 
 def main(_: list[str]) -> None:
     """The command."""
-    folder = Path(_WORKDIR.value).absolute()
+    with command_ending():
+        passed = kill_again_and_again(Path(_WORKDIR.value).absolute())
+    sys.exit(0 if passed else 1)
+
+
+def kill_again_and_again(folder: Path) -> bool:
+    """Makes the two runs in a folder and prints a line a kill; returns whether nothing differs.
+
+    Raises:
+      ValueError: the folder is not empty.
+      UserError: a run that nothing was done to fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        sys.exit(f"error: --workdir {folder} is not empty; give a new folder")
+        raise ValueError(f"--workdir {folder} is not empty; give a new folder")
     rng = np.random.default_rng(0)
     np.save(folder / "images.npy", rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8))
     np.save(folder / "labels.npy", np.arange(20) % 4)
@@ -298,7 +310,7 @@ def main(_: list[str]) -> None:
     if _JSON.value:
         outcome = {"kills": rows, "different": different, "problems": problems}
         Path(_JSON.value).write_text(json.dumps(outcome, indent=1))
-    sys.exit(1 if different or problems else 0)
+    return not different and not problems
 
 
 def summary(rows: list, expected: dict, different: list, problems: list) -> str:

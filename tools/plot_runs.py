@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.atomic import whole_file
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.training.metrics import FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
@@ -135,10 +136,13 @@ def draw(curves: list[Curve], metric: str, x: str, log: str, output: str | Path)
       output: the PNG.
 
     Raises:
-      ValueError: values that a logarithmic axis cannot show.
+      ValueError: values that a logarithmic axis cannot show; no matplotlib.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError as error:
+        raise ValueError('plots need matplotlib: pip install -e ".[plot]"') from error
 
     for axis in log:
         if any(value <= 0 for curve in curves for value in getattr(curve, axis)):
@@ -180,19 +184,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     arguments = parse(argv)
-    try:
+    with command_ending():
         curves = [read_curve(run, arguments.metric, arguments.x) for run in arguments.runs]
         labels = arguments.labels.split(",") if arguments.labels else []
         curves = named(curves, arguments.runs, labels)
         if text := warning(curves):
             print(f"warning: {text}", file=sys.stderr)
         draw(curves, arguments.metric, arguments.x, arguments.log, arguments.output)
-    except ImportError:
-        sys.exit('error: plots need matplotlib: pip install -e ".[plot]"')
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     for curve in curves:
         print(f"{curve.label}: {len(curve.x)} points, the last {curve.y[-1]:.4g}")
     print(arguments.output)

@@ -34,7 +34,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -46,6 +45,7 @@ from absl import logging
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
 from mdt_jax.data.prepare import Images, Prepared, Record, prepare
+from mdt_jax.parallel.command import command_ending, one_line
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
 # A configuration's keys, which messages about folders name, and this command's flags for them.
@@ -370,17 +370,14 @@ def run(args: argparse.Namespace) -> None:
     print(summary(images, name, data_dir, args.split, made))
 
 
-def _one_line(error: Exception) -> str:
-    """What an exception and its notes say, of this command's flags."""
-    said = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
-    if isinstance(error, BadImage):
-        said += ", or give --on_bad_image=skip"
-    keys = "|".join(map(re.escape, FLAGS_OF_KEYS))
-    return re.sub(rf"(?<![^\s(])({keys})\b", lambda match: FLAGS_OF_KEYS[match[0]], said)
+def _message(error: Exception) -> str:
+    """The line of an exception, which names this command's flags."""
+    way_out = ", or give --on_bad_image=skip" if isinstance(error, BadImage) else ""
+    return one_line(error, FLAGS_OF_KEYS) + way_out
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -410,15 +407,8 @@ def main(argv: list[str] | None = None) -> None:
         "--label_column", help="of --parquet; '' for no classes; 'label' if not given and there"
     )
     args = parser.parse_args(argv)
-    try:
+    with command_ending(message=_message, interrupted="interrupted; nothing was left behind"):
         run(args)
-    except (ValueError, OSError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {_one_line(error)}")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        sys.exit(130)  # a shell's for Ctrl-C
 
 
 if __name__ == "__main__":

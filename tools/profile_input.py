@@ -28,7 +28,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +56,7 @@ from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
 from mdt_jax.data.pipeline import CROPS, epoch_order
 from mdt_jax.models import create_model, flops
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.devices import peak_flops
 
 CORES = len(os.sched_getaffinity(0))
@@ -379,11 +379,11 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     arguments = parse(argv)
     jax.config.update("jax_platforms", "cpu")
     results: dict[str, Any] = {"cores": CORES}
-    try:
+    with command_ending():
         check(arguments)
         results["needed"], results["needed_for"] = needed_rate(arguments)
         if arguments.data_name:
@@ -396,8 +396,6 @@ def main(argv: list[str] | None = None) -> None:
                 measure(synthetic_jpegs(Path(folder) / "jpeg", 256), arguments, results)
                 latents = synthetic_latents(Path(folder) / "latents", arguments.examples)
                 measure(latents, arguments, results)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(json.dumps(results))
 
 

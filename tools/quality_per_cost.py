@@ -39,6 +39,7 @@ from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.sampling import images
 from mdt_jax.training import run_evaluation
 
@@ -246,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seeds": args.seeds,
         "batch_size": args.batch_size,
     }
-    try:
+    with command_ending():
         for rows in compare(
             args.workdir, args.methods, args.num_samples, args.seeds, args.batch_size
         ):
@@ -255,8 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 about["load_average"] = [round(load, 1) for load in os.getloadavg()]
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(about | {"rows": as_json(rows)}, indent=2) + "\n")
-    except (ValueError, OSError, checkpoints.CheckpointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

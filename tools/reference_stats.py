@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from mdt_jax.data import Source, center_crop, create_source
 from mdt_jax.evaluation.evaluator import DIGEST_KEY, check_finite, read_ahead
 from mdt_jax.evaluation.extractors import Extractor, load_inception
 from mdt_jax.evaluation.statistics import Gaussian, Moments
+from mdt_jax.parallel.command import command_ending
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,9 +188,9 @@ def _moments(gaussian: Gaussian, ending: str) -> dict[str, np.ndarray]:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     f = flags.FLAGS
-    try:
+    with command_ending():
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
@@ -207,10 +207,6 @@ def main(_: list[str]) -> None:
             progress=True,
         )
         print(f.output)
-    except (ValueError, OSError) as error:
-        if logging.level_debug():
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

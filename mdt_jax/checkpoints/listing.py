@@ -16,6 +16,7 @@ from absl import flags
 
 from mdt_jax.checkpoints.items import read_meta
 from mdt_jax.checkpoints.seal import CheckpointError, checkpoint_root, find_problems, is_unsealed
+from mdt_jax.parallel.command import command_ending
 
 _VERIFY = flags.DEFINE_bool("verify", True, "Read every file and compare its checksum.")
 
@@ -101,11 +102,9 @@ def table(workdir: str | Path, entries: list[Entry]) -> str:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    if len(arguments) != 2:
-        sys.exit("error: give one workdir: python -m mdt_jax.checkpoints WORKDIR")
-    try:
+    with command_ending():
+        if len(arguments) != 2:
+            raise ValueError("give one workdir: python -m mdt_jax.checkpoints WORKDIR")
         entries = list_checkpoints(arguments[1], _VERIFY.value)
-    except (CheckpointError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     print(table(arguments[1], entries))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)

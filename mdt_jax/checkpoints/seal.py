@@ -10,11 +10,13 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from mdt_jax.parallel.command import UserError
+
 MANIFEST = "manifest.json"
 PART = "checksums.{}.json"  # One process's share of the manifest, until there is a manifest.
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, of another model, or could not be written."""
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from mdt_jax import sampling
-from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
-from mdt_jax.parallel.distributed import ending_together, initialize_distributed
+from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.sample.drawing import draw_samples
 from mdt_jax.sample.painting import paint_picture
 from mdt_jax.weights.autoencoder import Autoencoder
@@ -61,15 +60,10 @@ def load_autoencoder(
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command."""
     f = flags.FLAGS
-    with ending_together():
-        try:
-            initialize_distributed()
-            use_compilation_cache()
-            for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):
-                print(path)
-        except (ValueError, OSError, CheckpointError) as error:
-            if logging.level_debug():
-                raise
-            sys.exit(f"error: {' '.join(str(error).split())}")
+    with command_ending():
+        initialize_distributed()
+        use_compilation_cache()
+        for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):
+            print(path)

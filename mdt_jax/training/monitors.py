@@ -13,6 +13,7 @@ from absl import logging
 from mdt_jax import sampling
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import UserError
 from mdt_jax.parallel.devices import device_memory, mfu
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.sampling import images
@@ -22,7 +23,7 @@ from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """A loss or gradient norm that is not finite; the message says where to go on."""
 
 
