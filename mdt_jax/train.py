@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as config_lib
+from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
@@ -163,10 +164,8 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
 
 def _write_config(run: Run) -> None:
     if jax.process_index() == 0:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        aside = run.workdir / "config.json.tmp"
-        aside.write_text(json.dumps(config_lib.to_json(run.config), indent=2))
-        aside.replace(run.workdir / "config.json")
+        with whole_file(run.workdir / "config.json") as file:
+            file.write(json.dumps(config_lib.to_json(run.config), indent=2).encode())
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@ A step without a manifest is a save that was interrupted, and counts for nothing
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.parallel.command import UserError
 
 MANIFEST = "manifest.json"
@@ -70,12 +70,8 @@ def fingerprint(path: Path) -> dict:
 
 def write_json(path: str | Path, value: dict) -> None:
     """All of it or nothing, whenever the machine stops."""
-    aside = f"{path}.tmp"
-    with open(aside, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def find_problems(

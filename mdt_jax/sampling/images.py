@@ -182,6 +182,7 @@ def stream_npz(
     pieces: Iterable[bytes | memoryview],
     labels: Integer[Array | np.ndarray, "n"],
     texts: Mapping[str, Mapping],
+    folder: str | os.PathLike | None = None,
 ) -> None:
     """`save_npz` of images that never are in memory together.
 
@@ -191,6 +192,7 @@ def stream_npz(
       pieces: their bytes in C order, cut anywhere.
       labels: (N,) class labels.
       texts: further members by name, each written as JSON.
+      folder: where the file is until it is whole; by default beside `path`.
 
     Raises:
       ValueError: there are not as many labels as images, or not as many bytes as the shape says.
@@ -200,7 +202,7 @@ def stream_npz(
     dtype = np.dtype(dtype)
     header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     left = math.prod(shape) * dtype.itemsize
-    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with whole_file(path, folder) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             write_array_header_1_0(member, header)
             for piece in pieces:

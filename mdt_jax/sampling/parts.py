@@ -15,7 +15,6 @@ locks the folder meanwhile: two commands would remove each other's parts.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer, Shaped
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import is_full_disk, whole_file
 from mdt_jax.checkpoints.lock import NAME as LOCK
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.parallel.distributed import by_first_process
@@ -39,7 +38,6 @@ MANIFEST = "manifest.json"
 _PART, _ASIDE = ".bin", ".tmp"
 _DIGEST_BYTES = 32
 _PIECE_BYTES = 4 * 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parts:
@@ -166,11 +164,18 @@ class Parts:
           ValueError: a part is missing or damaged.
         """
         count = len(labels)
-        aside = self.folder / f"{path.name}{_ASIDE}"  # where `begin` would find it after a kill
         texts = {**texts, "settings": self.settings}
+        # In this folder, where `begin` finds what a kill leaves of it.
         with self.explained():
-            stream_npz(aside, (count, *self.shape), self.dtype, self.pieces(count), labels, texts)
-            os.replace(aside, path)
+            stream_npz(
+                path,
+                (count, *self.shape),
+                self.dtype,
+                self.pieces(count),
+                labels,
+                texts,
+                folder=self.folder,
+            )
 
     def is_joined(self, path: Path, count: int) -> bool:
         """Whether a file holds `count` samples of these settings, joined before."""
@@ -197,7 +202,7 @@ class Parts:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_full_disk(error):
                 raise
             raise OSError(
                 f"{self.folder}: the disk is full; {len(self._parts())} parts of {self._size} "

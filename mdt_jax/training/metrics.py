@@ -20,6 +20,8 @@ from jaxtyping import ScalarLike, UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mdt_jax.atomic import whole_file
+
 Number = float | int
 FILE = "metrics.jsonl"  # in the workdir
 # Metrics that the clock and the machine decide: all others are the same in every run of a config.
@@ -198,12 +200,8 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
             kept.append(line)
     after = b"".join(line + b"\n" for line in kept)
     if after != before:
-        aside = f"{path}.{os.getpid()}.tmp"
-        with open(aside, "wb") as file:
+        with whole_file(path) as file:
             file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     return len(kept), len(lines) - len(kept)
 
 

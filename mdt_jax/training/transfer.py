@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
+from mdt_jax.atomic import is_full_disk
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
 from mdt_jax.convert.optimizers import Moments, moments_from_torch
@@ -284,10 +284,7 @@ def _aside(output: Path) -> Iterator[Path]:
     except (OSError, ValueError, checkpoints.CheckpointError) as error:
         # TensorStore, whose errors are ValueErrors, names three files of its own before the reason.
         reason = " ".join(str(error).split()).rpartition('": ')[2].partition(" [os_error_code")[0]
-        full = any(
-            os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        )
-        hint = "; is the disk full?" if full else ""
+        hint = "; is the disk full?" if is_full_disk(error) else ""
         raise WeightsError(f"{output} could not be written: {reason}{hint}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,8 +8,6 @@ any size costs no memory by itself. NumPy has no bfloat16 of its own; ml_dtypes'
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import json
 import logging
 import os
@@ -19,6 +17,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from mdt_jax.atomic import is_full_disk, whole_path
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -295,28 +295,23 @@ def write(
       WeightsError: an unknown ending, or a file that could not be written (a full disk).
     """
     path = check_ending(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == SAFETENSORS:
-            from safetensors.numpy import save_file
+        with whole_path(path) as aside:
+            if path.suffix == SAFETENSORS:
+                from safetensors.numpy import save_file
 
-            # It writes memory as it lies, a transposed array's too.
-            ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-            save_file(ordered, aside, dict(metadata or {}))
-        else:
-            torch = _import_torch(path)
-            torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, aside)
-        aside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
-        os.replace(aside, path)
+                # It writes memory as it lies, a transposed array's too.
+                ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+                save_file(ordered, aside, dict(metadata or {}))
+            else:
+                torch = _import_torch(path)
+                torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, aside)
+            os.chmod(aside, 0o666 & ~_umask())  # safetensors makes files only their owner reads
     except Exception as error:
-        reason = _first_line(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = "; is the disk full?" if full or not isinstance(error, OSError) else ""
-        raise WeightsError(f"{path} could not be written: {reason}{hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        # The libraries' own errors may leave out why they could not write.
+        full = is_full_disk(error) or not isinstance(error, OSError)
+        hint = "; is the disk full?" if full else ""
+        raise WeightsError(f"{path} could not be written: {_first_line(error)}{hint}") from error
 
 
 def _umask() -> int:
