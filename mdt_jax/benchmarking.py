@@ -149,7 +149,7 @@ class Workloads:
         options = sampling.resolve_options(model, steps=steps)
         size = sampling.global_batch_size(batch_size, batch_size, self.run.mesh)
         params = self.run.trainer.create_parameters()
-        labels = np.resize(np.arange(max(model.network.num_classes, 1)), size).astype(np.int32)
+        labels = sampling.resolve_labels(model, None, size)
 
         began = time.perf_counter()
         sampler = sampling.CompiledSampler(model, self.run.mesh, size, options)

@@ -596,3 +596,22 @@ def test_tiles_come_near_one_pass_and_leave_no_seams():
 def test_too_small_a_tile_is_refused():
     with pytest.raises(ValueError, match=r"^tile_size 2 is below 4 latents$"):
         small().decode(np.zeros((1, 6, 10, 16), np.float32), tile_size=2)
+
+
+def test_a_last_smaller_batch_runs_the_program_of_the_others(monkeypatch):
+    seen = []
+
+    def decode(self, latents, batch_size, tile_size):
+        seen.append((latents.shape, batch_size, tile_size))
+        return latents + 1
+
+    monkeypatch.setattr(Autoencoder, "decode", decode)
+    module, mesh = network.AutoencoderKL(), sharding.create_mesh()
+    autoencoder = Autoencoder(module, {}, 1.0, 0.0, "a", mesh)
+    # Without the shapes checked: these images are latents.
+    decode_batch = getattr(Autoencoder.decode_batch, "__wrapped__", Autoencoder.decode_batch)
+    latents = np.random.default_rng(0).standard_normal((3, 2, 2, 4)).astype(np.float32)
+    for size in (8, 4, 3):
+        images = decode_batch(autoencoder, latents, size, 4, 64)
+        np.testing.assert_array_equal(images, latents + 1)
+    assert seen == [((n, 2, 2, 4), 4, 64) for n in (4, 4, 3)]

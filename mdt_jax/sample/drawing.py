@@ -66,7 +66,9 @@ def draw_samples(
             )
             for first, samples in batches:
                 if autoencoder:
-                    samples = decode(f, autoencoder, samples, size)
+                    samples = autoencoder.decode_batch(
+                        samples, size, f.vae_batch_size, f.vae_tile_size
+                    )
                 rows = images.to_uint8(samples, first) if pixels else samples
                 by_first_process(functools.partial(parts.write, first, rows))
             about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
@@ -99,12 +101,3 @@ def chosen_labels(f: flags.FlagValues, model: sampling.DiffusionModel) -> np.nda
     if f.label_order == "random":
         return sampling.draw_labels(model, f.labels or None, f.num_samples, key=f.seed)
     return sampling.resolve_labels(model, f.labels or None, f.num_samples)
-
-
-def decode(
-    f: flags.FlagValues, autoencoder: Autoencoder, latents: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """A batch's images, or a last, smaller one's, through the same program as a whole one's."""
-    padding = -len(latents) % min(f.vae_batch_size, batch_size)
-    padded = np.pad(latents, [(0, padding), (0, 0), (0, 0), (0, 0)])
-    return autoencoder.decode(padded, f.vae_batch_size, f.vae_tile_size)[: len(latents)]

@@ -161,10 +161,8 @@ class GridSampler:
     def draw(self, state: TrainState, step: int) -> np.ndarray | None:
         """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
         run, o = self._run, self._options
-        labels = np.resize(np.arange(max(run.model.num_classes, 1)), run.config.sample.num_samples)
-        samples = self._sampler(
-            state.ema[run.rates[0]], labels.astype(np.int32), jax.random.key(run.config.seed)
-        )
+        labels = sampling.resolve_labels(self._model, None, run.config.sample.num_samples)
+        samples = self._sampler(state.ema[run.rates[0]], labels, jax.random.key(run.config.seed))
         if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
             return None
         grid = images.image_grid(images.to_uint8(samples))

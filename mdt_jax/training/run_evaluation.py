@@ -194,8 +194,7 @@ class RunEvaluator:
         c, e = run.config, run.config.eval
         self._run, self._count = run, e.num_samples
         model = sampling.DiffusionModel.from_config(c, source.class_names)
-        classes = sampling.resolve_classes(model)
-        self._labels = np.resize(classes, self._count)
+        self._labels = sampling.resolve_labels(model, None, self._count)
         self._autoencoder = Autoencoder.load(e.vae, run.mesh) if source.latents else None
         side = c.model.input_size * self._downsampling
         channels = self._autoencoder.module.out_channels if source.latents else c.model.in_channels
@@ -305,9 +304,7 @@ class RunEvaluator:
     def _decode(self, samples: np.ndarray) -> np.ndarray:
         if self._autoencoder is None:
             return samples
-        size = self._sampler.shape[0]
-        padded = np.pad(samples, [(0, size - len(samples)), (0, 0), (0, 0), (0, 0)])
-        return self._autoencoder.decode(padded, DECODED_AT_ONCE)[: len(samples)]
+        return self._autoencoder.decode_batch(samples, self._sampler.shape[0], DECODED_AT_ONCE)
 
     def _describe(self, drawn: Images) -> evaluator.Description:
         return evaluator.describe(

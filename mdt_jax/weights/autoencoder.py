@@ -141,6 +141,26 @@ class Autoencoder:
             raise ValueError(f"tile_size {tile_size} is below {MIN_TILE_SIZE} latents")
         return self._decode_tiles(latents, batch_size, tile)
 
+    def decode_batch(
+        self,
+        latents: Float[Array | np.ndarray, "n hl wl cl"],
+        size: int,
+        batch_size: int = 16,
+        tile_size: int | None = None,
+    ) -> Float32[np.ndarray, "n h w c"]:
+        """As `decode`, where the last of many batches is smaller than the others.
+
+        It is padded, so that it runs the program that is compiled for the others.
+
+        Args:
+          latents: scaled, at most `size`.
+          size: latents in every batch but the last.
+          batch_size, tile_size: as for `decode`.
+        """
+        padding = -len(latents) % min(batch_size, size)
+        padded = np.pad(latents, [(0, padding), (0, 0), (0, 0), (0, 0)])
+        return self.decode(padded, batch_size, tile_size)[: len(latents)]
+
     def _decode_tiles(self, latents: np.ndarray, batch_size: int, tile: int) -> np.ndarray:
         factor = self.module.downsampling
         count, *sides, _ = latents.shape
