@@ -1,4 +1,4 @@
-"""Has a model learned the digits? Measures its samples against scikit-learn's 8x8 scans.
+"""Measures a model's samples of digits against scikit-learn's 8x8 scans.
 
     python -m mdt_jax.digits_report --workdir DIR
 
@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer, UInt8
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
-Images = UInt8[np.ndarray, "_n 8 8 1"]
+DigitImages = UInt8[np.ndarray, "_n 8 8 1"]
 Labels = Integer[np.ndarray, "_n"]
 
 
@@ -44,7 +44,7 @@ class Measure:
 
 
 MEASURES = (
-    # The instrument itself: a classifier that misreads scans says nothing about samples.
+    # A check of the classifier: one that misreads scans says nothing about samples.
     Measure("classifier_accuracy", "held-out scans the classifier reads right", low=0.97),
     Measure("guided_accuracy", "guided samples read as the class asked for", low=0.9),
     Measure("plain_accuracy", "samples at guidance 1 read as the class asked for"),
@@ -54,16 +54,16 @@ MEASURES = (
 
 
 def report(
-    samples_guided: Images,
+    samples_guided: DigitImages,
     labels: Labels,
-    samples_plain: Images,
+    samples_plain: DigitImages,
     labels_plain: Labels,
-    real_train: Images,
+    real_train: DigitImages,
     real_train_labels: Labels,
-    real_heldout: Images,
+    real_heldout: DigitImages,
     real_heldout_labels: Labels,
 ) -> dict[str, float | list[str]]:
-    """Measures samples of the digits: are they of the class asked for, varied, and new?
+    """Measures whether samples of the digits are of the class asked for, varied, and new.
 
     Args:
       samples_guided: (N, 8, 8, 1) in 0..255, drawn with guidance.
@@ -108,7 +108,7 @@ def report(
     return values | {"failed": failed}
 
 
-def _pixels(images: Images) -> Float[np.ndarray, "_n 64"]:
+def _pixels(images: DigitImages) -> Float[np.ndarray, "_n 64"]:
     """Each image as one row of numbers in [0, 1]."""
     return images.reshape(len(images), -1) / 255.0
 
@@ -123,7 +123,7 @@ def _within_class_variance(
     return float(np.mean([pixels[labels == label].var(axis=0, ddof=1) for label in classes]))
 
 
-def table(result: dict[str, float | list[str]]) -> str:
+def report_table(result: dict[str, float | list[str]]) -> str:
     """The result of `report` as a table, a measure to a row, with what is required of it."""
     width = max(len(measure.text) for measure in MEASURES)
     rows = [f"{'measure':{width}}  value  required"]
@@ -134,7 +134,7 @@ def table(result: dict[str, float | list[str]]) -> str:
     return "\n".join(rows)
 
 
-def _scans(split: str) -> tuple[Images, Labels]:
+def _scans(split: str) -> tuple[DigitImages, Labels]:
     """All scans of the train or heldout split, and their classes."""
     from mdt_jax.data import digits
 
@@ -146,8 +146,8 @@ def _scans(split: str) -> tuple[Images, Labels]:
     )
 
 
-def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """The command's settings, which importing this module does not define anywhere."""
+def parse_report_flags(argv: list[str]) -> argparse.Namespace:
+    """The command's settings. No flag is defined by importing this module."""
     parser = argparse_flags.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -173,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
         guided, plain, labels = _draw_samples(args)
         result = report(guided, labels, plain, labels, *_scans("train"), *_scans("heldout"))
         print(f"{len(labels)} samples of {args.workdir} at guidance {args.cfg_scale:g} and 1\n")
-        print(table(result))
+        print(report_table(result))
     if result["failed"]:
         missed = [
             f"{measure.name} is {result[measure.name]:.3f}, required {measure.requirement}"
@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _draw_samples(args: argparse.Namespace) -> tuple[Images, Images, Labels]:
+def _draw_samples(args: argparse.Namespace) -> tuple[DigitImages, DigitImages, Labels]:
     """Samples with guidance and without, and the class asked for in each.
 
     Raises:
@@ -222,4 +222,4 @@ def _draw_samples(args: argparse.Namespace) -> tuple[Images, Images, Labels]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse_report_flags)

@@ -39,9 +39,9 @@ from mdt_jax.parallel.distributed import by_first_process, initialize_distribute
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 
-# Flags of `mdt_jax.sample` that mean nothing here.
+# Flags of `mdt_jax.sample` that have no meaning here.
 _NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
-# Those that change where and how fast samples are made, not which.
+# Flags that decide where and how fast samples are made, but not which.
 _RUNNING = ("workdir", "checkpoint", "mesh_fsdp", "mesh_tensor", "vae_batch_size", "step")
 SAMPLING_FLAGS = tuple(flag for flag in sample_flags.SAMPLE_FLAGS if flag[1] not in _NOT_SAMPLING)
 EVALUATE_FLAGS = (
@@ -50,7 +50,7 @@ EVALUATE_FLAGS = (
     (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
     (flags.DEFINE_string, "output", None, "Where the JSON goes; nowhere by default."),
     (flags.DEFINE_integer, "feature_batch_size", 64, "Images through Inception at a time."),
-    (flags.DEFINE_integer, "split_size", evaluator.SPLIT_SIZE, "Of the Inception Score."),
+    (flags.DEFINE_integer, "split_size", evaluator.SPLIT_SIZE, "Images in a split of the score."),
     (flags.DEFINE_integer, "neighbours", 3, "k of precision and recall."),
     (flags.DEFINE_bool, "recompute_reference", False, "Pass over stored mu and sigma."),
 )
@@ -62,17 +62,17 @@ def define_flags(f: flags.FlagValues) -> None:
         define(name, default, help=text, flag_values=f)
 
 
-def run(f: flags.FlagValues) -> dict[str, Any]:
+def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:
     """Samples if asked to, evaluates, prints the table and writes --output; returns the JSON.
 
     Every process must call it; process 0 prints and writes.
 
     Raises:
-      ValueError, OSError, CheckpointError: what a user can mend, in one line.
+      ValueError, OSError, CheckpointError: flags or files that a user can mend.
     """
     workdir = _check_flags(f)
     extractor = extractors.load_inception(f.inception, f.feature_batch_size)
-    # What is wrong with the files shows before hours of sampling.
+    # Before hours of sampling: here errors in the files show.
     _check_output(f.output)
     how = {"batch_size": f.feature_batch_size, "split_size": f.split_size, "progress": True}
     reference = evaluator.describe_reference(
@@ -84,10 +84,10 @@ def run(f: flags.FlagValues) -> dict[str, Any]:
 
 
 def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
-    """The npz that `mdt_jax.sample` makes of the sampling flags, or made before.
+    """The npz that `mdt_jax.sample` makes from the sampling flags, or made before.
 
     Raises:
-      ValueError, CheckpointError: as `sample.generate` does.
+      ValueError, CheckpointError: as `sample.command.generate` does.
     """
     given = flags.FlagValues()
     sample_flags.define_flags(given)
@@ -113,7 +113,7 @@ def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
 
 
 def _sample_stem(f: flags.FlagValues, workdir: str | None) -> Path:
-    """Where samples go: named by step and by the flags given, so that settings do not collide."""
+    """The path of the samples, without ending; named by step and flags, so that none collide."""
     named = [name for _, name, _, _ in SAMPLING_FLAGS if f[name].present and name not in _RUNNING]
     settings = "".join(f"_{name}-{_plain(f[name].value)}" for name in sorted(named))
     if workdir:
@@ -130,7 +130,7 @@ def _plain(value: Any) -> str:
 
 
 def _check_flags(f: flags.FlagValues) -> str | None:
-    """Refuses, with ValueError, flags that do not go together; returns the workdir to sample."""
+    """The workdir to sample, if any. Raises ValueError for flags that do not go together."""
     for name in ("reference", "inception"):
         if not getattr(f, name):
             raise ValueError(f"--{name} is missing")
@@ -187,7 +187,7 @@ def main(_: list[str]) -> None:
     with command_ending():
         initialize_distributed()
         use_compilation_cache()
-        run(f)
+        evaluate_samples(f)
     if jax.process_count() > 1:
         leave()
 

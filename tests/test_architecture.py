@@ -323,7 +323,7 @@ def test_diffusers_dit_computes_what_diffusers_computes(diffusers_model, tmp_pat
     import torch
 
     diffusers_model.save_pretrained(tmp_path)
-    weights = pretrained.read(tmp_path / "diffusion_pytorch_model.safetensors")
+    weights = pretrained.read_pretrained(tmp_path / "diffusion_pytorch_model.safetensors")
     assert weights.architecture == make(
         "DiT", hidden_size=WIDTH, depth=BLOCKS, num_heads=HEADS, num_classes=10
     )
@@ -345,7 +345,7 @@ def test_diffusers_pickle_holds_what_its_safetensors_file_does(diffusers_model, 
     found = []
     for safe, ending in ((True, "safetensors"), (False, "bin")):
         diffusers_model.save_pretrained(tmp_path, safe_serialization=safe)
-        weights = pretrained.read(tmp_path / f"diffusion_pytorch_model.{ending}")
+        weights = pretrained.read_pretrained(tmp_path / f"diffusion_pytorch_model.{ending}")
         found.append(jax.tree.map(np.asarray, weights.params))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
@@ -358,7 +358,7 @@ def test_diffusers_embedders_that_differ_are_refused(diffusers_model, tmp_path):
     name = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_2.bias"
     torch.save(state | {name: state[name] + 1}, tmp_path / "a.pt")
     with pytest.raises(UnknownWeights) as caught:
-        pretrained.read(tmp_path / "a.pt", num_heads=HEADS)
+        pretrained.read_pretrained(tmp_path / "a.pt", num_heads=HEADS)
     assert f"{name} differs from {name.replace('.2.', '.0.', 1)}" in str(caught.value)
 
 
@@ -370,7 +370,7 @@ def test_a_missing_weight_of_diffusers_is_named(diffusers_model, tmp_path):
     del state["transformer_blocks.1.attn1.to_k.bias"]
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(UnknownWeights, match=r"transformer_blocks\.1\.attn1\.to_k\.bias .*missing"):
-        pretrained.read(tmp_path / "a.pt", num_heads=HEADS)
+        pretrained.read_pretrained(tmp_path / "a.pt", num_heads=HEADS)
 
 
 @pytest.mark.torch
@@ -379,8 +379,11 @@ def test_without_a_config_beside_it_diffusers_heads_must_be_given(diffusers_mode
 
     torch.save(diffusers_model.state_dict(), tmp_path / "a.pt")
     with pytest.raises(UnknownWeights, match="--num_heads"):
-        pretrained.read(tmp_path / "a.pt")
-    assert pretrained.read(tmp_path / "a.pt", num_heads=HEADS).architecture.num_heads == HEADS
+        pretrained.read_pretrained(tmp_path / "a.pt")
+    assert (
+        pretrained.read_pretrained(tmp_path / "a.pt", num_heads=HEADS).architecture.num_heads
+        == HEADS
+    )
 
 
 def test_diffusers_names_cover_every_weight_of_a_dit_but_its_position_table():
@@ -410,7 +413,7 @@ def test_other_weights_in_diffusers_layout_are_refused(diffusers_model, name, li
     state[f"transformer_blocks.{name}"] = state[like]
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(UnknownWeights, match=said):
-        pretrained.read(tmp_path / "a.pt")
+        pretrained.read_pretrained(tmp_path / "a.pt")
 
 
 @pytest.mark.torch
@@ -419,7 +422,7 @@ def test_a_garbled_config_of_diffusers_is_refused(diffusers_model, value, tmp_pa
     diffusers_model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": value}))
     with pytest.raises(UnknownWeights, match="sample_size .* not a positive number"):
-        pretrained.read(next(tmp_path.glob("*.safetensors")))
+        pretrained.read_pretrained(next(tmp_path.glob("*.safetensors")))
 
 
 @pytest.mark.torch

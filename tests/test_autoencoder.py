@@ -97,7 +97,7 @@ def build(name: str, weights: dict[str, np.ndarray] | None = None) -> Autoencode
 def save(folder: Path, name: str, dtype=np.float32, config: dict | None = None) -> Path:
     """A folder as diffusers saves one."""
     weights = {k: v.astype(dtype) for k, v in random_weights(name).items()}
-    weight_files.write(folder / "diffusion_pytorch_model.safetensors", weights)
+    weight_files.write_weights(folder / "diffusion_pytorch_model.safetensors", weights)
     config = CONFIGS[name] | {"_class_name": "AutoencoderKL"} if config is None else config
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -409,7 +409,7 @@ def test_a_folder_of_diffusers_loads_whole(tmp_path):
 
 def test_a_file_alone_is_of_stable_diffusions_groups_and_scale(tmp_path):
     weights = to_compvis(random_weights("sd"), 4)
-    weight_files.write(tmp_path / "vae.safetensors", weights)
+    weight_files.write_weights(tmp_path / "vae.safetensors", weights)
     for source in (tmp_path, tmp_path / "vae.safetensors"):
         autoencoder = Autoencoder.load(source)
         assert (autoencoder.scale, autoencoder.module.norm_groups) == (0.18215, 32)
@@ -491,7 +491,7 @@ def hub_without_config(monkeypatch, file: Path, error: ValueError) -> None:
 
 def test_a_repository_without_config_is_of_stable_diffusions_groups(tmp_path, monkeypatch):
     file = tmp_path / "vae.safetensors"
-    weight_files.write(file, to_compvis(random_weights("sd"), 4))
+    weight_files.write_weights(file, to_compvis(random_weights("sd"), 4))
     missing = weight_files.NoSuchFile("o/r holds no file config.json")
     hub_without_config(monkeypatch, file, missing)
     assert Autoencoder.load("hf://o/r/vae.safetensors").module.norm_groups == 32
@@ -499,7 +499,7 @@ def test_a_repository_without_config_is_of_stable_diffusions_groups(tmp_path, mo
 
 def test_a_config_that_may_be_out_of_reach_is_not_taken_to_be_missing(tmp_path, monkeypatch):
     file = tmp_path / "vae.safetensors"
-    weight_files.write(file, to_compvis(random_weights("sd"), 4))
+    weight_files.write_weights(file, to_compvis(random_weights("sd"), 4))
     hub_without_config(monkeypatch, file, weight_files.WeightsError("the hub cannot be reached"))
     with pytest.raises(ValueError, match=r"the hub cannot be reached"):
         Autoencoder.load("hf://o/r/vae.safetensors")
@@ -606,7 +606,7 @@ def test_a_last_smaller_batch_runs_the_program_of_the_others(monkeypatch):
         return latents + 1
 
     monkeypatch.setattr(Autoencoder, "decode", decode)
-    module, mesh = network.AutoencoderKL(), sharding.create_mesh()
+    module, mesh = AutoencoderKL(), sharding.create_mesh()
     autoencoder = Autoencoder(module, {}, 1.0, 0.0, "a", mesh)
     # Without the shapes checked: these images are latents.
     decode_batch = getattr(Autoencoder.decode_batch, "__wrapped__", Autoencoder.decode_batch)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mdt_jax.digits_report import report, table
+from mdt_jax.digits_report import report, report_table
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def class_means(images, labels):
 def test_real_scans_pass_as_samples(scans):
     _, _, heldout, labels = scans
     result = report(heldout, labels, heldout, labels, *scans)
-    print(table(result))
+    print(report_table(result))
     assert result["failed"] == []
     assert result["guided_accuracy"] == result["plain_accuracy"] == result["classifier_accuracy"]
     assert result["distance_ratio"] == 1
@@ -41,7 +41,7 @@ def test_samples_of_another_class_than_asked_fail(scans):
     _, _, heldout, labels = scans
     shuffled = np.random.default_rng(0).permutation(labels)
     result = report(heldout, shuffled, heldout, labels, *scans)
-    print(table(result))
+    print(report_table(result))
     assert result["failed"] == ["guided_accuracy"] and result["guided_accuracy"] < 0.2
 
 
@@ -49,7 +49,7 @@ def test_class_means_fail(scans):
     train, train_labels, heldout, labels = scans
     means = class_means(train, train_labels)[labels]
     result = report(heldout, labels, means, labels, *scans)
-    print(table(result))
+    print(report_table(result))
     assert result["failed"] == ["variance_ratio"] and result["variance_ratio"] < 1e-9
 
 
@@ -65,7 +65,7 @@ def test_copies_of_training_scans_fail(scans):
     train, train_labels, heldout, labels = scans
     chosen = np.random.default_rng(0).permutation(len(train))[:500]
     result = report(heldout, labels, train[chosen], train_labels[chosen], *scans)
-    print(table(result))
+    print(report_table(result))
     assert result["failed"] == ["distance_ratio"] and result["distance_ratio"] == 0
 
 
@@ -85,7 +85,7 @@ def test_the_table_shows_value_requirement_and_verdict():
         "distance_ratio": 0.9,
         "failed": ["guided_accuracy"],
     }
-    rows = [row.split() for row in table(result).splitlines()]
+    rows = [row.split() for row in report_table(result).splitlines()]
     assert rows[2][-4:] == ["0.500", ">=", "0.90", "FAIL"]
     assert rows[3][-2:] == ["for", "0.400"]
     assert rows[4][-5:] == ["1.000", "0.70", "to", "1.30", "pass"]

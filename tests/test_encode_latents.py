@@ -57,7 +57,7 @@ def vae_folder(tmp_path_factory) -> Path:
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
     file = folder / "diffusion_pytorch_model.safetensors"
-    weight_files.write(file, to_torch(params, settings))
+    weight_files.write_weights(file, to_torch(params, settings))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 

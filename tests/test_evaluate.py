@@ -49,7 +49,7 @@ def parse(**settings):
 
 def test_files_become_a_table_and_json(files, tmp_path, capsys):
     output = tmp_path / "reports" / "report.json"
-    command.run(parse(**files, output=output, split_size=20, feature_batch_size=9))
+    command.evaluate_samples(parse(**files, output=output, split_size=20, feature_batch_size=9))
     printed = capsys.readouterr()
     for text in ("FID", "Inception Score", "lowest precision within the class", str(output)):
         assert text in printed.out
@@ -67,13 +67,13 @@ def test_a_run_is_sampled_first(tmp_path, capsys):
     save_run(workdir)
     np.savez(reference, arr_0=random_images(20, 0, size=8, channels=1))
     settings = {"reference": reference, "inception": "8", "num_samples": 6, "steps": 2, "seed": 3}
-    found = command.run(parse(samples=workdir, **settings))
+    found = command.evaluate_samples(parse(samples=workdir, **settings))
     made = workdir / "evaluation" / "step0000007_num_samples-6_seed-3_steps-2.npz"
     assert found["about"]["samples"]["name"] == str(made)
     with np.load(made) as arrays:
         assert arrays["arr_0"].shape == (6, 8, 8, 1)
         np.testing.assert_array_equal(arrays["arr_1"], [0, 1, 2, 3, 0, 1])
-    again = command.run(parse(workdir=workdir, **settings))
+    again = command.evaluate_samples(parse(workdir=workdir, **settings))
     assert again["metrics"] == found["metrics"]
 
 
@@ -103,7 +103,7 @@ def test_fifty_thousand_samples_are_made_by_default(tmp_path, monkeypatch):
 def test_flags_that_do_not_go_together_are_refused(files, changed, message):
     given = {name: value for name, value in (files | changed).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        command.run(parse(**given))
+        command.evaluate_samples(parse(**given))
 
 
 def test_the_command_ends_in_one_line_on_missing_weights(files, tmp_path):

@@ -40,8 +40,8 @@ def weights(tmp_path_factory):
     """A folder of every fixture's weights, NAME.safetensors, and DiT's as a workdir, dit."""
     folder = tmp_path_factory.mktemp("weights")
     for name in FAMILIES:
-        weight_files.write(folder / f"{name}.safetensors", authors_weights(name))
-    found = pretrained.read(folder / "dit.safetensors", num_heads=4)
+        weight_files.write_weights(folder / f"{name}.safetensors", authors_weights(name))
+    found = pretrained.read_pretrained(folder / "dit.safetensors", num_heads=4)
     transfer.to_workdir(folder / "dit", found)
     return folder
 
@@ -129,14 +129,14 @@ def test_the_first_step_is_the_sources_own(source, weights, tmp_path):
 @pytest.mark.torch
 def test_the_first_step_is_the_sources_own_from_a_pickle(tmp_path):
     pytest.importorskip("torch")
-    weight_files.write(tmp_path / "dit.pt", authors_weights("dit"))
+    weight_files.write_weights(tmp_path / "dit.pt", authors_weights("dit"))
     assert_starts_at_the_source(tmp_path / "dit.pt", tmp_path / "run")
 
 
 def test_one_changed_weight_changes_the_first_loss(tmp_path):
     changed = authors_weights("dit")
     changed["final_layer.linear.bias"] = changed["final_layer.linear.bias"] + np.float32(1e-3)
-    weight_files.write(tmp_path / "dit.safetensors", changed)
+    weight_files.write_weights(tmp_path / "dit.safetensors", changed)
     config = config_for("dit", tmp_path / "dit.safetensors")
     loss, params = one_step(*first_state(config, tmp_path / "run"))
     expected_loss, expected_params = step_from_the_source()
@@ -214,7 +214,7 @@ def test_another_resolution_trains(weights, tmp_path):
 def test_mdt_v1_is_cut_into_encoder_and_decoder_as_the_run_has_it(kind, weights, tmp_path):
     source = weights / "mdt_v1.safetensors"
     if kind == "workdir":  # which says where it was cut: 2 + 2
-        source = transfer.to_workdir(tmp_path / "workdir", pretrained.read(source))
+        source = transfer.to_workdir(tmp_path / "workdir", pretrained.read_pretrained(source))
     config = config_for("mdt_v1", source, model__decoder_depth=1)
     _, state = first_state(config, tmp_path / "run")
     known = reference("mdt_v1").tree("param/")
@@ -260,7 +260,7 @@ def no_compilation():
 def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, data, tmp_path):
     source, changes, message = REFUSED[what]
     vae = {"encoder.conv_in.weight": np.zeros((8, 3, 3, 3), np.float32)}
-    weight_files.write(weights / "vae.safetensors", vae)
+    weight_files.write_weights(weights / "vae.safetensors", vae)
     config = config_for("mdt_v1", weights / source, data, **changes)
     refusals = (ValueError, train.CheckpointError)
     with no_compilation(), pytest.raises(refusals, match=message) as error:
@@ -270,7 +270,7 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
 
 def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypatch):
     ours, other = "a" * 64, "b" * 64
-    read = pretrained.read
+    read = pretrained.read_pretrained
 
     def read_of_ours(*args, **hints):
         return dataclasses.replace(read(*args, **hints), autoencoder=ours)

@@ -444,7 +444,7 @@ def refusal(*args) -> str:
 def test_a_file_becomes_a_folder_that_loads(files, tmp_path, capsys, file):
     command("to-jax", "--input", files / file, "--output", tmp_path / "folder")
     assert "inception.safetensors: the Inception-v3 of FID" in capsys.readouterr().out
-    module, loaded = inception.load(tmp_path / "folder")
+    module, loaded = inception.load_network(tmp_path / "folder")
     assert isinstance(module, InceptionV3)
     assert_same(loaded, params())
 
@@ -453,11 +453,11 @@ def test_a_file_becomes_a_folder_that_loads(files, tmp_path, capsys, file):
 def test_a_folder_goes_back_to_the_same_state_dict(files, tmp_path):
     command("to-jax", "--input", files / "weights.pth", "--output", tmp_path / "folder")
     command("to-torch", "--input", tmp_path / "folder", "--output", tmp_path / "back.safetensors")
-    back = weight_files.read(tmp_path / "back.safetensors")
+    back = weight_files.read_weights(tmp_path / "back.safetensors")
     assert set(back) == set(shapes())
     for name, array in state_dict().items():
         np.testing.assert_array_equal(back[name], array, name)
-    assert_same(inception.read(tmp_path / "back.safetensors"), params())
+    assert_same(inception.read_parameters(tmp_path / "back.safetensors"), params())
 
 
 @pytest.mark.torch
@@ -474,7 +474,7 @@ def test_inspect_says_that_it_is_an_inception(files, capsys, file):
 def test_missing_weights_say_where_to_get_them(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError) as caught:
-        inception.load(source)
+        inception.load_network(source)
     for said in (inception.URL, "tools/convert_checkpoint.py to-jax --input"):
         assert said in str(caught.value)
 
@@ -483,7 +483,7 @@ def test_several_files_are_not_chosen_between(tmp_path):
     for name in ("a.pth", "b.pb"):
         (tmp_path / name).touch()
     with pytest.raises(WeightsError, match="several files of weights, a.pth, b.pb; give one"):
-        inception.load(tmp_path)
+        inception.load_network(tmp_path)
 
 
 @pytest.mark.torch
@@ -493,7 +493,7 @@ def test_truncated_files_are_refused_by_name(files, tmp_path):
         for size in (0, 1000, len(whole) // 2):
             (tmp_path / file).write_bytes(whole[:size])
             with pytest.raises(WeightsError, match=file):
-                inception.load(tmp_path / file)
+                inception.load_network(tmp_path / file)
 
 
 def test_another_graph_is_refused(tmp_path):
@@ -501,19 +501,19 @@ def test_another_graph_is_refused(tmp_path):
     add_constant(graph, "dense/kernel", np.zeros((2, 3)))
     (tmp_path / "other.pb").write_bytes(graph.SerializeToString())
     with pytest.raises(WeightsError, match=r"other.pb is not classify_.*\(dense/kernel\)"):
-        inception.load(tmp_path / "other.pb")
+        inception.load_network(tmp_path / "other.pb")
 
 
 def test_an_archive_is_not_taken_for_weights(tmp_path):
     (tmp_path / "inception-2015-12-05.tgz").touch()
     with pytest.raises(WeightsError, match="classify_image_graph_def.pb, unpacked"):
-        inception.load(tmp_path / "inception-2015-12-05.tgz")
+        inception.load_network(tmp_path / "inception-2015-12-05.tgz")
 
 
 def test_torchvisions_weights_are_refused_by_the_commands(tmp_path):
     file = tmp_path / "inception_v3.safetensors"
     names = ("Mixed_5b.branch1x1.conv.weight", "fc.weight")
-    weight_files.write(file, {name: np.zeros((1000, 1), np.float32) for name in names})
+    weight_files.write_weights(file, {name: np.zeros((1000, 1), np.float32) for name in names})
     for args in (("to-jax", "--output", tmp_path / "out"), ("inspect",)):
         assert "torchvision's inception_v3" in refusal(*args, "--input", file)
 
@@ -521,7 +521,7 @@ def test_torchvisions_weights_are_refused_by_the_commands(tmp_path):
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     file = tmp_path / "inception.safetensors"
     flat = {path: leaf for path, leaf in trees.flatten(convert.from_torch(zeros()))}
-    weight_files.write(file, flat)
+    weight_files.write_weights(file, flat)
     assert "is there already" in refusal("to-jax", "--input", file, "--output", tmp_path)
 
 

@@ -71,7 +71,7 @@ def digits_model():
     config = get_config()
     model = sampling.DiffusionModel.from_config(config, [str(i) for i in range(10)])
     network = model.network
-    weights = weight_files.read(DATA / "inpainting_digits.safetensors")
+    weights = weight_files.read_weights(DATA / "inpainting_digits.safetensors")
     tree = from_torch(
         {name: weights[name].astype(np.float32) for name in weights},
         family="MDTv2",
@@ -239,13 +239,13 @@ def test_masked_passes_keep_the_known_tokens_and_come_first(tiny, monkeypatch):
 
 def test_a_task_holds_what_will_be_done(tiny):
     model, _ = tiny("mdt_v2")
-    without = inpainting.prepare(model, tiny_images(2), square(4))
+    without = inpainting.prepare_task(model, tiny_images(2), square(4))
     assert without.labels.tolist() == [10, 10] and without.options.cfg_scale == 1
     assert (without.resamples, without.masked_share) == (4, 0.5)
-    guided = inpainting.prepare(model, tiny_images(2), square(4), labels=[3], cfg_scale=2.0)
+    guided = inpainting.prepare_task(model, tiny_images(2), square(4), labels=[3], cfg_scale=2.0)
     assert guided.labels.tolist() == [3, 3] and guided.options.cfg_scale == 2
     # No token is known here, so that a masked pass would see none.
-    assert inpainting.prepare(model, tiny_images(2), square(8)).masked_share == 0
+    assert inpainting.prepare_task(model, tiny_images(2), square(8)).masked_share == 0
 
 
 @pytest.mark.parametrize("unknown", [False, True])

@@ -27,7 +27,7 @@ def test_as_good_is_within_the_spread_of_the_references_mean_or_below(distances,
     assert (REFERENCE.mean, REFERENCE.spread) == (2.0, 1.0)
     assert row.is_as_good(REFERENCE) == as_good
     assert row.cost(REFERENCE) == 1 / 20
-    said = quality_per_cost.table([REFERENCE, row]).splitlines()
+    said = quality_per_cost.methods_table([REFERENCE, row]).splitlines()
     assert said[2] == "| ddpm | 250 | 250 | 2.000 ± 1.000 | yes | 20.0 | 1.000 |"
     assert said[3].split(" | ")[-3:] == ["yes" if as_good else "no", "1.0", "0.050 |"]
 
@@ -58,7 +58,9 @@ def test_the_training_images_are_at_distance_0_of_themselves(workdir):
 
 def test_every_method_draws_every_seed(workdir):
     methods = ["ddpm:6", "heun:3", "dpm++:5", "ddpm:6"]
-    for number, rows in enumerate(quality_per_cost.compare(workdir, methods, 20, [0, 1], 16), 1):
+    for number, rows in enumerate(
+        quality_per_cost.compare_methods(workdir, methods, 20, [0, 1], 16), 1
+    ):
         assert [len(row.distances) for row in rows] == [number] * 4
         assert [len(row.seconds) for row in rows] == [number] * 4
     assert [(row.sampler, row.steps, row.calls) for row in rows] == [

@@ -301,7 +301,7 @@ def command(*arguments):
 def exported(workdir, tmp_path_factory):
     """The run's average under PyTorch's names."""
     path = tmp_path_factory.mktemp("exported") / "weights.safetensors"
-    weight_files.write(path, *transfer.to_state_dict(workdir))
+    weight_files.write_weights(path, *transfer.to_state_dict(workdir))
     return path
 
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_pytorch_gives_the_run_s_samples(tmp_path):
     """With no setting given again: the file says how the run was trained and is sampled."""
     workdir, exported = tmp_path / "run", tmp_path / "weights.safetensors"
     save_run(workdir, schedule="squared_cosine", prediction="velocity")
-    weight_files.write(exported, *transfer.to_state_dict(workdir))
+    weight_files.write_weights(exported, *transfer.to_state_dict(workdir))
     found, told = [], []
     for source in (f"--workdir={workdir}", f"--checkpoint={exported}"):
         npz, _ = command(source, "--labels=dog,cat", f"--output={tmp_path / 'out'}")
@@ -328,7 +328,7 @@ def latent_model(tmp_path_factory):
         num_heads=2, decoder_depth=1,
     )  # fmt: skip
     weights = to_torch(random_params(network, 0), family="MDTv2", depth=3, decoder_depth=1)
-    weight_files.write(folder / "model.safetensors", weights)
+    weight_files.write_weights(folder / "model.safetensors", weights)
     widths = [8, 8, 8]
     down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
     settings = {"block_out_channels": widths, "down_block_types": down, "up_block_types": up}
@@ -341,7 +341,7 @@ def latent_model(tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weight_files.write(file, autoencoder_to_torch(params, settings))
+    weight_files.write_weights(file, autoencoder_to_torch(params, settings))
     return folder
 
 

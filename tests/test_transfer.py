@@ -157,7 +157,7 @@ def test_every_bit_comes_back_without_the_source(
         assert list(found) == list(state)
     model = torch_models.build(a, seed=1).to(dtype)
     model.load_state_dict(found, strict=True)
-    assert pretrained.read(tmp_path / "run").architecture == a
+    assert pretrained.read_pretrained(tmp_path / "run").architecture == a
     assert sorted(os.listdir(tmp_path)) == [back.name, "run"]
 
 
@@ -221,9 +221,9 @@ def test_the_authors_names_order_buffers_and_values_come_back(fixture_run, tmp_p
 def test_a_written_safetensors_file_says_what_shapes_do_not(fixture_run, tmp_path):
     name, run = fixture_run
     convert("to-torch", "--input", run, "--output", tmp_path / "back.safetensors")
-    again = pretrained.read(tmp_path / "back.safetensors")  # no hints
+    again = pretrained.read_pretrained(tmp_path / "back.safetensors")  # no hints
     assert again.architecture == fixture_architecture(name)
-    metadata = weight_files.read(tmp_path / "back.safetensors").metadata
+    metadata = weight_files.read_weights(tmp_path / "back.safetensors").metadata
     assert metadata["format"] == "pt"
 
 
@@ -240,7 +240,7 @@ def test_a_written_safetensors_file_keeps_process_step_and_names(tmp_path, caplo
     with contextlib.closing(Checkpoints(tmp_path / "run")) as store:
         store.save(10, {"ema_0.9999": params}, meta)
     convert("to-torch", "--input", tmp_path / "run", "--output", tmp_path / "back.safetensors")
-    again = pretrained.read(tmp_path / "back.safetensors")
+    again = pretrained.read_pretrained(tmp_path / "back.safetensors")
     assert config_lib.to_json(again.config) == config_lib.to_json(config)
     assert (again.step, again.class_names) == (10, names)
     # A .pt cannot say so, and the authors' code would sample as from its own process.
@@ -251,11 +251,11 @@ def test_a_written_safetensors_file_keeps_process_step_and_names(tmp_path, caplo
 def test_garbled_metadata_is_refused_by_its_file(garbled, tmp_path):
     weights = dict(torch_models.build(architecture("MDT")).state_dict())
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    weight_files.write(tmp_path / "a.safetensors", arrays, {pretrained.METADATA: garbled})
+    weight_files.write_weights(tmp_path / "a.safetensors", arrays, {pretrained.METADATA: garbled})
     with pytest.raises(
         WeightsError, match=r"a\.safetensors: its metadata 'mdt_jax' cannot be read"
     ):
-        pretrained.read(tmp_path / "a.safetensors")
+        pretrained.read_pretrained(tmp_path / "a.safetensors")
 
 
 def test_weights_that_are_not_floats_are_refused(tmp_path):
@@ -263,7 +263,7 @@ def test_weights_that_are_not_floats_are_refused(tmp_path):
     weights["mask_token"] = weights["mask_token"].to(torch.int32)
     save(tmp_path / "a.pt", weights)
     with pytest.raises(UnknownWeights, match=r"a\.pt: mask_token holds int32, not floats"):
-        pretrained.read(tmp_path / "a.pt")
+        pretrained.read_pretrained(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_garbled_optimizer_state_is_refused_by_its_file(state, tmp_path):
     source = save(tmp_path / "a.pt", dict(torch_models.build(architecture("MDT")).state_dict()))
     save(tmp_path / "opt.pt", state)
     with pytest.raises(WeightsError, match=r"opt\.pt: "):
-        transfer.read_moments(tmp_path / "opt.pt", pretrained.read(source))
+        transfer.read_moments(tmp_path / "opt.pt", pretrained.read_pretrained(source))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_an_exported_run_holds_the_ema_alone_in_the_type_asked_for(run, exported
     assert_same_trees(restore_item(exported, EMA), ema)
     step, meta = read_meta(exported)
     assert step == 7 and meta["weights"]["items"] == [EMA]
-    assert pretrained.read(exported).architecture == architecture("MDTv2")
+    assert pretrained.read_pretrained(exported).architecture == architecture("MDTv2")
 
 
 def test_an_average_that_is_not_kept_is_not_exported(run, tmp_path):

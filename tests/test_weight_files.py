@@ -76,7 +76,7 @@ def refusal(call, *args, **kwargs):
 )
 def test_every_type_is_read_bit_for_bit(tmp_path, name, options):
     content = tensors()
-    weights = weight_files.read(save(tmp_path / name, content, **options))
+    weights = weight_files.read_weights(save(tmp_path / name, content, **options))
     assert set(weights) == set(content) and len(weights) == len(content)
     for key, tensor in content.items():
         array = weights[key]
@@ -88,18 +88,18 @@ def test_every_type_is_read_bit_for_bit(tmp_path, name, options):
 def test_bfloat16_is_ml_dtypes_bfloat16(tmp_path):
     for ending in ENDINGS:
         path = save(tmp_path / f"a{ending}", {"a": torch.tensor([1.5], dtype=torch.bfloat16)})
-        assert weight_files.read(path)["a"].dtype == np.dtype(ml_dtypes.bfloat16)
+        assert weight_files.read_weights(path)["a"].dtype == np.dtype(ml_dtypes.bfloat16)
 
 
 def test_a_pickle_keeps_the_order_of_its_names(tmp_path):
-    weights = weight_files.read(save(tmp_path / "a.pt", tensors()))
+    weights = weight_files.read_weights(save(tmp_path / "a.pt", tensors()))
     assert list(weights) == list(tensors())
 
 
 def test_parameters_and_transposed_tensors_are_read(tmp_path):
     matrix = torch.arange(6.0).reshape(2, 3)
     content = {"parameter": torch.nn.Parameter(matrix), "bf16": matrix.bfloat16().T}
-    weights = weight_files.read(save(tmp_path / "a.pt", content))
+    weights = weight_files.read_weights(save(tmp_path / "a.pt", content))
     np.testing.assert_array_equal(weights["parameter"], matrix.numpy())
     np.testing.assert_array_equal(weights["bf16"].astype(np.float32), matrix.numpy().T)
 
@@ -109,7 +109,7 @@ def test_parameters_and_transposed_tensors_are_read(tmp_path):
 def test_arrays_are_read_when_they_are_asked_for(tmp_path, ending):
     page = 1 << 14  # numbers; more than a page of memory apart
     path = save(tmp_path / f"a{ending}", {"a": torch.ones(page), "b": torch.ones(page)})
-    weights = weight_files.read(path)
+    weights = weight_files.read_weights(path)
     assert weights["a"].mean() == 1
     content = path.read_bytes()
     with open(path, "r+b") as file:
@@ -126,7 +126,7 @@ def test_asking_whether_a_name_is_there_reads_nothing():
 
 
 def test_an_unknown_name_is_a_key_error(tmp_path):
-    weights = weight_files.read(save(tmp_path / "a.pt", tensors()))
+    weights = weight_files.read_weights(save(tmp_path / "a.pt", tensors()))
     assert "b" not in weights
     with pytest.raises(KeyError, match="b"):
         weights["b"]
@@ -138,7 +138,7 @@ def test_an_unknown_name_is_a_key_error(tmp_path):
 )
 def test_prefixes_of_wrappers_come_off(tmp_path, ending, prefix):
     path = save(tmp_path / f"a{ending}", {f"{prefix}module_x.weight": torch.arange(3.0)})
-    weights = weight_files.read(path)
+    weights = weight_files.read_weights(path)
     assert list(weights) == ["module_x.weight"]
     np.testing.assert_array_equal(weights["module_x.weight"], [0, 1, 2])
 
@@ -146,18 +146,18 @@ def test_prefixes_of_wrappers_come_off(tmp_path, ending, prefix):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_two_weights_of_one_plain_name_are_refused(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", {"w": torch.ones(2), "module.w": torch.zeros(2)})
-    line = refusal(weight_files.read, path)
+    line = refusal(weight_files.read_weights, path)
     assert str(path) in line and "module.w" in line and "two weights of one name" in line
 
 
 @pytest.mark.parametrize("nest", weight_files.NESTS)
 def test_a_nested_state_dict_is_found(tmp_path, nest):
-    weights = weight_files.read(save(tmp_path / "a.ckpt", {nest: tensors(), "epoch": 3}))
+    weights = weight_files.read_weights(save(tmp_path / "a.ckpt", {nest: tensors(), "epoch": 3}))
     assert weights.nest == nest and list(weights) == list(tensors())
 
 
 def test_a_flat_state_dict_is_in_no_nest(tmp_path):
-    assert weight_files.read(save(tmp_path / "a.pt", tensors())).nest == ""
+    assert weight_files.read_weights(save(tmp_path / "a.pt", tensors())).nest == ""
 
 
 @pytest.fixture
@@ -173,10 +173,10 @@ def dit_file(tmp_path):
 
 
 def test_of_a_dit_file_the_ema_is_read_or_what_is_asked_for(dit_file):
-    assert weight_files.read(dit_file)["w"].tolist() == [1, 1]
-    assert weight_files.read(dit_file, nest="model")["w"].tolist() == [0, 0]
+    assert weight_files.read_weights(dit_file)["w"].tolist() == [1, 1]
+    assert weight_files.read_weights(dit_file, nest="model")["w"].tolist() == [0, 0]
     assert weight_files.has_part(dit_file, "ema") and not weight_files.has_part(dit_file, "args")
-    assert "'state_dict'" in refusal(weight_files.read, dit_file, nest="state_dict")
+    assert "'state_dict'" in refusal(weight_files.read_weights, dit_file, nest="state_dict")
 
 
 def test_an_object_is_read_with_arrays_for_tensors(dit_file):
@@ -186,8 +186,8 @@ def test_an_object_is_read_with_arrays_for_tensors(dit_file):
 
 
 def test_metadata_of_a_safetensors_file_is_read(tmp_path):
-    weight_files.write(tmp_path / "a.safetensors", {"a": np.ones(2)}, {"step": "7"})
-    assert weight_files.read(tmp_path / "a.safetensors").metadata == {"step": "7"}
+    weight_files.write_weights(tmp_path / "a.safetensors", {"a": np.ones(2)}, {"step": "7"})
+    assert weight_files.read_weights(tmp_path / "a.safetensors").metadata == {"step": "7"}
 
 
 # ---- Writing -----------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def arrays():
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_is_written_is_what_torch_would_have_saved(tmp_path, ending):
     path = tmp_path / "new" / f"a{ending}"
-    weight_files.write(path, arrays())
+    weight_files.write_weights(path, arrays())
     load = safetensors_torch.load_file if ending == ".safetensors" else torch.load
     loaded = load(path)
     assert set(loaded) == set(tensors())
@@ -214,7 +214,7 @@ def test_what_is_written_is_what_torch_would_have_saved(tmp_path, ending):
 
 
 def test_a_pickle_is_written_in_order(tmp_path):
-    weight_files.write(tmp_path / "a.pt", arrays())
+    weight_files.write_weights(tmp_path / "a.pt", arrays())
     assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == list(tensors())
 
 
@@ -222,22 +222,22 @@ def test_a_pickle_is_written_in_order(tmp_path):
 def test_transposed_and_read_only_arrays_are_written(tmp_path, ending):
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     array.flags.writeable = False
-    weight_files.write(tmp_path / f"a{ending}", {"a": array})
-    np.testing.assert_array_equal(weight_files.read(tmp_path / f"a{ending}")["a"], array)
+    weight_files.write_weights(tmp_path / f"a{ending}", {"a": array})
+    np.testing.assert_array_equal(weight_files.read_weights(tmp_path / f"a{ending}")["a"], array)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, ending):
     path = tmp_path / f"a{ending}"
-    weight_files.write(path, {"a": np.ones(2)})
+    weight_files.write_weights(path, {"a": np.ones(2)})
     before = path.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_files.os, "replace", _fail)
-        line = refusal(weight_files.write, path, {"a": np.zeros(2)})
+        line = refusal(weight_files.write_weights, path, {"a": np.zeros(2)})
     assert str(path) in line and "could not be written" in line
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
-    weight_files.write(path, {"a": np.zeros(2)})
-    assert weight_files.read(path)["a"].tolist() == [0, 0]
+    weight_files.write_weights(path, {"a": np.zeros(2)})
+    assert weight_files.read_weights(path)["a"].tolist() == [0, 0]
 
 
 def _fail(*_):
@@ -247,7 +247,7 @@ def _fail(*_):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, ending):
     path = tmp_path / f"a{ending}"
-    weight_files.write(path, {"a": np.ones(2)})
+    weight_files.write_weights(path, {"a": np.ones(2)})
     before = path.read_bytes()
     code = """
         import resource, signal, sys
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, ending):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         try:
             arrays = {name: np.zeros(10_000, np.float32) for name in "abc"}
-            weight_files.write(sys.argv[1], arrays)
+            weight_files.write_weights(sys.argv[1], arrays)
         except weight_files.WeightsError as error:
             sys.exit(f"error: {error}")
         """
@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, ending):
 
 
 def test_an_unknown_ending_is_not_written(tmp_path):
-    line = refusal(weight_files.write, tmp_path / "a.npz", {"a": np.ones(2)})
+    line = refusal(weight_files.write_weights, tmp_path / "a.npz", {"a": np.ones(2)})
     assert "a.npz" in line and ".pt or .safetensors" in line
     assert not os.listdir(tmp_path)
 
@@ -279,7 +279,7 @@ def test_an_unknown_ending_is_not_written(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "a.pt"
-    assert str(path) in refusal(weight_files.write, path, {"a": np.ones(2)})
+    assert str(path) in refusal(weight_files.write_weights, path, {"a": np.ones(2)})
 
 
 # ---- Bad input ---------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, form):
         save(path, content, _use_new_zipfile_serialization=form == "zip")
     else:
         path.write_bytes(pickle.dumps(RunsCode(trace), protocol=0 if form == "protocol 0" else 2))
-    line = refusal(weight_files.read, path)
+    line = refusal(weight_files.read_weights, path)
     assert str(path) in line and not trace.exists()
     assert form == "protocol 0" or "could run code of its own (posix.mkdir)" in line
     assert str(path) in refusal(weight_files.read_object, path) and not trace.exists()
@@ -312,7 +312,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, form):
 
 
 def test_a_pickled_module_is_refused_by_name(tmp_path):
-    line = refusal(weight_files.read, save(tmp_path / "a.pt", torch.nn.Linear(2, 2)))
+    line = refusal(weight_files.read_weights, save(tmp_path / "a.pt", torch.nn.Linear(2, 2)))
     assert "torch.nn.modules.linear.Linear" in line and "state_dict()" in line
 
 
@@ -323,7 +323,7 @@ def test_a_file_cut_anywhere_is_said_to_be_damaged(tmp_path, name):
     content = path.read_bytes()
     for size in (1, 9, 100, len(content) // 2, len(content) - 5, len(content) - 1):
         path.write_bytes(content[:size])
-        line = refusal(weight_files.read, path)
+        line = refusal(weight_files.read_weights, path)
         assert str(path) in line and "fetch it again" in line, (size, line)
 
 
@@ -334,7 +334,7 @@ def test_a_file_cut_anywhere_is_said_to_be_damaged(tmp_path, name):
 )
 def test_what_is_no_weight_file_is_said_to_be_none(tmp_path, ending, content):
     (path := tmp_path / f"a{ending}").write_text(content)
-    line = refusal(weight_files.read, path)
+    line = refusal(weight_files.read_weights, path)
     assert str(path) in line and "not a " in line and "run code" not in line
 
 
@@ -346,21 +346,21 @@ def test_garbled_pickles_end_in_one_line(tmp_path, seed):
     for place in rng.integers(2, len(content) // 2, 40):
         content[place] = rng.integers(256)
     path.write_bytes(content)
-    assert str(path) in refusal(weight_files.read, path)
+    assert str(path) in refusal(weight_files.read_weights, path)
 
 
 def test_a_missing_file_a_folder_and_an_unknown_ending_are_named(tmp_path):
-    assert "not there" in refusal(weight_files.read, tmp_path / "a.pt")
-    assert "a folder" in refusal(weight_files.read, tmp_path)
+    assert "not there" in refusal(weight_files.read_weights, tmp_path / "a.pt")
+    assert "a folder" in refusal(weight_files.read_weights, tmp_path)
     (tmp_path / "a.npz").write_bytes(b"PK and no more")
-    line = refusal(weight_files.read, tmp_path / "a.npz")
+    line = refusal(weight_files.read_weights, tmp_path / "a.npz")
     assert "a.npz" in line and "not a PyTorch file" in line
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_type_that_no_model_has_is_named(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", {"w": torch.ones(4).to(torch.float8_e4m3fn)})
-    assert "F8_E4M3" in refusal(weight_files.read, path).upper().replace("FLOAT8", "F8")
+    assert "F8_E4M3" in refusal(weight_files.read_weights, path).upper().replace("FLOAT8", "F8")
 
 
 @pytest.mark.parametrize(
@@ -374,19 +374,19 @@ def test_a_type_that_no_model_has_is_named(tmp_path, ending):
     ],
 )
 def test_a_pickle_without_weights_by_name_says_what_it_holds(tmp_path, content, said):
-    assert said in refusal(weight_files.read, save(tmp_path / "a.pt", content))
+    assert said in refusal(weight_files.read_weights, save(tmp_path / "a.pt", content))
 
 
 def test_a_safetensors_file_without_arrays_is_refused(tmp_path):
-    assert "no arrays" in refusal(weight_files.read, save(tmp_path / "a.safetensors", {}))
+    assert "no arrays" in refusal(weight_files.read_weights, save(tmp_path / "a.safetensors", {}))
 
 
 def test_without_pytorch_a_pickle_says_what_to_do(tmp_path, monkeypatch):
     path = save(tmp_path / "a.pt", tensors())
     monkeypatch.setitem(sys.modules, "torch", None)
-    line = refusal(weight_files.read, path)
+    line = refusal(weight_files.read_weights, path)
     assert "pip install" in line and ".safetensors" in line
-    line = refusal(weight_files.write, tmp_path / "b.pt", {"a": np.ones(2)})
+    line = refusal(weight_files.write_weights, tmp_path / "b.pt", {"a": np.ones(2)})
     assert "pip install" in line and "disk" not in line
 
 
@@ -417,7 +417,7 @@ def offline(tmp_path, monkeypatch):
 
 def test_without_a_network_it_says_which_file_to_fetch(offline):
     source = "hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt"
-    line = refusal(weight_files.read, source)
+    line = refusal(weight_files.read_weights, source)
     assert line.startswith(source) and "the hub cannot be reached" in line
     assert "download the file mdt_xl2_v2_ckpt.pt" in line and "repository shgao/MDT-XL2" in line
     assert "give its path in place" in line
@@ -427,7 +427,7 @@ def test_a_cached_file_needs_no_network(offline, tmp_path):
     save(path := tmp_path / "a.safetensors", {"a": torch.ones(2)})
     make_cache(offline, "owner", "repo", {"folder/a.safetensors": path.read_bytes()})
     source = "hf://owner/repo/folder/a.safetensors"
-    weights = weight_files.read(source)
+    weights = weight_files.read_weights(source)
     assert weights["a"].tolist() == [1, 1]
     assert weights.path.is_relative_to(offline)
     # Nobody can say whether the repository has a config.json, which would change the model.
@@ -457,9 +457,9 @@ def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(tm
     make_cache(tmp_path / "home" / "hub", "owner", "repo", {"a.safetensors": path.read_bytes()})
     code = """
         from mdt_jax.weights import files as weight_files
-        print(weight_files.read("hf://owner/repo/a.safetensors")["a"].tolist())
+        print(weight_files.read_weights("hf://owner/repo/a.safetensors")["a"].tolist())
         try:
-            weight_files.read("hf://owner/repo/b.pt")
+            weight_files.read_weights("hf://owner/repo/b.pt")
         except weight_files.WeightsError as error:
             print(error)
         """
@@ -495,12 +495,12 @@ def test_what_the_hub_answers_is_said_plainly(monkeypatch, error, said):
         raise kind.__new__(kind)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert said in refusal(weight_files.read, "hf://owner/repo/a.pt")
+    assert said in refusal(weight_files.read_weights, "hf://owner/repo/a.pt")
 
 
 @pytest.mark.parametrize("source", ["hf://", "hf://owner", "hf://owner/repo", "hf://owner//a.pt"])
 def test_an_incomplete_hub_address_says_its_form(source):
-    assert "hf://OWNER/REPO/FILE" in refusal(weight_files.read, source)
+    assert "hf://OWNER/REPO/FILE" in refusal(weight_files.read_weights, source)
 
 
 def test_a_weight_file_is_told_from_a_workdir_by_its_name():
@@ -514,4 +514,4 @@ def test_a_weight_file_is_told_from_a_workdir_by_its_name():
 def test_a_torchscript_program_is_named_as_one(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
     with pytest.raises(WeightsError, match="program.pt is a TorchScript program, not weights by"):
-        weight_files.read(tmp_path / "program.pt")
+        weight_files.read_weights(tmp_path / "program.pt")

@@ -1,4 +1,4 @@
-"""Times and weighs the conversion of full-size checkpoints, to JAX and back, bit for bit.
+"""Measures time and memory of converting full-size checkpoints to JAX and back, bit for bit.
 
     python tools/benchmark_conversion.py --output benchmarks/conversion.json
 
@@ -44,7 +44,7 @@ CONVERT = Path(__file__).with_name("convert_checkpoint.py")
 
 
 def random_weights(architecture: Architecture) -> dict[str, np.ndarray]:
-    """A state dict of normal numbers, and the authors' buffers."""
+    """A state dict of normally distributed weights, and the authors' buffers."""
     rng = np.random.default_rng(0)
     index = relative_position_index(architecture.grid_size).astype(np.int64)
     return {
@@ -53,8 +53,12 @@ def random_weights(architecture: Architecture) -> dict[str, np.ndarray]:
     }
 
 
-def measure(arguments: list[str]) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of a run of the converter; UserError if it fails."""
+def measure_conversion(arguments: list[str]) -> tuple[float, int]:
+    """Seconds and peak anonymous bytes of a run of the converter.
+
+    Raises:
+      UserError: it fails.
+    """
     began = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, str(CONVERT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -86,16 +90,16 @@ def _anonymous_bytes(pid: int) -> int:
 
 def same_bits(one: Path, other: Path) -> bool:
     """Whether two files hold the same arrays under the same names, in the same order."""
-    a, b = weight_files.read(one), weight_files.read(other)
+    a, b = weight_files.read_weights(one), weight_files.read_weights(other)
     return list(a) == list(b) and all(
         a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes() for name in a
     )
 
 
-def benchmark(name: str, scratch: Path) -> list[dict]:
-    """One row for each direction."""
+def benchmark_model(name: str, scratch: Path) -> list[dict]:
+    """Converts random weights of a model both ways; one row for each direction."""
     source, workdir, back = scratch / "source.pt", scratch / "workdir", scratch / "back.pt"
-    weight_files.write(source, random_weights(MODELS[name]))
+    weight_files.write_weights(source, random_weights(MODELS[name]))
     size = source.stat().st_size
     commands = {
         "to-jax": ["--input", str(source), "--output", str(workdir)],
@@ -103,7 +107,7 @@ def benchmark(name: str, scratch: Path) -> list[dict]:
     }
     rows = []
     for command, arguments in commands.items():
-        seconds, peak = measure([command, *arguments])
+        seconds, peak = measure_conversion([command, *arguments])
         rows.append(
             {
                 "model": name,
@@ -129,8 +133,8 @@ def main() -> None:
         rows = []
         for name in args.models:
             with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-                rows += benchmark(name, Path(scratch))
-        print(table(rows))
+                rows += benchmark_model(name, Path(scratch))
+        print(conversion_table(rows))
         if args.output:
             about = {
                 "date": datetime.date.today().isoformat(),
@@ -142,7 +146,7 @@ def main() -> None:
                 file.write(json.dumps(about | {"rows": rows}, indent=2).encode() + b"\n")
 
 
-def table(rows: list[dict]) -> str:
+def conversion_table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     header = ("model", "command", "checkpoint", "seconds", "peak memory", "of size", "bit-exact")
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]

@@ -32,27 +32,31 @@ from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import inception, pretrained
 
-# What weights do not show.
+# Sizes that weights do not show, each a flag with its help.
 HINTS = {
     "decode_layers": "decoder depth of an MDT v1; 2 if not given",
-    "num_heads": "of a DiT of no known width",
+    "num_heads": "heads of a DiT of no known width",
     "num_classes": "settles whether the last row of the label table is a class",
     "input_size": "side of the latents of diffusers' DiT, where no config.json says it",
 }
 
 
-def to_jax(args: argparse.Namespace) -> None:
+def run_to_jax(args: argparse.Namespace) -> None:
     """Writes a workdir from PyTorch files."""
     main = args.input or args.model
     if bool(args.input) == bool(args.model) or (args.input and (args.ema or args.opt)):
         raise ValueError("give --input X, or --model M with --ema E and --opt O of the same run")
-    if args.input and inception.holds(args.input):
+    if args.input and inception.holds_inception(args.input):
         _inception_to_jax(args.input, Path(args.output))
         return
     shown = {key: getattr(args, key) for key in HINTS}
-    # Beside others, a training file's own part is meant: DiT's keep all of them in one.
-    model = pretrained.read(main, nest=_part(args.model, "model"), **shown)
-    ema = pretrained.read(args.ema, nest=_part(args.ema, "ema"), **shown) if args.ema else None
+    # DiT's training files keep model, average and optimiser in one: each flag takes its own part.
+    model = pretrained.read_pretrained(main, nest=_part(args.model, "model"), **shown)
+    ema = (
+        pretrained.read_pretrained(args.ema, nest=_part(args.ema, "ema"), **shown)
+        if args.ema
+        else None
+    )
     if args.step is not None:
         model = dataclasses.replace(model, step=args.step)
     moments = transfer.read_moments(args.opt, model) if args.opt else None
@@ -67,26 +71,26 @@ def to_jax(args: argparse.Namespace) -> None:
 
 
 def _inception_to_jax(source: str, output: Path) -> None:
-    params = inception.read(source)
+    params = inception.read_parameters(source)
     transfer.check_new_folder(output)
-    file = inception.save(output, params, source)
+    file = inception.save_parameters(output, params, source)
     print(f"{file}: the Inception-v3 of FID, {file.stat().st_size / 2**20:,.1f} MiB")
     print(f"to evaluate: python -m mdt_jax.evaluate --inception {output} ...")
 
 
 def _part(path: str | None, part: str) -> str | None:
-    """The part of a file that holds several under those names, None if it holds one."""
+    """`part` if a file holds several parts under their names, None if it holds weights alone."""
     if path is None or str(path).endswith(weight_files.SAFETENSORS):
         return None
     return part if weight_files.has_part(path, part) else None
 
 
-def to_torch(args: argparse.Namespace) -> None:
+def run_to_torch(args: argparse.Namespace) -> None:
     """Writes a PyTorch file from a workdir."""
     weight_files.check_ending(args.output)
-    if inception.holds(args.input):
-        arrays = convert_inception.to_torch(inception.read(args.input))
-        weight_files.write(args.output, arrays)
+    if inception.holds_inception(args.input):
+        arrays = convert_inception.to_torch(inception.read_parameters(args.input))
+        weight_files.write_weights(args.output, arrays)
         print(f"{args.output}: {len(arrays)} arrays of the Inception-v3 of FID")
         return
     arrays, metadata = transfer.to_state_dict(
@@ -96,14 +100,14 @@ def to_torch(args: argparse.Namespace) -> None:
         step=args.step,
         dtype=args.dtype,
     )
-    weight_files.write(args.output, arrays, metadata)
+    weight_files.write_weights(args.output, arrays, metadata)
     size = sum(array.nbytes for array in arrays.values()) / 2**20
     print(f"{args.output}: {len(arrays)} arrays, {size:,.1f} MiB, {args.params} parameters")
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """Prints what a file of weights is."""
-    if inception.holds(args.input):
+def run_inspect(args: argparse.Namespace) -> None:
+    """Prints the model that a file of weights is of, and its arrays."""
+    if inception.holds_inception(args.input):
         _inspect_inception(args.input)
         return
     weights, architecture = pretrained.open_weights(
@@ -122,7 +126,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 def _inspect_inception(source: str) -> None:
     path, arrays = inception.open_arrays(source)
-    inception.read(source)  # refuses what is not all of it
+    inception.read_parameters(source)  # refuses a file that lacks some
     shapes = convert_inception.state_dict_shapes()
     print(f"file          {path}")
     print("model         Inception-v3 of 2015, of FID")
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     into = commands.add_parser("to-jax", help="PyTorch files to a workdir")
-    into.set_defaults(run=to_jax)
+    into.set_defaults(run=run_to_jax)
     into.add_argument("--input", help="weights: .pt, .safetensors or hf://OWNER/REPO/FILE")
     into.add_argument("--model", help="modelNNNNNN.pt of a run of the authors'")
     into.add_argument("--ema", help="its ema_RATE_NNNNNN.pt")
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     out = commands.add_parser(
         "to-torch", help="a workdir, or an Inception's folder, to a PyTorch file"
     )
-    out.set_defaults(run=to_torch)
+    out.set_defaults(run=run_to_torch)
     out.add_argument("--input", required=True, help="the workdir")
     out.add_argument("--output", required=True, help=".pt or .safetensors")
     out.add_argument("--params", choices=("ema", "raw"), default="ema")
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
     out.add_argument("--dtype", choices=tuple(transfer.DTYPES), help="as saved if not given")
     show = commands.add_parser("inspect", help="what a file of weights is")
-    show.set_defaults(run=inspect)
+    show.set_defaults(run=run_inspect)
     show.add_argument("--input", required=True, help=".pt, .safetensors or hf://OWNER/REPO/FILE")
     for command in (into, show):
         for hint, meaning in HINTS.items():

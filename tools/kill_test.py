@@ -1,13 +1,12 @@
-"""Kills a small run of several processes again and again, and looks at what it ends with.
+"""Kills a run of several processes again and again, and compares its end with an undisturbed one.
 
     python tools/kill_test.py --workdir /tmp/kills --kills 20 --processes 2 --seed 0
 
-Every start of the run is killed (SIGKILL) or preempted (SIGTERM), one process of it or all: while
-it compiles, restores, trains, or while a checkpoint is being written. After the last kill it runs
-to its end, and must then hold the bits of a run that nothing happened to: parameters, optimiser,
-averages, data position, logged losses. No process may outlive a kill by 60 s, or a SIGTERM by 30 s.
-The signals are drawn by the seed; their moments are as the machine has it. Exit status 1 if
-anything differs.
+Each time the run is started, one of its processes or all are killed (SIGKILL) or preempted
+(SIGTERM), while it compiles, restores, trains, or writes a checkpoint. After the last kill it runs
+to its end, and must then hold the bits of an undisturbed run: parameters, optimiser, averages, data
+position, logged losses. No process may outlive a kill by 60 s, or a SIGTERM by 30 s. The signals
+are drawn by the seed; their exact moments depend on the machine. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from mdt_jax.parallel.command import UserError, command_ending
 from mdt_jax.training import metrics
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
-START_SECONDS = 300  # until its signal, or its end
+START_SECONDS = 300  # the longest from the start of a run to its signal, or to its end
 END_SECONDS = {"SIGKILL": 60, "SIGTERM": 30}  # from the first signal to the last exit
 CONFIG = """
 from mdt_jax.config import apply_recipe, default_config
@@ -56,7 +55,7 @@ def get_config():
     config.sample.update(every=0, guided_channels=None, steps=4)
     return config
 """
-# `python -m mdt_jax.train` that signals itself at the moment that its first argument describes.
+# `python -m mdt_jax.train`, which signals itself at the moment that its first argument describes.
 DRIVER = """
 import importlib, json, os, runpy, signal, sys, threading, time
 from pathlib import Path
@@ -109,16 +108,19 @@ runpy.run_module("mdt_jax.train", run_name="__main__", alter_sys=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder to work in, new or empty.", required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes it has.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the kills.")
+_SEED = flags.DEFINE_integer("seed", 0, "The seed of the kills.")
 _JSON = flags.DEFINE_string("json", None, "A file for the kills and the outcome.")
 
 
 def plan_kills(number: int, processes: int, seed: int) -> list[dict[str, Any]]:
-    """What is done to each start of the run, those before the first checkpoint first."""
+    """A plan for each start of the run: moment, signal and processes.
+
+    Kills before the first checkpoint come first.
+    """
     rng = random.Random(seed)
     first = [("compiling", "SIGTERM"), ("training", "SIGKILL")]
     rest = ["saving"] * 7 + ["restoring"] * 4 + ["training"] * 5 + ["compiling"] * 2
-    if number < 5:  # too few for all of it
+    if number < 5:  # too few for all kinds
         first, rest = [], ["saving", "training", "restoring", "compiling"][:number]
     while len(first) + len(rest) < number:
         rest.append(rng.choice(["saving", "restoring", "training", "compiling"]))
@@ -135,7 +137,7 @@ def plan_kills(number: int, processes: int, seed: int) -> list[dict[str, Any]]:
             "phase": phase,
             "signal": name,
             "who": rng.choice(who),
-            # Before the first checkpoint, for those that come first; then anywhere between two.
+            # For the first kills, before the first checkpoint; later, anywhere between two.
             "count": rng.randint(1, CHECKPOINT_EVERY - 1) if phase == "training" else 1,
             "delay": 0.0 if phase == "training" else rng.uniform(0, 0.03),
         }
@@ -143,7 +145,9 @@ def plan_kills(number: int, processes: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def start(command: Sequence[str], processes: int, cache: Path, log: Path) -> list[subprocess.Popen]:
+def start_job(
+    command: Sequence[str], processes: int, cache: Path, log: Path
+) -> list[subprocess.Popen]:
     """Starts one job of `processes`, whose output is appended to `log` and the process's number."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -169,7 +173,7 @@ def start(command: Sequence[str], processes: int, cache: Path, log: Path) -> lis
 
 
 def wait(job: Sequence[subprocess.Popen], until: float) -> list[int | None]:
-    """The exit statuses, None for a process that had to be killed at a time (`time.time`)."""
+    """Waits for processes; their exit statuses, None for one killed here at the time `until`."""
     statuses = []
     for process in job:
         try:
@@ -182,20 +186,23 @@ def wait(job: Sequence[subprocess.Popen], until: float) -> list[int | None]:
 
 
 def sealed(workdir: Path) -> int | None:
-    """The newest sealed step."""
+    """The newest sealed step of a run, None if there is none."""
     seals = workdir.glob("checkpoints/*/manifest.json")
     return max((int(s.parent.name) for s in seals if s.parent.name.isdecimal()), default=None)
 
 
 def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) -> dict[str, Any]:
-    """One start of the run and its end, as a row of the table; "problem" if it was not as due."""
+    """Starts the run once, waits for its end, and returns a row of the table.
+
+    The row has an entry "problem" if the run did not end as it should.
+    """
     seen = folder / "seen."
     for old in folder.glob("seen.*"):
         old.unlink()
     before = sealed(workdir)
     plan = kill | {"workdir": str(workdir), "log": str(seen)}
     command = [sys.executable, "-c", DRIVER, json.dumps(plan), *run]
-    job = start(command, _PROCESSES.value, folder / "cache", folder / "log")
+    job = start_job(command, _PROCESSES.value, folder / "cache", folder / "log")
     until = time.time() + START_SECONDS
     while not list(folder.glob("seen.*")) and any(p.poll() is None for p in job):
         if time.time() > until:
@@ -220,7 +227,7 @@ def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) ->
         row["problem"] = f"a process was still there {limit} s after the signal"
     elif kill["signal"] == "SIGTERM" and any(statuses):
         row["problem"] = "a process did not exit with status 0"
-    # Of several that are killed, one may die of another's death before its own signal comes.
+    # If several are killed, one may die of another's death before its own signal comes.
     elif kill["signal"] == "SIGKILL" and (
         0 in statuses or -signal.SIGKILL not in [statuses[victim] for victim in victims]
     ):
@@ -231,7 +238,7 @@ def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) ->
 
 
 def contents(workdir: Path) -> dict[str, Any]:
-    """What a finished run holds, by name: arrays as bytes, logged lines, without the clock's."""
+    """The contents of a finished run by name: arrays as bytes, logged lines without times."""
     step, meta = checkpoints.read_meta(workdir)
     found = {"step": step, "meta": {k: v for k, v in meta.items() if k not in metrics.CLOCK}}
     for name in ("state", "ema_0.9", "ema_0.99"):
@@ -245,7 +252,7 @@ def contents(workdir: Path) -> dict[str, Any]:
 
 
 def table_line(number: int, row: dict[str, Any]) -> str:
-    """A row for a person."""
+    """A row as a line of the printed table."""
     who = "all" if row["who"] == "all" else f"process {row['who']}"
     phase = row["phase"]
     if row["before"] is None and row["after"] is None:
@@ -260,10 +267,10 @@ def table_line(number: int, row: dict[str, Any]) -> str:
     )
 
 
-def finish(run: list[str], workdir: Path, folder: Path, processes: int) -> None:
-    """Runs to the end; UserError if that fails."""
+def run_to_end(run: list[str], workdir: Path, folder: Path, processes: int) -> None:
+    """Runs to the end. Raises UserError if that fails."""
     command = [sys.executable, "-m", "mdt_jax.train", *run, "--workdir", str(workdir)]
-    job = start(command, processes, folder / "cache", folder / f"log.{workdir.name}")
+    job = start_job(command, processes, folder / "cache", folder / f"log.{workdir.name}")
     statuses = wait(job, time.time() + START_SECONDS)
     if statuses != [0] * processes:
         raise UserError(f"{workdir} ended with {statuses}; see {folder}/log.{workdir.name}.*")
@@ -281,7 +288,7 @@ def kill_again_and_again(folder: Path) -> bool:
 
     Raises:
       ValueError: the folder is not empty.
-      UserError: a run that nothing was done to fails.
+      UserError: an undisturbed run fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -296,25 +303,25 @@ def kill_again_and_again(folder: Path) -> bool:
     run = ["--config", str(folder / "config.py")]
 
     whole, killed = folder / "whole", folder / "killed"
-    finish(run, whole, folder, _PROCESSES.value)
+    run_to_end(run, whole, folder, _PROCESSES.value)
     print("  #  signal   to         checkpoints     ended  statuses   while", flush=True)
     rows = []
     for number, kill in enumerate(kills, start=1):
         rows.append(strike(kill, [*run, "--workdir", str(killed)], killed, folder))
         print(table_line(number, rows[-1]), flush=True)
-    finish(run, killed, folder, _PROCESSES.value)
+    run_to_end(run, killed, folder, _PROCESSES.value)
     expected, found = contents(whole), contents(killed)
     different = [k for k in expected | found if expected.get(k) != found.get(k)]
     problems = [row["problem"] for row in rows if "problem" in row]
-    print(summary(rows, expected, different, problems))
+    print(kill_summary(rows, expected, different, problems))
     if _JSON.value:
         outcome = {"kills": rows, "different": different, "problems": problems}
         Path(_JSON.value).write_text(json.dumps(outcome, indent=1))
     return not different and not problems
 
 
-def summary(rows: list, expected: dict, different: list, problems: list) -> str:
-    """The outcome for a person."""
+def kill_summary(rows: list, expected: dict, different: list, problems: list) -> str:
+    """The outcome in a few lines."""
     phases = [row["phase"] for row in rows]
     early = sum(row["before"] is None and row["after"] is None for row in rows)
     slowest = {

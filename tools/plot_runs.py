@@ -3,9 +3,9 @@
     python tools/plot_runs.py runs/mdtv2 runs/dit --x seconds --metric eval_fid --log y \\
         --output plot.png
 
-A run is its workdir or its metrics.jsonl. Its name in the legend is its model's, from the
-config.json beside, and the workdir's too where two runs have one model; `--labels A,B` says
-otherwise. Seconds are `train_seconds`: those of the training loop, without compilation, evaluation,
+A run is given by its workdir or its metrics.jsonl. The legend shows the model's name, from the
+config.json beside it, and the workdir too if two runs have one model; `--labels A,B` gives other
+names. Seconds are `train_seconds`: those of the training loop, without compilation, evaluation,
 grids and saving. Images are steps times the batch size. Needs matplotlib: pip install -e ".[plot]".
 """
 
@@ -24,8 +24,8 @@ from mdt_jax.parallel.command import command_ending
 from mdt_jax.training.metrics import FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
-METRICS = {"eval_fid": "Fréchet distance"}
-# Lines to a mark, so that few points show and many do not hide the curve.
+METRIC_LABELS = {"eval_fid": "Fréchet distance"}
+# A curve of at most so many points has a mark at each; more marks would hide it.
 MARKED = 60
 
 
@@ -34,8 +34,8 @@ class Curve:
     """One run's line of the plot.
 
     Attributes:
-      label: in the legend.
-      x, y: points in the order of their steps.
+      label: its name in the legend.
+      x, y: its points in the order of their steps.
       judges: (evaluator, number of samples) of its points, empty for metrics of the training loop.
     """
 
@@ -52,7 +52,7 @@ def read_curve(place: str | Path, metric: str, x: str) -> Curve:
 
     Raises:
       FileNotFoundError: no run there.
-      ValueError: a run without that metric, with those that it has; without seconds or batch size.
+      ValueError: a run without that metric, naming those it has; one without seconds or batch size.
     """
     path = Path(place)
     path = path / FILE if path.is_dir() else path
@@ -117,7 +117,7 @@ def named(curves: list[Curve], places: list[str], labels: list[str]) -> list[Cur
 
 
 def warning(curves: list[Curve]) -> str | None:
-    """Why the curves cannot be compared, if they cannot."""
+    """The reason why the curves cannot be compared, None if they can."""
     judges = frozenset().union(*(curve.judges for curve in curves))
     if len(judges) <= 1:
         return None
@@ -125,13 +125,13 @@ def warning(curves: list[Curve]) -> str | None:
     return f"not comparable: judged by different evaluators or numbers of samples ({listed})"
 
 
-def draw(curves: list[Curve], metric: str, x: str, log: str, output: str | Path) -> None:
+def draw_plot(curves: list[Curve], metric: str, x: str, log: str, output: str | Path) -> None:
     """Writes the plot.
 
     Args:
-      curves: with labels of their own.
-      metric: for the vertical axis.
-      x: "steps", "seconds" or "images".
+      curves: the curves, with labels of their own.
+      metric: the vertical axis.
+      x: the horizontal axis, "steps", "seconds" or "images".
       log: which axes are logarithmic: "", "x", "y" or "xy".
       output: the PNG.
 
@@ -153,7 +153,7 @@ def draw(curves: list[Curve], metric: str, x: str, log: str, output: str | Path)
         mark = "o" if len(curve.x) <= MARKED else None
         axes.plot(curve.x, curve.y, marker=mark, markersize=4, label=curve.label)
     axes.set_xlabel(AXES[x])
-    axes.set_ylabel(METRICS.get(metric, metric))
+    axes.set_ylabel(METRIC_LABELS.get(metric, metric))
     judges = frozenset().union(*(curve.judges for curve in curves))
     if len(judges) == 1:
         ((name, count),) = judges
@@ -169,7 +169,7 @@ def draw(curves: list[Curve], metric: str, x: str, log: str, output: str | Path)
         figure.savefig(file, format="png", dpi=150)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_plot_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's settings."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,14 +185,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    arguments = parse(argv)
+    arguments = parse_plot_flags(argv)
     with command_ending():
         curves = [read_curve(run, arguments.metric, arguments.x) for run in arguments.runs]
         labels = arguments.labels.split(",") if arguments.labels else []
         curves = named(curves, arguments.runs, labels)
         if text := warning(curves):
             print(f"warning: {text}", file=sys.stderr)
-        draw(curves, arguments.metric, arguments.x, arguments.log, arguments.output)
+        draw_plot(curves, arguments.metric, arguments.x, arguments.log, arguments.output)
     for curve in curves:
         print(f"{curve.label}: {len(curve.x)} points, the last {curve.y[-1]:.4g}")
     print(arguments.output)

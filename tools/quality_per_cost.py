@@ -3,8 +3,8 @@
     python tools/quality_per_cost.py --workdir runs/digits --output benchmarks/quality_per_cost.json
 
 Draws the same samples (classes in turn, noise by seed and index) with every method of `--methods`,
-batch by batch in turn, so that whatever else the machine does falls on all of them alike. The
-distance is the Fréchet distance in the features of the classifier that judged the run while it
+batch by batch in turn, so that other work of the machine falls on all of them alike. The distance
+is the Fréchet distance in the features of the classifier that judged the run while it
 trained, against the same training images, under the run's own settings of judging (`config.eval`):
 for comparing samplers, never with published FIDs. Seconds are of sampling alone, compiled before.
 The first method is the reference: a method is as good if the mean of its distances over the seeds
@@ -51,13 +51,13 @@ METHODS = (
 
 @dataclasses.dataclass
 class Row:
-    """What a method of sampling gave.
+    """The results of one method of sampling.
 
     Attributes:
       sampler, steps: as `mdt_jax.sample` takes them.
-      calls: of the model, for each sample.
-      compile_seconds: once, before the first sample.
-      distances, seconds: for each seed, of all its samples.
+      calls: calls of the model for each sample.
+      compile_seconds: the time of compiling, before the first sample.
+      distances, seconds: for each seed, the distance of all its samples and their time.
     """
 
     sampler: str
@@ -69,16 +69,16 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Of the distances over the seeds."""
+        """Mean of the distances over the seeds."""
         return statistics.fmean(self.distances)
 
     @property
     def spread(self) -> float:
-        """Sample standard deviation of the distances over the seeds, NaN of one seed."""
+        """Sample standard deviation of the distances over the seeds, NaN if there is one seed."""
         return statistics.stdev(self.distances) if len(self.distances) > 1 else float("nan")
 
     def cost(self, reference: Row) -> float:
-        """Time over the reference's, the median over the seeds."""
+        """The method's time over the reference's, the median over the seeds."""
         pairs = zip(self.seconds, reference.seconds, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -91,7 +91,11 @@ class Judge:
     """Distances from a run's training images, in the features of its own classifier."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
-        """Raises ValueError where the run is not one that a classifier judges."""
+        """Loads or trains the run's classifier, and describes its training images.
+
+        Raises:
+          ValueError: a run that no classifier judges.
+        """
         source = create_source(config.data)
         if run_evaluation.choose(config, source) != "classifier":
             raise ValueError(
@@ -120,7 +124,10 @@ class Judge:
 
 
 def model_calls(sampler: str, num_steps: int) -> int:
-    """Of one sample: Heun's steps take two, but for the last. Guidance makes each call two rows."""
+    """Calls of the model for one sample: Heun's steps take two, except for the last.
+
+    Guidance does not count: it makes each call two rows.
+    """
     return 2 * num_steps - 1 if sampler == "heun" else num_steps
 
 
@@ -145,21 +152,21 @@ def compile_methods(
         began = time.perf_counter()
         run = sampling.CompiledSampler(model, mesh, batch_size, options)
         run.warm_up(params)
-        run(params, np.zeros(1, np.int32), jax.random.key(0))  # what only a first call does
+        run(params, np.zeros(1, np.int32), jax.random.key(0))  # a first call does more than others
         seconds = time.perf_counter() - began
         calls = model_calls(sampler, run.num_steps)
         compiled.append((Row(sampler, str(options.steps), calls, round(seconds, 2)), run))
     return compiled
 
 
-def compare(
+def compare_methods(
     workdir: Path,
     methods: list[str],
     num_samples: int,
     seeds: list[int],
     batch_size: int,
 ) -> Iterator[list[Row]]:
-    """The rows of all methods, given again after each seed."""
+    """Yields the rows of all methods after each seed, with the results so far."""
     step, meta = checkpoints.read_meta(workdir)
     config = config_lib.from_json(meta["config"])
     judge = Judge(workdir, config)
@@ -186,8 +193,8 @@ def compare(
         yield [row for row, _ in compiled]
 
 
-def table(rows: list[Row]) -> str:
-    """The rows in Markdown."""
+def methods_table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
     reference = rows[0]
     lines = [
         "| sampler | steps | model calls | distance | as good | seconds | of the first's time |",
@@ -203,7 +210,7 @@ def table(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows with what follows from them."""
+    """The rows as JSON, with means, spreads and verdicts."""
     return [
         dataclasses.asdict(row)
         | {
@@ -217,7 +224,7 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def device_name() -> str:
-    """What computed the samples."""
+    """The name of the device that computed the samples."""
     device = jax.devices()[0]
     return processor_name() if device.platform == "cpu" else device.device_kind
 
@@ -248,10 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch_size": args.batch_size,
     }
     with command_ending():
-        for rows in compare(
+        for rows in compare_methods(
             args.workdir, args.methods, args.num_samples, args.seeds, args.batch_size
         ):
-            print(table(rows), end="\n\n", flush=True)
+            print(methods_table(rows), end="\n\n", flush=True)
             if args.output:
                 about["load_average"] = [round(load, 1) for load in os.getloadavg()]
                 args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,14 @@
 """Orbax checkpoints of a run: asynchronous, atomic, checksummed, sealed.
 
     WORKDIR/checkpoints/<step>/<item>/         one Orbax item per name, written by all processes
-                               meta/           JSON: what is not an array
+                               meta/           JSON: all that is not an array
                                manifest.json   the seal: every file, its size and BLAKE2b digest
 
 Orbax lets a step appear by one rename, but restores flipped bits without noticing. So once it has
-committed a step, the processes share out the step's files and checksum them, and process 0 writes
-the seal. A step without one is a save that was interrupted, and counts for nothing. (This is why
-`ocp.CheckpointManager` is not used: it deletes an old step when a new one is committed, which is
-before that one is sealed, and a run killed in between could have nothing left. It can read what
-is written here.)
+committed a step, the processes share the step's files and checksum them, and process 0 writes the
+seal. A step without one is an interrupted save and counts for nothing. (`ocp.CheckpointManager` is
+not used, because it deletes an old step when a new one is committed, before that one is sealed: a
+run killed in between could have nothing left. It can read these checkpoints.)
 
 Nothing here compiles while a run is saving: arrays are copied from device to host, and processes
 meet at JAX's coordination service, not in a collective.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: trees of arrays and JSON, written and read through Orbax."""
+"""The items of a checkpoint, trees of arrays and JSON, written and read through Orbax."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from mdt_jax.checkpoints.seal import CheckpointError, verified_step
 from mdt_jax.convert.trees import LazyArray
 
 META = "meta"
-_HELD_BYTES = 32 * 2**20  # Of `LazyArray`s being written, beside the last.
+_HELD_BYTES = 32 * 2**20  # Most bytes of `LazyArray`s that wait to be written, beside the last.
 
 
 def read_meta(workdir: str | Path, step: int | None = None) -> tuple[int, dict]:
-    """The step (by default the newest sealed) and its meta. Reads no array, changes nothing.
+    """A step, by default the newest sealed one, and its meta. Reads no array, changes nothing.
 
     Raises:
       CheckpointError: there is no such step, or its meta is damaged.
@@ -32,11 +32,11 @@ def restore_item(
     """One item of a step. Verifies and reads nothing else, changes nothing, waits for nobody.
 
     Args:
-      workdir: the run's.
-      name: the item's.
+      workdir: the run's workdir.
+      name: the item's name.
       abstract: pytree of jax.ShapeDtypeStruct with sharding; None gives NumPy arrays, in dicts
         and lists nested as the saved tree was.
-      step: by default the newest sealed. Unlike a run, a reader never gets an older one.
+      step: the step; by default the newest sealed one, and never an older one if that is damaged.
 
     Raises:
       CheckpointError: there is no such step or item; it is damaged; it does not fit `abstract`.
@@ -50,7 +50,7 @@ def lazy_item(
 ) -> PyTree:
     """One item of a step, or one part of it ("params" of "state"), as a tree of `LazyArray`s.
 
-    Each leaf is read when it is asked for, so that a large model never is in memory whole.
+    Each leaf is read when it is asked for, so that a large model is never in memory whole.
 
     Raises:
       CheckpointError: there is no such step, item or part, or it is damaged.
@@ -82,10 +82,10 @@ def _read_leaf(path: epath.Path, keys: tuple[str, ...], saved: PyTree) -> np.nda
 
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads pytrees without compiling.
+    """A handler that writes and reads pytrees without compiling.
 
-    By default Orbax slices replicated arrays on the device, so that replicas share the writing:
-    every new shape is a compilation in the middle of training.
+    Orbax's default slices replicated arrays on the device, so that replicas share the writing, and
+    compiles for every new shape in the middle of training.
     """
     types = ocp.type_handlers
     scalar = types.ScalarHandler()
@@ -102,7 +102,7 @@ def tree_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class _FewAtATime(ocp.type_handlers.NumpyHandler):
-    """Makes and writes `LazyArray`s in small groups: Orbax would hold all of them, and a copy."""
+    """Makes and writes `LazyArray`s in small groups, where Orbax would hold all of them twice."""
 
     async def serialize(self, values, infos, args=None):
         pending, held = [], 0
@@ -111,7 +111,7 @@ class _FewAtATime(ocp.type_handlers.NumpyHandler):
                 array = np.asarray(value)
                 pending += await super().serialize([array], [info], [arg or ocp.SaveArgs()])
                 held += array.nbytes
-                if held > _HELD_BYTES:  # waiting for each alone costs some 20 ms an array
+                if held > _HELD_BYTES:  # to wait for each alone costs some 20 ms an array
                     _wait_for(pending)
                     held = 0
         finally:
@@ -120,7 +120,7 @@ class _FewAtATime(ocp.type_handlers.NumpyHandler):
 
 
 def _wait_for(pending: list) -> None:
-    """Empties a list of futures: none still writes when the first error is raised."""
+    """Waits for all futures and empties the list; then raises the first of their errors."""
     errors = [error for future in pending if (error := _error_of(future))]
     pending.clear()
     if errors:
@@ -162,7 +162,10 @@ def _shapes(tree: PyTree) -> dict[str, tuple]:
 
 
 def _check_fits(what: str, saved: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Orbax's own complaint about a shape is hundreds of lines, and does not name the array."""
+    """Raises CheckpointError where shapes differ, naming the arrays.
+
+    Orbax's own message about a shape has hundreds of lines and does not name the array.
+    """
     differences = [
         f"{path} is saved as {saved.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in sorted(saved.keys() | wanted.keys())
@@ -176,9 +179,9 @@ def _check_fits(what: str, saved: dict[str, tuple], wanted: dict[str, tuple]) ->
 
 
 def silence_orbax() -> None:
-    """Drops two kinds of Orbax's lines, unless absl's verbosity is DEBUG.
+    """Keeps two kinds of Orbax's messages out of the log, unless absl's verbosity is DEBUG.
 
-    Its INFO, dozens of lines for each save, and the tracebacks of errors that it raises as well.
+    They are its INFO, dozens of lines for each save, and tracebacks of errors that it also raises.
     """
     logging.get_absl_logger().addFilter(_is_worth_reading)
 

@@ -1,7 +1,7 @@
 """The table of a run's checkpoints: `python -m mdt_jax.checkpoints runs/digits`.
 
 Every file is read and compared with its checksum; `--noverify` only lists. Nothing is changed, so
-it may be used beside a running job, whose save in progress it calls unsealed. Exit status 1 if a
+the command may run beside a job, whose save in progress it calls unsealed. Exit status 1 if a
 checkpoint is damaged.
 """
 
@@ -25,11 +25,11 @@ class Entry(NamedTuple):
     """One folder of WORKDIR/checkpoints.
 
     Attributes:
-      name: the step, or what else it is called.
-      size: of its files, in bytes.
-      saved: when it was sealed or, unsealed, last changed; seconds since 1970.
-      condition: in a few words.
-      damaged: whether it should be whole, and is not.
+      name: the folder's name, for a checkpoint its step.
+      size: bytes of its files.
+      saved: when it was sealed or, if unsealed, last changed; seconds since 1970.
+      condition: its condition in a few words.
+      damaged: whether it is a sealed checkpoint with a file that differs.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def list_checkpoints(workdir: str | Path, verify: bool = True) -> list[Entry]:
-    """The checkpoints of a run, ascending, then what is no checkpoint (any more).
+    """The checkpoints of a run, ascending, then folders that are no checkpoint (any more).
 
     Raises:
       CheckpointError: there is no folder of checkpoints.
@@ -69,8 +69,8 @@ def _entry(folder: Path, verify: bool) -> Entry:
     return Entry(folder.name, size, saved, "verified")
 
 
-def describe(config: dict[str, Any]) -> str:
-    """What a run trains, in a line."""
+def describe_run(config: dict[str, Any]) -> str:
+    """One line about a run: its model, optimiser and data."""
     model, data = config["model"], config["data"]
     return (
         f"{model['name']}, {model['input_size']}×{model['input_size']}×{model['in_channels']}, "
@@ -80,10 +80,10 @@ def describe(config: dict[str, Any]) -> str:
     )
 
 
-def table(workdir: str | Path, entries: list[Entry]) -> str:
-    """For a person."""
+def checkpoint_table(workdir: str | Path, entries: list[Entry]) -> str:
+    """The entries as a table, under a line about the run."""
     try:
-        heading = describe(read_meta(workdir)[1]["config"])
+        heading = describe_run(read_meta(workdir)[1]["config"])
     except (CheckpointError, KeyError) as error:
         heading = f"settings unknown: {error}"
     rows = [
@@ -106,5 +106,5 @@ def main(arguments: list[str]) -> None:
         if len(arguments) != 2:
             raise ValueError("give one workdir: python -m mdt_jax.checkpoints WORKDIR")
         entries = list_checkpoints(arguments[1], _VERIFY.value)
-    print(table(arguments[1], entries))
+    print(checkpoint_table(arguments[1], entries))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)

@@ -1,4 +1,4 @@
-"""One run to a folder: a lock that goes when the process that holds it does, however it dies."""
+"""A lock that keeps a folder to one run; it is gone when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
-NAME = ".lock"  # Says who holds the lock. What counts is the lock, not the file.
+LOCK_FILE = ".lock"  # Says who holds the lock. The file may stay; the lock on it counts.
 _POLL_SECONDS = 0.5
 
 
@@ -23,22 +23,22 @@ class WorkdirInUse(RuntimeError):
 class WorkdirLock:
     """A lock on a folder, held from the constructor until `release` or the end of the process.
 
-    It is a POSIX lock (`fcntl`), which NFS carries from host to host, and child processes do not
-    inherit. The folder must not be locked twice within one process: a process's locks are one.
+    It is a POSIX lock (`fcntl`), which NFS carries from host to host and child processes do not
+    inherit. One process must not lock the folder twice: POSIX has one lock a file and process.
     """
 
     def __init__(self, folder: Path, patience: float = 10.0, flag: str = "--workdir"):
         """Locks `folder`, which must exist.
 
         Args:
-          folder: what to lock.
-          patience: seconds to wait for one that holds it: a killed job may still be ending.
-          flag: of the command, by which a user gives another folder.
+          folder: the folder to lock.
+          patience: seconds to wait for the process that holds it: a killed job may still be ending.
+          flag: the command's flag by which a user gives another folder.
 
         Raises:
           WorkdirInUse: it is locked; says by which host and process.
         """
-        self._file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - see release
+        self._file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - see release
         try:
             self._lock(folder, patience, flag)
         except BaseException:
@@ -86,7 +86,7 @@ class WorkdirLock:
             return "another process"
 
     def release(self) -> None:
-        """Lets others have the folder; again is harmless."""
+        """Lets others have the folder; a second call is harmless."""
         if not self._file.closed:
             self._file.truncate(0)
             self._file.close()

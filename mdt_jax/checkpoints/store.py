@@ -16,8 +16,8 @@ from orbax.checkpoint import multihost
 from mdt_jax.checkpoints.items import META, read_item, read_step_meta, silence_orbax, tree_handler
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.checkpoints.seal import (
-    MANIFEST,
     PART,
+    SEAL_FILE,
     CheckpointError,
     SaveError,
     checkpoint_root,
@@ -32,14 +32,14 @@ from mdt_jax.checkpoints.seal import (
 from mdt_jax.parallel.distributed import gather
 
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
-_LAST_SECONDS = 15  # What a save in progress is given when the job fails.
+_LAST_SECONDS = 15  # The time a save in progress is given when the job fails.
 
 
 class Checkpoints:
     """The checkpoints of a training run, which alone writes and removes them.
 
     All processes make the same calls in the same order, and see the same `workdir`. Call `close`,
-    or use it in a `with`: a save still going on when the interpreter ends is lost.
+    or use a `with`: a save still in progress when the interpreter ends is lost.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Checkpoints:
         keep_every: int | None = None,
         async_save: bool = True,
     ):
-        """Opens (and creates) `workdir`/checkpoints; removes what interrupted saves left there.
+        """Opens, or creates, `workdir`/checkpoints, and removes the remains of interrupted saves.
 
         Args:
           workdir: a directory shared by all processes.
           keep_last: how many of the newest steps are kept, at least 1.
-          keep_every: steps divisible by it are kept for ever; None keeps none for ever.
+          keep_every: steps that it divides are kept for ever; None keeps none for ever.
           async_save: whether `save` returns while files are still being written.
 
         Raises:
@@ -115,13 +115,13 @@ class Checkpoints:
     def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
         """Saves `items` and `meta`; returns once the arrays are copied to the host.
 
-        What was passed may then be donated or changed. Writing, sealing and removing old steps
-        go on in the background, one save at a time.
+        The caller may then donate or change them. Writing, sealing and removing old steps go on in
+        the background, one save at a time.
 
         Args:
-          step: later than every sealed step.
+          step: a step later than every sealed one.
           items: name → pytree of arrays and numbers; any name but "meta". Leaves that are
-            `LazyArray`s are made and written few at a time, before this returns.
+            `LazyArray`s are made and written a few at a time, before this returns.
           meta: JSON. Floats come back exactly, tuples as lists.
 
         Raises:
@@ -139,9 +139,9 @@ class Checkpoints:
         if META in items:
             raise ValueError(f"an item cannot be called {META!r}: meta itself is kept there")
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-        # Orbax writes JSON in the background; this takes a copy, and fails here if at all.
+        # Orbax writes JSON in the background. A copy is taken here, which fails here if at all.
         args[META] = ocp.args.JsonSave(json.loads(json.dumps(meta)))
-        # `force`: a directory already there has no seal, it is what a failed save left.
+        # `force`: a directory that is there has no seal; it was left by a failed save.
         directory = self._root / str(step)
         try:
             self._checkpointer.save(directory, args=ocp.args.Composite(**args), force=True)
@@ -225,7 +225,10 @@ class Checkpoints:
                 logging.warning("a checkpoint no longer needed could not be removed: %s", error)
 
     def _failed(self, step: int, error: Exception) -> SaveError:
-        """What to raise. What was written is in the way of others; alone, we can remove it."""
+        """The error of a save that failed.
+
+        A single process also removes the remains, which several processes could not do safely.
+        """
         if self._n_processes == 1:
             for path in self._unsealed(str(step)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -246,7 +249,7 @@ class Checkpoints:
                 os.unlink(part.format(process))
             if sorted(files) != step_files(directory):
                 raise CheckpointError(f"processes saw different files in {directory}")
-            write_json(directory / MANIFEST, {"files": files})
+            write_json(directory / SEAL_FILE, {"files": files})
         self._barrier(f"sealed {step}")
 
     def _remove_old_steps(self) -> None:
@@ -256,7 +259,7 @@ class Checkpoints:
             kept = "weights" in read_step_meta(directory)
             if not kept and (self._keep_every is None or step % self._keep_every):
                 # The seal goes first: from here on the step does not exist, whatever happens.
-                (directory / MANIFEST).unlink()
+                (directory / SEAL_FILE).unlink()
                 shutil.rmtree(directory)
 
     def _remove_leftovers(self) -> None:
@@ -265,7 +268,7 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def _unsealed(self, step: str | None = None) -> list[Path]:
-        """What saves that were not finished left, of all steps or one."""
+        """Folders that unfinished saves left, of all steps or of one."""
         return [
             path
             for path in sorted(self._root.iterdir())
@@ -275,15 +278,15 @@ class Checkpoints:
     def _set_aside(self, directory: Path) -> None:
         if self._process == 0:
             aside = directory.with_name(f"damaged-{directory.name}")
-            if aside.exists():  # Damaged, trained again, and damaged again.
+            if aside.exists():  # the step was damaged before, saved again, and damaged again
                 shutil.rmtree(aside)
             directory.rename(aside)
         self._barrier(f"moved {directory.name}")
 
     def _barrier(self, name: str) -> None:
-        """Waits for all processes, in any thread; returns at once if there is only one."""
+        """Waits until all processes are here; any thread may wait."""
         self._barrier_fn(key=f"{self._root} {name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
     def _steps(self) -> list[int]:
-        """The sealed steps by process 0: a network file system may show others an older list."""
+        """The sealed steps as process 0 sees them: a network file system may show others fewer."""
         return gather(f"steps of {self._root}", sealed_steps(self._root))[0]

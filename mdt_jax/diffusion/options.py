@@ -30,7 +30,7 @@ class Option:
       help: the text of its flag.
       config: its value in a config that does not say otherwise, the published MDTs' own.
       kind: type of its values in a config.
-      none: what the value None means, such as "a constant scale"; empty where None is no value.
+      none: the meaning of the value None, such as "a constant scale"; empty if None is no value.
       define: absl's function that defines its flag.
       read: the option's value from the flag's.
     """
@@ -66,7 +66,7 @@ def option(
 
     Args:
       default: its value where neither the caller nor the model gives one.
-      help: what it does.
+      help: the text of its flag.
       config: as `Option` has it; `default` if not given.
       kind: as `Option` has it; the type of `config` if not given.
       none, define, read: as `Option` has them; by default a flag of the kind's own.

@@ -109,13 +109,13 @@ def load_inception(
     them. Gray images are repeated over three channels.
 
     Args:
-      source: as `mdt_jax.weights.inception.load` takes it.
+      source: as `mdt_jax.weights.inception.load_network` takes it.
       batch_size, mesh: as `NetworkExtractor` has them.
 
     Raises:
       WeightsError: no such weights, with where to get them.
     """
-    network, params = inception.load(source)
+    network, params = inception.load_network(source)
 
     def apply(params: Any, images: Array) -> tuple[Array, Array, Array]:
         return inception_features(network, params, images)

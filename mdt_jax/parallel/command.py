@@ -50,7 +50,7 @@ def command_ending(
     Args:
       also: exceptions that are a user's in this command, beside `USER_ERRORS`.
       message: the line of an exception, without "error: ".
-      interrupted: what to say when the command is interrupted (Ctrl-C), which then ends with
+      interrupted: the message of a command that is interrupted (Ctrl-C), which then ends with
         status 130, as a shell has it; None lets KeyboardInterrupt go on.
     """
     with ending_together():

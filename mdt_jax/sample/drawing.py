@@ -18,7 +18,7 @@ from mdt_jax.sampling import images
 from mdt_jax.sampling.parts import Parts
 from mdt_jax.weights.autoencoder import Autoencoder
 
-GRID_IMAGES = 100  # at most, of the first samples
+GRID_IMAGES = 100  # the first samples, which the grid shows
 
 
 def draw_samples(
@@ -82,9 +82,15 @@ def draw_samples(
 def join_samples(
     parts: Parts, labels: np.ndarray, written: list[Path], about: dict[str, Any]
 ) -> None:
-    """Joins the parts into an .npz, after a grid of the first samples if they are images.
+    """Writes a grid of the first samples if they are images, then joins the parts into an .npz.
 
-    Labels are text in a grid's metadata, and in that of an .npz that the grid shows all of.
+    Labels are in the grid's metadata, and in the .npz's if the grid shows all of its samples.
+
+    Args:
+      parts: the samples.
+      labels: their classes.
+      written: the .npz and, for images, the .png.
+      about: settings for the metadata.
     """
     npz, *grids = written
     shown = labels[:GRID_IMAGES].tolist()

@@ -33,7 +33,12 @@ SAMPLE_FLAGS = (
     (flags.DEFINE_integer, "num_samples", None, "How many; labels are repeated to that many."),
     (flags.DEFINE_list, "labels", [], "Classes by number or name; all in turn by default."),
     (_LABEL_ORDER, "label_order", "in_turn", "in_turn, balanced, or random, drawn uniformly."),
-    (flags.DEFINE_integer, "seed", 0, "Of noise and drawn labels; sample i depends on it and i."),
+    (
+        flags.DEFINE_integer,
+        "seed",
+        0,
+        "Seed of noise and labels; sample i depends on it and on i.",
+    ),
     *((o.define, name, None, o.help) for name, o in SAMPLER_OPTIONS.items()),
     (flags.DEFINE_float, "ema_rate", None, "Which average; the run's first by default."),
     (flags.DEFINE_integer, "step", None, "Which checkpoint; the newest by default."),

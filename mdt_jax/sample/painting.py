@@ -23,12 +23,15 @@ def paint_picture(
     autoencoder: Autoencoder | None,
     mesh: jax.sharding.Mesh,
 ) -> list[Path]:
-    """Paints the white part of --mask into --inpaint, the rest left exactly as it is; writes it."""
+    """Paints the white part of --mask into --inpaint, and writes the result.
+
+    Pixels outside the mask stay exactly as they are.
+    """
     image, mask = read_pictures(f, model, autoencoder)
     given, unknown = image, mask
     if autoencoder:
         given, unknown = to_latents(autoencoder, image, mask, f.vae_batch_size)
-    task = inpainting.prepare(
+    task = inpainting.prepare_task(
         model,
         given,
         unknown,
@@ -38,7 +41,7 @@ def paint_picture(
         masked_share=f.masked_share,
         **given_options(f),
     )
-    painted = inpainting.paint(
+    painted = inpainting.paint_task(
         model, params, task, key=f.seed, batch_size=f.batch_size, mesh=mesh, progress=True
     )
     if autoencoder:
@@ -64,7 +67,7 @@ def read_pictures(
     """--inpaint as (h, w, c) in [−1, 1] and --mask as (h, w) booleans, of the model's size.
 
     Raises:
-      ValueError: pictures that cannot be read, or of another size; latents without a --vae.
+      ValueError: pictures that cannot be read or are of another size; no --vae for latents.
     """
     network = model.network
     if autoencoder is None and network.in_channels not in (1, 3):
@@ -95,8 +98,11 @@ def _size(picture: np.ndarray) -> str:
 def to_latents(
     autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(1, h, w, c) scaled latents of a picture, and their mask: unknown if a pixel of theirs is."""
-    known = np.where(mask[..., None], np.float32(0), image)  # what is unknown must not leak
+    """A picture's scaled latents, (1, h, w, c), and their mask.
+
+    A latent is unknown if one of its pixels is.
+    """
+    known = np.where(mask[..., None], np.float32(0), image)  # unknown pixels must not leak
     mean, _ = autoencoder.encode(known[None], batch_size)
     factor = autoencoder.module.downsampling
     latent_mask = reduce(mask, "(h a) (w b) -> h w", "max", a=factor, b=factor)
@@ -110,10 +116,10 @@ def write_paintings(
     output: str | Path,
     **settings: Any,
 ) -> list[Path]:
-    """Writes OUTPUT.npz, and OUTPUT.png where samples are images; returns the files written.
+    """Writes OUTPUT.npz, and OUTPUT.png if the samples are images; returns the files written.
 
-    Latents (neither 1 nor 3 channels) are written as they are, float32 `arr_0`: they need their
-    autoencoder's decoder before they are pictures.
+    Latents (neither 1 nor 3 channels) are written as they are, as float32 `arr_0`; an
+    autoencoder's decoder makes pictures of them.
     """
     metadata = images.provenance(
         model=model.name, step=model.step, labels=labels.tolist(), **settings

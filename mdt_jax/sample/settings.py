@@ -1,4 +1,4 @@
-"""What the bits of samples depend on: settings and weights, kept beside the samples on disk."""
+"""The settings and weights that samples' bits depend on, which are kept beside them on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ def sample_settings(
     weights: str,
     decoder: str | None,
 ) -> dict[str, Any]:
-    """All that a sample's bits depend on, but the machine, under the flags' names."""
+    """All that a sample's bits depend on except the machine, under the flags' names.
+
+    Args:
+      f: the flags.
+      model: the model.
+      options: the sampler's options, as they are used.
+      batch_size: samples at a time.
+      weights: from `weights_digest`.
+      decoder: from `decoder_digest`.
+    """
     ema_rate, source = f.ema_rate, f.workdir or f.checkpoint
     if ema_rate is None and not _is_file(source):
         _, meta = checkpoints.read_meta(source, model.step)
@@ -38,7 +47,7 @@ def sample_settings(
         "ema_rate": ema_rate,
         "seed": f.seed,
         "label_order": f.label_order,
-        "labels": sampling.resolve_classes(model, f.labels or None).tolist(),
+        "labels": sampling.class_numbers(model, f.labels or None).tolist(),
         **vars(options),
         "steps": str(options.steps),
         "batch_size": batch_size,
@@ -52,7 +61,7 @@ def sample_settings(
 
 
 def weights_digest(f: flags.FlagValues, model: sampling.DiffusionModel) -> str:
-    """BLAKE2b of the file of weights, or of the seal of a run's checkpoint (which has digests)."""
+    """BLAKE2b of the file of weights, or of the seal of a run's checkpoint, which holds digests."""
     source = f.workdir or f.checkpoint
     if _is_file(source):
         path = weight_files.fetch(source)

@@ -4,9 +4,9 @@ from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.sampling.model import DiffusionModel, load
 from mdt_jax.sampling.options import (
     check_options,
+    class_numbers,
     draw_labels,
     judging_options,
-    resolve_classes,
     resolve_labels,
     resolve_options,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "judging_options",
     "load",
     "resolve_batch_size",
-    "resolve_classes",
+    "class_numbers",
     "resolve_labels",
     "resolve_options",
     "run_in_batches",

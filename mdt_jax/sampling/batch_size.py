@@ -1,4 +1,4 @@
-"""How many samples are drawn at a time where nobody says: as many as the devices' memory takes."""
+"""The batch size of sampling where none is given: as many samples as the devices' memory takes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import gather
 
-# More keep no device busier, and the progress bar and a killed job wait for a whole batch.
+# A larger batch keeps no device busier, and the progress bar and a killed job wait for all of it.
 MOST_PER_DEVICE = 256
-# Over all devices, where they do not say how much memory they have: CPUs, whose memory is shared.
+# The batch over all devices where they report no memory limit: CPUs, which share their memory.
 UNKNOWN = 256
-# Of what the parameters leave. The rest is for what `row_bytes` leaves out: the sampler's own
-# arrays, copies that a compiler makes, an autoencoder that decodes the samples.
+# The share of the memory beside the parameters that activations may take. The rest is for what
+# `row_bytes` does not count: the sampler's own arrays, copies that a compiler makes, an autoencoder
+# that decodes the samples.
 SHARE = 0.5
 
 
@@ -25,11 +26,11 @@ def fitting(network: LatentTransformer, params: Any, mesh: Mesh, guided: bool) -
     """The largest batch, over all devices, that is a power of two on each and fits there.
 
     It depends on how much memory the devices have, not on how much of it is free just now, so that
-    a job that is started again goes on with the batches it began. The same on all processes.
+    a job that is started again goes on with the batches it began. All processes get the same one.
 
     Args:
-      network: what is sampled.
-      params: its parameters, as they lie on the mesh; those elsewhere count as a copy a device.
+      network: the model that is sampled.
+      params: its parameters as they lie on the mesh; arrays elsewhere count as a copy a device.
       mesh: the devices.
       guided: whether each sample takes two rows of the network.
     """
@@ -40,13 +41,13 @@ def fitting(network: LatentTransformer, params: Any, mesh: Mesh, guided: bool) -
         return UNKNOWN
     room = SHARE * (limit - parameter_bytes(network, params))
     count = int(room / (row_bytes(network) * (2 if guided else 1)))
-    # At least one: should it not fit, the device's own error says by how much.
+    # At least one sample: if it does not fit, the device's own error says by how much.
     per_device = 2 ** int(np.log2(min(max(count, 1), MOST_PER_DEVICE)))
     return per_device * sharding.batch_shards(mesh)
 
 
 def parameter_bytes(network: LatentTransformer, params: Any) -> int:
-    """Of the parameters on one device, and of a copy of them in the network's dtype."""
+    """Bytes of the parameters on one device, and of a copy of them in the network's dtype."""
 
     def on_one_device(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
@@ -57,9 +58,9 @@ def parameter_bytes(network: LatentTransformer, params: Any) -> int:
 
 
 def row_bytes(network: LatentTransformer) -> int:
-    """Activations of one image in one forward pass: those of a block, and those that outlive it.
+    """Bytes of one image's activations in a forward pass: a block's, and those kept across blocks.
 
-    Attention with its logits in memory, whether or not this device's attention puts them there.
+    Attention counts with its logits in memory, whether or not this device keeps them there.
     """
     tokens, width = network.num_tokens, network.hidden_size
     itemsize = np.dtype(network.dtype).itemsize

@@ -22,7 +22,7 @@ def to_uint8(
 
     Args:
       x: (N, H, W, C) images in [-1, 1]; values beyond are clamped.
-      first_index: what the first of them is called in an error, where they are part of more.
+      first_index: the index of the first image, for errors, where `x` is part of a larger batch.
 
     Returns:
       (N, H, W, C) in 0..255.
@@ -96,14 +96,14 @@ def provenance(
     labels: Sequence[int] | Integer[Array | np.ndarray, "n"] | None = None,
     **settings: str | int | float | bool | tuple[float, ...] | None,
 ) -> dict[str, str]:
-    """What a file of samples says about itself, for `save_png` and `save_npz`.
+    """The metadata of a file of samples, for `save_png` and `save_npz`.
 
     Args:
       model: the model's name or the checkpoint's path.
       step: the training step of its weights.
-      seed: of the sampling noise.
+      seed: the seed of the sampling noise.
       labels: class labels of the images, in their order; an NPZ holds them already.
-      **settings: of guidance and sampler, under the names that `mdt_jax.sample` gives them.
+      **settings: settings of guidance and sampler, under the names that `mdt_jax.sample` has.
 
     Returns:
       The arguments given, as text under their own names, after "Content", which says that the
@@ -132,7 +132,7 @@ def save_png(
     The file appears whole or not at all; missing parent directories are created.
 
     Args:
-      path: of the file.
+      path: the file to write.
       image: (H, W, C), C 1 (grey) or 3 (RGB).
       metadata: from `provenance`; keys are 1 to 79 Latin-1 characters.
 
@@ -143,7 +143,7 @@ def save_png(
         raise ValueError(f"{path}: a PNG of {image.shape} needs 1 or 3 channels, not those")
     text = PngInfo()
     for key, value in metadata.items():
-        text.add_text(key, value)  # tEXt, or iTXt where Latin-1 cannot hold the value
+        text.add_text(key, value)  # tEXt, or iTXt if Latin-1 cannot hold the value
     with whole_file(path) as file:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
             file, format="PNG", pnginfo=text
@@ -163,7 +163,7 @@ def save_npz(
     created.
 
     Args:
-      path: of the file.
+      path: the file to write.
       images: (N, H, W, C), with the channels they have; the evaluator wants 3.
       labels: (N,) class labels.
       metadata: from `provenance`.
@@ -184,12 +184,12 @@ def stream_npz(
     texts: Mapping[str, Mapping],
     folder: str | os.PathLike | None = None,
 ) -> None:
-    """`save_npz` of images that never are in memory together.
+    """Writes the file of `save_npz` from images that never are in memory together.
 
     Args:
-      path: of the file.
-      shape, dtype: of the images.
-      pieces: their bytes in C order, cut anywhere.
+      path: the file to write.
+      shape, dtype: the images' shape and type.
+      pieces: the images' bytes in C order, cut anywhere.
       labels: (N,) class labels.
       texts: further members by name, each written as JSON.
       folder: where the file is until it is whole; by default beside `path`.
@@ -221,7 +221,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a file that `save_png` or `save_npz` wrote.
 
     Returns:
-      What was given to it; empty for a file written by something else, without metadata.
+      The metadata that was given to it; empty for a file without, written by another program.
 
     Raises:
       ValueError: the file is neither PNG nor NPZ.

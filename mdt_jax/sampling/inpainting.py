@@ -1,33 +1,33 @@
 """Inpainting: `inpaint` paints the unknown pixels of images so that they fit the known ones.
 
-No training of its own is needed. At every reverse step the known pixels are the given ones, noised
+It needs no training of its own. At every reverse step the known pixels are the given ones, noised
 to the step's level, so that the model paints the others to go with them; at the end the known
-pixels are copied back. The known pixels' noise is drawn without regard to what has been painted, so
-a step is taken several times, from noise added anew, for the two to come to agree (`resamples`;
-RePaint, Lugmayr et al. 2022): on the digits 16 steps 4 times err less than 64 steps once (0.60
-against 0.67; see below for the unit). The last step leads to x₀, which has no noise to add anew; it
-is taken once.
+pixels are copied back. The known pixels' noise is drawn independently of what has been painted. So
+each step is taken several times, from noise added anew, until the two agree (`resamples`; RePaint,
+Lugmayr et al. 2022): on the digits, 16 steps taken 4 times err less than 64 steps taken once (0.60
+against 0.67; the unit is below). The last step leads to x₀, which has no noise to add anew, and is
+taken once.
 
 **Masked passes.** MDT's side-interpolator, kept at inference, predicts hidden tokens from others.
 Here a masked pass hides every token that has an unknown pixel, so that the encoder sees known
-tokens alone. What that is good for depends on the family (`inpainting_masked_share`):
+tokens alone. Its use depends on the family (`inpainting_masked_share`):
 
-- MDTv2's decoder is fed all noisy tokens, so that a masked pass is a denoiser, of a shorter
-  encoder. On a small model of the digits its x̂0 at the hidden half of the tokens errs as much as
-  the full pass's at high noise, and up to 3% more below (t = 800: 0.954 and 0.947; t = 400: 0.636
-  and 0.620). Paintings made with masked passes throughout err 2 to 4% more than with full passes;
-  with masked passes for the noisier half of the steps they err the same (0.590 and 0.590). That
-  half is the default.
-- MDT v1 drops hidden tokens before the encoder and nothing after it sees their noise, which it is
-  asked for: the masked pass cannot denoise them, at any noise. Its x̂0 errs 7.4, where the full
-  pass's errs 1.1, at t = 800, 1.8 and 0.7 at t = 400, 0.22 and 0.16 at t = 50. The default is full
-  passes.
+- MDTv2's decoder is fed all noisy tokens, so a masked pass is a denoiser with a shorter encoder. On
+  a small model of the digits its x̂0 at the hidden half of the tokens errs as much as the full
+  pass's at high noise, and up to 3% more below (t = 800: 0.954 and 0.947; t = 400: 0.636 and
+  0.620). Paintings made with masked passes throughout err 2 to 4% more than with full passes. With
+  masked passes for the noisier half of the steps they err the same (0.590 and 0.590), so that half
+  is the default.
+- MDT v1 drops hidden tokens before the encoder, and nothing after it sees their noise, which the
+  model is to predict: the masked pass cannot denoise them at any noise level. Its x̂0 errs 7.4,
+  where the full pass's errs 1.1, at t = 800, 1.8 and 0.7 at t = 400, 0.22 and 0.16 at t = 50. The
+  default is full passes.
 - DiT has no masked pass.
 
 Training hides 30 to 50% of the tokens. At 75% hidden, MDTv2's masked pass still erred 3% more than
-the full one, as at 50%. Where a mask touches every token, all passes are full. (Errors are RMSE at
-the unknown pixels of held-out scans, over that of the mean of the class's training scans; of
-paintings, the error of the mean of 8. tests/test_inpainting.py has the model.)
+the full one, as at 50%. If a mask touches every token, all passes are full. (An error is the RMSE
+at the unknown pixels of held-out scans, over the RMSE of the mean of the class's training scans
+there; for paintings, the error of the mean of 8. tests/test_inpainting.py has the model.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.parallel import sharding
 
-# What a draw of noise is for: the first state, a reverse step, the known pixels, going back a step.
+# The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,
+# going back a step.
 START, STEP, KNOWN, BACK = range(4)
 
 
@@ -70,7 +71,7 @@ def inpaint(
     progress: bool = False,
     **options: Any,
 ) -> Float[np.ndarray, "n h w c"]:
-    """Images whose known pixels are those given, bit for bit, and whose others are painted.
+    """Paints the unknown pixels of images; known pixels come back bit for bit.
 
     Args:
       model, params: from `sampling.load`, or a model of your own and its parameters.
@@ -84,8 +85,8 @@ def inpaint(
       key: PRNG key or seed; sample i's noise depends on it and i alone.
       resamples: how often each step but the last is taken, from noise added anew; the time is in
         proportion.
-      masked_share: which share of the steps, the noisiest, are masked passes; by default
-        `inpainting_masked_share`. 0 where the model or the mask allows none.
+      masked_share: the share of the steps, the noisiest ones, that are masked passes; by default
+        `inpainting_masked_share`. It is 0 where the model or the mask allows none.
       batch_size, mesh, progress: `sampling.sample`'s.
       **options: how the sampler draws, fields of `SamplerOptions`, as `sampling.sample` has them.
 
@@ -94,7 +95,7 @@ def inpaint(
       ValueError: images, a mask, labels or settings that do not fit the model or each other.
     """
     sampling.check_options(inpaint, options)
-    task = prepare(
+    task = prepare_task(
         model,
         images,
         mask,
@@ -104,21 +105,23 @@ def inpaint(
         masked_share=masked_share,
         **options,
     )
-    return paint(model, params, task, key=key, batch_size=batch_size, mesh=mesh, progress=progress)
+    return paint_task(
+        model, params, task, key=key, batch_size=batch_size, mesh=mesh, progress=progress
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be painted, and how: the arguments of `inpaint`, checked, with nothing left open.
+    """The arguments of `inpaint`, checked and complete.
 
     Attributes:
       images: (n, h, w, c) float32, 0 at unknown pixels.
       mask: (h, w), True where a pixel is unknown.
       labels: class of each result, num_classes for none; there are as many as results.
-      options: of the sampler, as they will be used.
+      options: the sampler's options, as they will be used.
       resamples: how often each step but the last is taken.
-      masked_share: share of the steps that are masked passes.
-      ids_keep: of the tokens that a masked pass sees.
+      masked_share: the share of the steps that are masked passes.
+      ids_keep: ids of the tokens that a masked pass sees.
     """
 
     images: Float[np.ndarray, "n h w c"]
@@ -130,7 +133,7 @@ class Task:
     ids_keep: Int[np.ndarray, " kept"]
 
 
-def prepare(
+def prepare_task(
     model: sampling.DiffusionModel,
     images: np.ndarray | Array,
     mask: np.ndarray | Array,
@@ -175,7 +178,7 @@ def prepare(
     )
 
 
-def paint(
+def paint_task(
     model: sampling.DiffusionModel,
     params: dict[str, Any],
     task: Task,
@@ -185,7 +188,7 @@ def paint(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "n h w c"]:
-    """What `inpaint` returns, of a task from `prepare`; the other arguments are `inpaint`'s."""
+    """Paints a task that `prepare_task` made; the other arguments are `inpaint`'s."""
     count = len(task.labels)
     if not task.mask.any():
         return task.images[np.arange(count) % len(task.images)]
@@ -203,7 +206,7 @@ def paint(
 
 
 def check_mask(network: LatentTransformer, mask: np.ndarray | Array) -> Bool[np.ndarray, "h w"]:
-    """The mask as booleans; refuses, with ValueError, another shape and values beside 0 and 1."""
+    """The mask as booleans; raises ValueError for another shape or values beside 0 and 1."""
     mask = np.asarray(mask)
     size = network.image_shape[:2]
     if mask.shape != size:
@@ -251,7 +254,7 @@ def _resolve_labels(
     num_samples: int | None,
     cfg_scale: float | None,
 ) -> Int[np.ndarray, " n"]:
-    """The class of every result, num_classes being none; there are as many as results."""
+    """The class of every result, one each; num_classes stands for no class."""
     network, given = model.network, 0 if labels is None else len(labels)
     if given > 1 and num_images > 1 and given != num_images:
         raise ValueError(f"{given} labels for {num_images} images; give one for each, or one")
@@ -334,7 +337,7 @@ class CompiledInpainter(sampling.CompiledBatch):
 
     @property
     def num_steps(self) -> int:
-        """Calls of the sampler's step for one batch; the last one leads to x₀ and is taken once."""
+        """Calls of the sampler's step for one batch; the last step, to x₀, is taken once."""
         return (self.diffusion.num_steps - 1) * self.resamples + 1
 
     def __call__(
@@ -346,7 +349,16 @@ class CompiledInpainter(sampling.CompiledBatch):
         first_index: int = 0,
         advance: Callable[[int], Any] = lambda steps: None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Paints those of a task's results, the first with sample `first_index`'s noise."""
+        """Paints the results of a task at the indices `rows`, at most a batch.
+
+        Args:
+          params: the network's.
+          task: from `prepare_task`.
+          rows: indices of the results.
+          key: PRNG key.
+          first_index: the sample whose noise the first result has.
+          advance: is told how many steps were taken since it was last called.
+        """
         images, unknown = task.images[rows % len(task.images)], task.mask[..., None]
         keys, x = self._start(key, np.int32(first_index))
         inputs = (self._place(task.labels[rows]), self._place(images), unknown)
@@ -358,7 +370,7 @@ class CompiledInpainter(sampling.CompiledBatch):
         return np.where(unknown, self._gather(x, len(rows)), images)
 
     def _chunks(self, masked_share: float) -> Iterator[tuple[int, int, bool]]:
-        """(first step, step after the last, whether they are masked passes) of each chunk."""
+        """Each chunk's first step, the step after its last, and whether its passes are masked."""
         turn = round(masked_share * self.diffusion.num_steps) * self.resamples
         turn = min(turn, self.num_steps)
         for begin, end, masked in ((0, turn, True), (turn, self.num_steps, False)):
@@ -382,7 +394,7 @@ def read_image(path: str | os.PathLike, channels: int) -> Float[np.ndarray, "h w
     """A picture as a pixel model takes it, in [−1, 1]; `images.to_uint8` gives its levels back.
 
     Args:
-      path: of a picture, decoded as `data.decode_image` says: upright, transparent parts white.
+      path: a picture, decoded as `data.decode_image` says: upright, transparent parts white.
       channels: 1 (read as grey) or 3 (RGB), the model's.
 
     Raises:
@@ -394,12 +406,12 @@ def read_image(path: str | os.PathLike, channels: int) -> Float[np.ndarray, "h w
             "paints the latents that its autoencoder makes of a picture (`Autoencoder.encode`)"
         )
     levels = decode_image(Path(path), str(path), channels).astype(np.float32)
-    # A hundredth of a level up: to_uint8 truncates, and rounding had left some just below theirs.
+    # A hundredth of a level is added: to_uint8 truncates, and rounding leaves some just too low.
     return np.minimum((levels + np.float32(0.01)) / np.float32(127.5) - 1, np.float32(1))
 
 
 def read_mask(path: str | os.PathLike) -> Bool[np.ndarray, "h w"]:
-    """A picture's white pixels, which are to be painted, and its transparent ones.
+    """The mask in a picture: True at its white and transparent pixels, which are to be painted.
 
     Raises:
       ValueError: it is not a picture, or has a pixel that is neither black nor white.

@@ -88,9 +88,9 @@ def load(
       ema_rate: which average of a run; the config's first by default.
       step: which checkpoint of a run; the newest by default.
       mesh: devices to load onto; all of them, each with a whole copy, by default.
-      decode_layers, num_heads, num_classes, input_size: what PyTorch weights do not show, None for
-        what is usual: an MDT v1's decoder depth, a DiT's heads, how many rows of the label table
-        are classes, and the side of the latents of diffusers' DiT.
+      decode_layers, num_heads, num_classes, input_size: sizes that PyTorch weights do not show: an
+        MDT v1's decoder depth, a DiT's heads, how many rows of the label table are classes, and the
+        side of the latents of diffusers' DiT. None stands for the usual value.
 
     Raises:
       checkpoints.CheckpointError: no checkpoint there, or a damaged one.
@@ -101,7 +101,7 @@ def load(
     if weight_files.is_weight_file(path) or Path(path).is_file():
         if ema_rate is not None or step is not None:
             raise ValueError(f"ema_rate and step are a run's; {path} is one set of weights")
-        found = pretrained.read(
+        found = pretrained.read_pretrained(
             path,
             decode_layers=decode_layers,
             num_heads=num_heads,
@@ -110,7 +110,7 @@ def load(
         )
         model = DiffusionModel.from_config(found.config, found.class_names, found.step)
         abstract = sharding.abstract_parameters(mesh, model.network)
-        return model, pretrained.place(found.params, abstract)
+        return model, pretrained.place_parameters(found.params, abstract)
     step, meta = checkpoints.read_meta(path, step)
     config = config_lib.from_json(meta["config"])
     item = pretrained.average_item(path, config, ema_rate)

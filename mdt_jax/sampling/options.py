@@ -18,7 +18,7 @@ from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.diffusion.samplers import FEW_STEPS, spaced
 from mdt_jax.sampling.model import DiffusionModel
 
-# Under a sample's key, the number of the draw of its label; those of noise count up from 0.
+# The number, under a sample's key, of the draw of its label. Draws of noise count up from 0.
 _LABEL = np.uint32(2**32 - 1)
 _LABEL_BLOCK = 1024
 
@@ -46,10 +46,9 @@ def resolve_options(model: DiffusionModel, **options: Any) -> SamplerOptions:
     """The caller's options over the model's own; refuses those that cannot be.
 
     Args:
-      model: whose `defaults` hold where the caller gives nothing.
-      **options: fields of `SamplerOptions`. None is a value of those that have a meaning for it:
-        cfg_power, a constant scale, and guided_channels, all of them. Elsewhere None is as if it
-        were not given.
+      model: the model; its `defaults` hold where the caller gives nothing.
+      **options: fields of `SamplerOptions`. None means a constant scale as cfg_power, and all
+        channels as guided_channels. Any other option that is None counts as not given.
 
     Raises:
       TypeError: an unknown option.
@@ -101,7 +100,7 @@ def resolve_labels(
 ) -> Int[np.ndarray, " n"]:
     """Labels as numbers, repeated or in turn to `num_samples`; zeros if unconditional."""
     given = labels is not None and len(labels) > 0
-    classes = resolve_classes(model, labels)
+    classes = class_numbers(model, labels)
     return np.resize(classes, _count(num_samples, len(classes) if given else 16))
 
 
@@ -111,9 +110,12 @@ def draw_labels(
     num_samples: int | None = None,
     key: Array | int | np.integer = 0,
 ) -> Int[np.ndarray, " n"]:
-    """`resolve_labels`, but each is drawn of the classes uniformly, by (key, index) alone."""
+    """Labels drawn uniformly from the classes given, each by (key, index of the sample) alone.
+
+    Arguments as for `resolve_labels`, and the key.
+    """
     given = labels is not None and len(labels) > 0
-    classes = resolve_classes(model, labels)
+    classes = class_numbers(model, labels)
     count = _count(num_samples, len(classes) if given else 16)
     key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
     # In blocks of one size, so that it compiles once.
@@ -124,7 +126,7 @@ def draw_labels(
 
 @jax.jit
 def _draw(key: Array, first: Array, num_classes: Array) -> Array:
-    """Uniform integers below `num_classes` of the `_LABEL_BLOCK` samples from `first` on."""
+    """Integers uniform below `num_classes`, for the `_LABEL_BLOCK` samples from `first` on."""
 
     def draw(index: Array) -> Array:
         own = jax.random.fold_in(jax.random.fold_in(key, index), _LABEL)
@@ -133,7 +135,7 @@ def _draw(key: Array, first: Array, num_classes: Array) -> Array:
     return jax.vmap(draw)(first + jnp.arange(_LABEL_BLOCK))
 
 
-def resolve_classes(model: DiffusionModel, labels: Any = None) -> Int[np.ndarray, " n"]:
+def class_numbers(model: DiffusionModel, labels: Any = None) -> Int[np.ndarray, " n"]:
     """The classes that labels name, as numbers: all of them without any, 0 if unconditional.
 
     Raises:

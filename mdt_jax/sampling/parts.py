@@ -5,11 +5,11 @@
                                    of manifest, first index and bytes
 
 A part appears by one rename when it is on the disk, so a run that is killed loses the batch under
-way and nothing else. A part that is damaged, or another run's, does not have its digest and is made
-again. How many samples there are to be is not in the manifest: sample i does not depend on it.
+way and nothing else. A part that is damaged, or of another run, does not match its digest and is
+made again. The number of samples is not in the manifest: sample i does not depend on it.
 
-Process 0 alone reads and writes the folder; `by_first_process` tells the others what it found. It
-locks the folder meanwhile: two commands would remove each other's parts.
+Process 0 alone reads and writes the folder, and locks it meanwhile, since two commands would remove
+each other's parts; `by_first_process` tells the other processes what it found.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from absl import logging
 from jaxtyping import Integer, Shaped
 
 from mdt_jax.atomic import is_full_disk, whole_file
-from mdt_jax.checkpoints.lock import NAME as LOCK
-from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
+from mdt_jax.checkpoints.lock import LOCK_FILE, WorkdirInUse, WorkdirLock
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling.images import stream_npz
 
-MANIFEST = "manifest.json"
+PARTS_MANIFEST = "manifest.json"
 _PART, _ASIDE = ".bin", ".tmp"
 _DIGEST_BYTES = 32
 _PIECE_BYTES = 4 * 2**20
@@ -44,11 +43,11 @@ class Parts:
     """A folder of batches of samples, `folder`, of one set of settings.
 
     Args:
-      folder: made if it is not there.
-      settings: JSON: what the samples' bits depend on, first what a user is most likely to change.
-        Among them `batch_size`, the samples in a part.
-      shape: of one sample.
-      dtype: of the samples.
+      folder: the folder; made if it is not there.
+      settings: all that the samples' bits depend on, as JSON, first the settings that a user is
+        most likely to change. Among them is `batch_size`, the samples in a part.
+      shape: the shape of one sample.
+      dtype: the type of the samples.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Parts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other commands out of the folder; all processes enter it.
+        """Keeps other commands out of the folder while its body runs, on all processes.
 
         The folder is made, and removed in the end if nothing is left in it.
 
@@ -80,12 +79,12 @@ class Parts:
             yield
         finally:
             if self._lock is not None:
-                with contextlib.suppress(OSError):  # of a folder that went away, say
+                with contextlib.suppress(OSError):  # such as a folder that went away
                     self._remove_if_empty()
                 self._lock.release()
 
     def begin(self, count: int) -> list[int]:
-        """Makes the folder, or finds in it what there is of `count` samples of the same settings.
+        """Makes the folder, or finds the parts in it that belong to `count` samples.
 
         Parts that are damaged, or that end before they should, are removed.
 
@@ -95,7 +94,7 @@ class Parts:
         Raises:
           FileExistsError: the folder holds other things.
           ValueError: the folder holds samples of other settings; names the first that differs.
-          OSError: the disk has not the room for the rest of the samples and for joining them.
+          OSError: the disk has no room for the rest of the samples and for joining them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open()
@@ -194,11 +193,11 @@ class Parts:
             return
         for path in [*self._parts(), *self.folder.glob(f"*{_ASIDE}")]:
             path.unlink()
-        (self.folder / MANIFEST).unlink()
+        (self.folder / PARTS_MANIFEST).unlink()
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns the error of a full disk into a line that says what is kept and what to do."""
+        """Replaces the error of a full disk by one that says what is kept and what to do."""
         try:
             yield
         except OSError as error:
@@ -218,20 +217,20 @@ class Parts:
 
     def _remove_if_empty(self) -> None:
         """Removes the folder if at most its lock is in it."""
-        if not any(path.name != LOCK for path in self.folder.iterdir()):
-            (self.folder / LOCK).unlink(missing_ok=True)
+        if not any(path.name != LOCK_FILE for path in self.folder.iterdir()):
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
             self.folder.rmdir()
 
     def _open(self) -> None:
-        """Writes the manifest, or compares it with the one that is there."""
+        """Writes the manifest, or compares the settings with the manifest that is there."""
         found = self._found()
         if found is None:
-            own = (self.folder / LOCK, *self.folder.glob(f"*{_ASIDE}"))
+            own = (self.folder / LOCK_FILE, *self.folder.glob(f"*{_ASIDE}"))
             others = [file.name for file in self.folder.iterdir() if file not in own]
             if others:
                 raise FileExistsError(
-                    f"{self.folder}: holds {others[0]} and no {MANIFEST}; parts of samples go "
-                    "there: remove it, or give another --output"
+                    f"{self.folder}: holds {others[0]} and no {PARTS_MANIFEST}; parts of samples "
+                    "go there: remove it, or give another --output"
                 )
         elif self._parts() and (difference := first_difference(found, self.settings)):
             raise ValueError(
@@ -239,12 +238,12 @@ class Parts:
                 "on, or another --output, or remove them"
             )
         if found != self.settings:
-            with self.explained(), whole_file(self.folder / MANIFEST) as file:
+            with self.explained(), whole_file(self.folder / PARTS_MANIFEST) as file:
                 file.write(json.dumps(self.settings, indent=1).encode())
 
     def _found(self) -> dict[str, Any] | None:
         """The manifest that is there, None without one."""
-        path = self.folder / MANIFEST
+        path = self.folder / PARTS_MANIFEST
         try:
             return dict(json.loads(path.read_bytes()))
         except FileNotFoundError:

@@ -27,7 +27,8 @@ from mdt_jax.sampling.model import DiffusionModel
 from mdt_jax.sampling.options import check_options, resolve_labels, resolve_options
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
-# tqdm's own bar, but a batch that is half done is half its samples, always in samples a second.
+# tqdm's own bar, except that a batch half done counts as half its samples, and that the rate is
+# always in samples a second.
 _BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
@@ -93,11 +94,11 @@ def run_in_batches(
     """Runs a compiled sampler over as many batches as `count` samples take.
 
     Args:
-      compile_batch: the sampler of a mesh and a batch size.
+      compile_batch: (mesh, batch size) → the sampler.
       params: the network's, moved to the mesh if they are not there.
-      count: of samples.
+      count: how many samples.
       inputs: indices of a batch's samples → the sampler's arguments between parameters and key.
-      key, batch_size, mesh, progress: as `sample` has them.
+      key, batch_size, mesh, progress: as for `sample`.
 
     Raises:
       ValueError: a batch size below 1.
@@ -115,14 +116,14 @@ def resolve_batch_size(
     mesh: Mesh,
     options: SamplerOptions,
 ) -> int:
-    """The caller's batch size, or one that fits the devices of the mesh."""
+    """The caller's batch size, or if that is None, one that fits the devices of the mesh."""
     if batch_size is not None:
         return batch_size
     return fitting(model.network, params, mesh, guided=options.cfg_scale != 1)
 
 
 def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
-    """Samples in a batch over all devices: no more than there are to make, rounded up to fill them.
+    """Samples in a batch over all devices: at most `count`, rounded up to fill the devices.
 
     Raises:
       ValueError: a batch size below 1.
@@ -143,13 +144,13 @@ def in_batches(
     progress: bool,
     done: Container[int] = (),
 ) -> Iterator[tuple[int, Float[np.ndarray, "n h w c"]]]:
-    """Batches of samples as they are made, each after the index of its first.
+    """Yields batches as they are made: the index of the first sample, and the samples.
 
     Args:
       run: the compiled sampler.
       params: the network's, moved to its mesh if they are not there.
-      count, inputs, key, progress: as `run_in_batches` has them.
-      done: first indices of batches to leave out.
+      count, inputs, key, progress: as for `run_in_batches`.
+      done: first indices of the batches to leave out.
     """
     key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
     params = on_mesh(params, run.mesh)
@@ -186,12 +187,12 @@ def on_mesh(params: Any, mesh: Mesh) -> Any:
 
 
 class CompiledBatch:
-    """What samplers of batches of one size share: their noise, and how rows come and go.
+    """The base of compiled samplers: noise, guidance, and moving batches to the devices and back.
 
     Attributes:
       diffusion: the respaced process.
       mesh: the devices.
-      shape: (batch size, h, w, c) of a batch.
+      shape: (batch size, h, w, c), the shape of a batch.
     """
 
     def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
@@ -206,7 +207,7 @@ class CompiledBatch:
         return self.diffusion.num_steps
 
     def _noise(self, keys: Array, *purpose: Int[Array, ""] | int) -> Array:
-        """Standard normal rows, each from its own key and a path of integers."""
+        """Standard normal samples, each from its key with the integers of `purpose` folded in."""
 
         def draw(key: Array) -> Array:
             for number in purpose:
@@ -218,12 +219,15 @@ class CompiledBatch:
     def _compile(
         self, chunk: Callable, *first_noise: int, initial: Callable[[Array], Any] = lambda x: x
     ) -> tuple[Callable, Callable]:
-        """Jitted: a batch's keys and first state, of the noise that is named, and its steps.
+        """Jits the two parts of a run.
 
         Args:
-          chunk: (params, state, keys, …) → the state some steps on, in place of the first.
-          first_noise: path of the first state's noise.
-          initial: the first state of that noise, rows of samples throughout.
+          chunk: (params, state, keys, …) → the state some steps later; the state is donated.
+          *first_noise: the purpose of the noise that a run starts from, as for `_noise`.
+          initial: noise → the first state, whose arrays are sharded over the batch.
+
+        Returns:
+          (key, index of the first sample) → the samples' keys and the first state; and `chunk`.
         """
 
         def begin(key: Array, first: Array) -> tuple[Array, Any]:
@@ -256,7 +260,7 @@ class CompiledBatch:
         )
 
     def _step_settings(self) -> dict[str, Any]:
-        """Keywords of the options' step in `diffusion.samplers`."""
+        """Keyword arguments of the sampler's step in `diffusion.samplers`."""
         eta = {"eta": self._options.eta} if self._options.sampler == "ddim" else {}
         return {"clip": self._options.clip} | eta
 
@@ -307,7 +311,7 @@ class CompiledSampler(CompiledBatch):
         self._run: Callable = self._chunk
 
     def warm_up(self, params: Any) -> None:
-        """Compiles all that a run needs, for parameters of just these dtypes and shardings."""
+        """Compiles all that a run needs, for parameters of exactly these dtypes and shardings."""
         key = jax.random.key(0)
         keys, state = self._start(key, np.int32(0))
         labels = self._place(np.zeros(self.shape[0], np.int32))
@@ -324,7 +328,15 @@ class CompiledSampler(CompiledBatch):
         first_index: int = 0,
         advance: Callable[[int], Any] = lambda steps: None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Samples for up to a batch of labels, the first being sample `first_index` of the key."""
+        """Samples for up to a batch of labels; the first has the noise of sample `first_index`.
+
+        Args:
+          params: the network's.
+          labels: classes, at most a batch of them.
+          key: PRNG key.
+          first_index: index of the first sample under the key.
+          advance: is told how many steps were taken since it was last called.
+        """
         keys, state = self._start(key, np.int32(first_index))
         placed = self._place(labels.astype(np.int32))
         for first in range(0, self.num_steps, CHUNK_STEPS):
@@ -339,5 +351,5 @@ class CompiledSampler(CompiledBatch):
 def compile_sampler(
     model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions
 ) -> CompiledSampler:
-    """The sampler for these settings, kept for the next call."""
+    """The sampler for these settings; the last eight are kept, compiled, for later calls."""
     return CompiledSampler(model, mesh, batch_size, options)

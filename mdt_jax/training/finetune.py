@@ -46,7 +46,7 @@ def initial_parameters(
     shown: dict[str, Any] = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
     if ours.family == "MDT":
         shown["decode_layers"] = ours.decoder_depth
-    found = pretrained.read(config.init_from, **shown)
+    found = pretrained.read_pretrained(config.init_from, **shown)
     before = found.autoencoder
     if before and autoencoder and before != autoencoder:
         raise ValueError(

@@ -174,7 +174,7 @@ class Run:
             return self.trainer.create_state()
         create = self.trainer.create_parameters
         params = initial_parameters(self.config, self.model, create, autoencoder)
-        return self.trainer.start_from(pretrained.place(params, self.abstract.params))
+        return self.trainer.start_from(pretrained.place_parameters(params, self.abstract.params))
 
     def _check_settings(self, meta: dict[str, Any]) -> None:
         """Refuses, with ValueError, to go on with what is another run."""

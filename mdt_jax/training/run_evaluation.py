@@ -143,7 +143,7 @@ def _check_inception(config: ConfigDict) -> None:
             "eval.inception is missing: the folder or file of Inception-v3's weights; get them at "
             f"{inception.URL}, or set eval_every to 0"
         )
-    inception.find(e.inception)
+    inception.find_file(e.inception)
     if not e.reference:
         raise ValueError(
             "eval.reference is missing: an npz in ADM's layout, such as its VIRTUAL_imagenet256_"

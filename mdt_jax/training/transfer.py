@@ -182,7 +182,7 @@ def to_state_dict(
         array = weights.pop(name)
         wanted = None if name.endswith(BUFFER) else dtype or own.get(name)
         ordered[name] = _cast(array, DTYPES.get(wanted, wanted)) if wanted else array
-    return ordered, pretrained.describe(config, meta.get("class_names", ()), step)
+    return ordered, pretrained.file_metadata(config, meta.get("class_names", ()), step)
 
 
 def _find_item(

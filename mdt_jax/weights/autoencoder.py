@@ -32,7 +32,7 @@ from mdt_jax.weights.files import WeightsError
 # latents of "mse" and decode samples with "ema"; their encoders are the same.
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# Beyond these a posterior's log-variance means nothing; its exponential would overflow.
+# A posterior's log-variance is clipped to this range, beyond which its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 MIN_TILE_SIZE = 4
 
@@ -68,13 +68,13 @@ class Autoencoder:
             without one must be of Stable Diffusion's 32 norm groups and scale 0.18215; all else
             shows in them.
           mesh: devices to use; all by default.
-          dtype: of the computation. float32 asks for float32 products, too.
+          dtype: the type of the computation. float32 asks for float32 products, too.
 
         Raises:
           WeightsError: nothing there, or not an autoencoder's; one line says what and where.
         """
         weights_file, config = _find(source)
-        weights = weight_files.read(weights_file)
+        weights = weight_files.read_weights(weights_file)
         settings = _settings(weights, config)
         try:
             params = from_torch(weights, settings)
@@ -94,7 +94,7 @@ class Autoencoder:
     def encode(
         self, images: Float[Array | np.ndarray, "n h w c"], batch_size: int = 16
     ) -> tuple[Float32[np.ndarray, "n hl wl cl"], Float32[np.ndarray, "n hl wl cl"]]:
-        """The posterior of images' latents, not scaled: mean and standard deviation.
+        """Mean and standard deviation of the posterior of images' latents, not scaled.
 
         Args:
           images: in [−1, 1], sides multiples of `module.downsampling`.
@@ -117,7 +117,7 @@ class Autoencoder:
         batch_size: int = 16,
         tile_size: int | None = None,
     ) -> Float32[np.ndarray, "n h w c"]:
-        """Images, in about [−1, 1], of latents as a diffusion model gives them: / scale + shift.
+        """Images, in about [−1, 1], of a diffusion model's latents, decoded from z / scale + shift.
 
         Args:
           latents: scaled.
@@ -128,7 +128,7 @@ class Autoencoder:
             can drift from tile to tile. 64, the size the weights were trained at, or more is wise.
 
         Raises:
-          ValueError: latents of other channels, or too small a tile.
+          ValueError: latents with another number of channels, or a tile that is too small.
         """
         if latents.shape[-1] != self.module.latent_channels:
             raise ValueError(
@@ -148,9 +148,9 @@ class Autoencoder:
         batch_size: int = 16,
         tile_size: int | None = None,
     ) -> Float32[np.ndarray, "n h w c"]:
-        """As `decode`, where the last of many batches is smaller than the others.
+        """Decodes one of many batches, the last of which may be smaller than the others.
 
-        It is padded, so that it runs the program that is compiled for the others.
+        The smaller one is padded, so that it runs the program that is compiled for the others.
 
         Args:
           latents: scaled, at most `size`.
@@ -185,9 +185,9 @@ class Autoencoder:
     def _run(
         self, method: Callable, inputs: Any, batch_size: int
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-        """Batches of what a method gives, each with the index of its first row.
+        """Runs a method batch by batch; yields the index of a batch's first row, and its outputs.
 
-        The next batch is computed while the caller has the one before.
+        The next batch is computed while the caller works on the one before.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is below 1")
@@ -241,7 +241,7 @@ class Autoencoder:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(method: Callable, module: AutoencoderKL, mesh: Mesh) -> Callable:
-    """The jitted method, kept for the next call, which compiles only for another shape."""
+    """The jitted method; it is kept, so that a later call compiles only for another shape."""
     return jax.jit(functools.partial(method, module), out_shardings=sharding.batch_sharding(mesh))
 
 
@@ -256,10 +256,10 @@ def _decode(module: AutoencoderKL, params: Any, latents: Array) -> tuple[Array]:
 
 
 def _tiles(side: int, tile: int, factor: int) -> list[tuple[int, np.ndarray]]:
-    """Where tiles start along a side of latents, and the weights of each one's pixels.
+    """For each tile along a side of latents: where it starts, and the weights of its pixels.
 
-    Neighbours overlap by a quarter of a tile, the last two by what is left, and hand over linearly.
-    The weights of all tiles sum to 1 at every pixel; a tile that is alone has 1 everywhere.
+    Neighbours overlap by a quarter of a tile, the last two by the rest of the side, and their
+    weights change linearly across the overlap. The weights of all tiles sum to 1 at every pixel.
     """
     tile = min(tile, side)
     overlap = tile // 4

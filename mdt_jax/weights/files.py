@@ -22,8 +22,8 @@ from mdt_jax.atomic import is_full_disk, whole_path
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
-# Where training scripts put a model inside their files, best first: DiT saves model and EMA side by
-# side and samples from the EMA; CompVis and Lightning say state_dict.
+# Names under which training scripts keep a model in their files, best first: DiT saves model and
+# EMA side by side and samples from the EMA; CompVis and Lightning use state_dict.
 NESTS = ("ema", "model", "state_dict")
 
 
@@ -41,7 +41,7 @@ class WeightFile(Mapping[str, np.ndarray]):
     Attributes:
       path: the file.
       metadata: text that a .safetensors file carries about itself.
-      nest: under which of `NESTS` the arrays were found, "" if the file holds nothing else.
+      nest: the name of `NESTS` under which the arrays were found, "" if they are the whole file.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ def fetch(source: str | Path) -> Path:
     HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured.
 
     Raises:
-      WeightsError: no such file, or a hub that cannot be reached: which file to fetch by hand.
+      WeightsError: no such file, or a hub that cannot be reached; says which file to fetch by hand.
     """
     text = str(source)
     if text.startswith("hf://"):
@@ -100,8 +100,8 @@ def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
     """The config.json of diffusers' beside a file of weights, {} if there is none.
 
     Args:
-      source: as `fetch` was given it.
-      path: what `fetch` returned.
+      source: the source that `fetch` was given.
+      path: the path that `fetch` returned.
 
     Raises:
       WeightsError: it is not JSON, or the hub that may have one cannot be reached.
@@ -132,7 +132,7 @@ def _fetch_from_hub(source: str) -> Path:
         raise WeightsError(f"{source} is not of the form hf://OWNER/REPO/FILE")
     logger = logging.getLogger("huggingface_hub.utils._http")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it would tell of every retry
+    logger.setLevel(logging.ERROR)  # it logs every retry
     try:
         return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
     except errors.EntryNotFoundError as error:
@@ -144,7 +144,7 @@ def _fetch_from_hub(source: str) -> Path:
         raise WeightsError(
             f"{source}: the hub has no {owner}/{repo}, or HF_TOKEN gives no access to it"
         ) from error
-    except Exception as error:  # no network has many faces, of the HTTP library's own
+    except Exception as error:  # without a network, one of the HTTP library's many errors
         cause = f"cannot be fetched ({type(error).__name__})"
     finally:
         logger.setLevel(level)
@@ -154,15 +154,15 @@ def _fetch_from_hub(source: str) -> Path:
     )
 
 
-def read(source: str | Path, nest: str | None = None) -> WeightFile:
-    """The arrays of a file by name, without reading them yet.
+def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
+    """The arrays of a file by name; each is read when it is asked for.
 
-    `module.` and `_orig_mod.` prefixes (of DistributedDataParallel and torch.compile) are taken off
-    the names.
+    The prefixes of DistributedDataParallel and torch.compile, `module.` and `_orig_mod.`, are taken
+    off the names.
 
     Args:
       source: a path or hf://OWNER/REPO/FILE.
-      nest: which of a training file's parts to take; the first there is of `NESTS` by default.
+      nest: which of a training file's parts to take; by default the first of `NESTS` it has.
 
     Raises:
       WeightsError: not there, truncated, or it holds no arrays.
@@ -207,7 +207,7 @@ def plain_name(name: str) -> str:
 
 
 def _plain_names(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """The file's names by the plain ones."""
+    """Each plain name with the file's own."""
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(plain_name(name), name)) != name:
@@ -216,7 +216,7 @@ def _plain_names(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def read_object(source: str | Path) -> Any:
-    """What a pickle holds, its tensors as memory-mapped arrays: an optimiser's state, say.
+    """The object in a pickle, such as an optimiser's state, with tensors as memory-mapped arrays.
 
     Raises:
       WeightsError: it is not a pickle, is truncated, or could run code.
@@ -257,7 +257,7 @@ def _unpickle(path: Path) -> Any:
                 f"code of its own{_named_global(error)}. Save its state_dict() alone, or as "
                 ".safetensors"
             ) from error
-        except Exception as error:  # what garbled bytes make of an unpickler
+        except Exception as error:  # garbled bytes can raise anything in an unpickler
             if "TorchScript" in str(error):
                 raise WeightsError(
                     f"{path} is a TorchScript program, not weights by name; save its state_dict()"
@@ -269,9 +269,10 @@ def _unpickle(path: Path) -> Any:
 
 
 def check_ending(path: str | Path) -> Path:
-    """The path of a file to be written.
+    """The path of a file to be written, if its ending is of a known format.
 
-    Raises WeightsError for an ending of no known format, or one that needs a missing PyTorch.
+    Raises:
+      WeightsError: an unknown ending, or one that needs PyTorch where it is not installed.
     """
     path = Path(path)
     if path.suffix not in (*PICKLES, SAFETENSORS):
@@ -281,14 +282,14 @@ def check_ending(path: str | Path) -> Path:
     return path
 
 
-def write(
+def write_weights(
     path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes arrays as .safetensors or as a PyTorch state dict, whole or not at all.
 
     Args:
-      path: what it ends in says which.
-      arrays: by name, in the order they are written.
+      path: the file; its ending says which format.
+      arrays: the arrays by name, in the order they are written.
       metadata: text kept in a .safetensors file; a state dict has no place for it.
 
     Raises:
@@ -300,7 +301,7 @@ def write(
             if path.suffix == SAFETENSORS:
                 from safetensors.numpy import save_file
 
-                # It writes memory as it lies, a transposed array's too.
+                # It writes memory as it lies, that of a transposed array too.
                 ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
                 save_file(ordered, aside, dict(metadata or {}))
             else:
@@ -373,7 +374,7 @@ def _import_torch(path: Path) -> Any:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    """A view of a CPU tensor's memory."""
+    """A CPU tensor as an array that shares its memory."""
     import torch
 
     tensor = tensor.detach()
@@ -392,7 +393,7 @@ def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
     array = np.asarray(array, order="C")
-    if not array.flags.writeable:  # PyTorch warns of those, though nothing here writes to them
+    if not array.flags.writeable:  # PyTorch warns of these, though nothing here writes to them
         array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

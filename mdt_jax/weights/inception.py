@@ -14,31 +14,31 @@ from mdt_jax.models.inception import InceptionV3
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 
-FILE = "inception.safetensors"  # what `save` writes into a folder
+INCEPTION_FILE = "inception.safetensors"  # the file that `save_parameters` writes into a folder
 TORCH_FILE = "pt_inception-2015-12-05-6726825d.pth"
 GRAPH_FILE = "classify_image_graph_def.pb"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{TORCH_FILE}"
 GRAPH = ".pb"
-_METADATA = "mdt_jax.inception"  # under which our own file says what it was made from
+_METADATA = "mdt_jax.inception"  # the metadata key of the file that ours was made from
 
 
-def load(source: str | Path) -> tuple[InceptionV3, dict[str, Any]]:
+def load_network(source: str | Path) -> tuple[InceptionV3, dict[str, Any]]:
     """The network and its parameters, float32 arrays in this machine's memory.
 
     Args:
-      source: a folder with `FILE`, or else `TORCH_FILE`, `GRAPH_FILE` or one file of another name;
-        or such a file: .pth, .pt, .safetensors (ours, or PyTorch's names), .pb; or
+      source: a folder with `INCEPTION_FILE`, or else `TORCH_FILE`, `GRAPH_FILE` or one file of
+        another name; or such a file: .pth, .pt, .safetensors (ours, or PyTorch's names), .pb; or
         hf://OWNER/REPO/FILE.
 
     Raises:
       WeightsError: nothing there, with where to get it; a file that is damaged, or not these
         weights. One line says what and where.
     """
-    return InceptionV3(), read(source)
+    return InceptionV3(), read_parameters(source)
 
 
-def read(source: str | Path) -> dict[str, Any]:
-    """The parameters alone; arguments and errors as `load`'s."""
+def read_parameters(source: str | Path) -> dict[str, Any]:
+    """The parameters alone; arguments and errors as `load_network`'s."""
     path, arrays = open_arrays(source)
     convert = from_torch
     if path.suffix == GRAPH:
@@ -52,39 +52,39 @@ def read(source: str | Path) -> dict[str, Any]:
 
 
 def open_arrays(source: str | Path) -> tuple[Path, Mapping[str, np.ndarray]]:
-    """The file that a source names, and what it holds: weights, or a graph's float32 constants."""
-    path = find(source)
-    return path, _constants(path) if path.suffix == GRAPH else weight_files.read(path)
+    """The file that a source names, and its arrays: weights, or a graph's float32 constants."""
+    path = find_file(source)
+    return path, _constants(path) if path.suffix == GRAPH else weight_files.read_weights(path)
 
 
-def save(folder: str | Path, params: dict[str, Any], source: str | Path) -> Path:
-    """Writes parameters into `FILE` of a folder, for `load`; returns the file's path.
+def save_parameters(folder: str | Path, params: dict[str, Any], source: str | Path) -> Path:
+    """Writes a folder's `INCEPTION_FILE`, which `load_network` reads; returns the file's path.
 
     Args:
-      folder: made if it is not there.
+      folder: the folder; made if it is not there.
       params: the tree.
-      source: what they were made from; its name is kept in the file.
+      source: the file they were made from; its name is kept in the new one.
 
     Raises:
       WeightsError: the file could not be written.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / INCEPTION_FILE
     flat = {name: np.asarray(leaf) for name, leaf in trees.flatten(params)}
-    weight_files.write(path, flat, {_METADATA: Path(source).name})
+    weight_files.write_weights(path, flat, {_METADATA: Path(source).name})
     return path
 
 
-def holds(source: str | Path) -> bool:
+def holds_inception(source: str | Path) -> bool:
     """Whether a source, a file or a folder, is meant to be an Inception-v3's weights."""
     path = Path(source)
     if path.is_dir():
-        return (path / FILE).is_file()
-    if path.suffix == GRAPH or path.name in (FILE, TORCH_FILE):
+        return (path / INCEPTION_FILE).is_file()
+    if path.suffix == GRAPH or path.name in (INCEPTION_FILE, TORCH_FILE):
         return True
-    return weight_files.is_weight_file(source) and is_inception(weight_files.read(source))
+    return weight_files.is_weight_file(source) and is_inception(weight_files.read_weights(source))
 
 
-def find(source: str | Path) -> Path:
+def find_file(source: str | Path) -> Path:
     """The file of weights that a source names.
 
     Raises:
@@ -102,9 +102,9 @@ def find(source: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(f"no Inception weights at {path}: no such file or folder; {_advice()}")
-    named = [path / name for name in (FILE, TORCH_FILE, GRAPH_FILE) if (path / name).is_file()]
-    if named:
-        return named[0]
+    for name in (INCEPTION_FILE, TORCH_FILE, GRAPH_FILE):
+        if (path / name).is_file():
+            return path / name
     files = sorted(_weight_files(path.iterdir()))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)

@@ -30,21 +30,21 @@ from mdt_jax.models.positions import sincos_position_table
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightFile, WeightsError
 
-METADATA = "mdt_jax"  # under which our own .safetensors files say what they are
+METADATA = "mdt_jax"  # the metadata key under which our .safetensors files describe themselves
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights, what network they are of, and how it is trained and sampled.
+    """Weights, with their network's architecture, and how it is trained and sampled.
 
     Attributes:
-      source: where they come from, for messages.
-      architecture: of the network.
+      source: where the weights come from, for messages.
+      architecture: the network's sizes.
       config: a run's config with the family's recipe, or the run's own.
       params: parameter tree of `LazyArray`s in the source's dtypes.
-      step: training steps behind them, 0 if not known.
-      class_names: empty if not known.
-      dtypes: of every weight by the authors' name, if they are not all of one type.
+      step: training steps behind the weights, 0 if not known.
+      class_names: names of the classes, empty if not known.
+      dtypes: each weight's type by the authors' name of it; empty if all have one type.
       autoencoder: digest of the encoder whose latents a run was trained on, None if not known.
     """
 
@@ -58,13 +58,13 @@ class Pretrained:
     autoencoder: str | None = None
 
 
-def read(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
-    """The weights of a source; arrays are read when they are asked for.
+def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
+    """The weights of a source; each array is read when it is asked for.
 
     Args:
       source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
       nest: which part of a training file to take ("ema", "model"); the EMA, if it has one.
-      **hints: what a PyTorch file does not show, `open_weights`'s.
+      **hints: sizes that a PyTorch file does not show, as for `open_weights`.
 
     Raises:
       WeightsError, UnknownWeights: a file that is not there, damaged or of no model known here.
@@ -112,20 +112,20 @@ def open_weights(
     num_classes: int | None = None,
     input_size: int | None = None,
 ) -> tuple[WeightFile, Architecture]:
-    """A file's weights under the authors' names, and the architecture they show.
+    """A file's weights under the authors' names, and the architecture read off them.
 
     Args:
-      source, nest: as for `read`.
+      source, nest: as for `read_pretrained`.
       decode_layers: an MDT v1's decoder depth, 2 if None.
-      num_heads: of a DiT; by the known widths if None.
-      num_classes: settles what the last row of the label table is (`identify`).
+      num_heads: heads of a DiT; by the known widths if None.
+      num_classes: settles whether the last row of the label table is a class (`identify`).
       input_size: side of the latents of diffusers' DiT, which does not store its positions; by
         config.json if None, or else 32.
 
     Raises:
-      WeightsError, UnknownWeights: as for `read`.
+      WeightsError, UnknownWeights: as for `read_pretrained`.
     """
-    weights = weight_files.read(source, nest)
+    weights = weight_files.read_weights(source, nest)
     try:
         if diffusers_dit.MARK in weights:
             beside = weight_files.json_beside(source, weights.path)
@@ -135,7 +135,7 @@ def open_weights(
             weights = _from_diffusers(weights, size or 32)
             num_heads = _number(beside, "num_attention_heads", num_heads)
         own = _own_description(weights)
-        if own:  # of our own making: says what shapes do not
+        if own:  # our own file says what shapes do not
             known = Architecture(**own["architecture"])
             decode_layers, num_heads = known.decoder_depth or None, known.num_heads
             num_classes = known.num_classes
@@ -153,8 +153,8 @@ def open_weights(
     return weights, architecture
 
 
-def describe(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[str, str]:
-    """What a .safetensors file of ours says about itself, for `read` to find."""
+def file_metadata(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[str, str]:
+    """The metadata with which a .safetensors file of ours describes itself to `read_pretrained`."""
     architecture = architecture_of(config_lib.create_network(config))
     described = {
         "architecture": dataclasses.asdict(architecture),
@@ -166,7 +166,7 @@ def describe(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[
 
 
 def _own_description(weights: WeightFile) -> dict[str, Any] | None:
-    """What `describe` wrote, None in a file of others."""
+    """The description that `file_metadata` made, None in a file of others."""
     if METADATA not in weights.metadata:
         return None
     try:
@@ -186,7 +186,7 @@ def _own_description(weights: WeightFile) -> dict[str, Any] | None:
 
 
 def _number(settings: Mapping[str, Any], key: str, given: int | None) -> int | None:
-    """A number of a config.json, which goes before what the caller gave."""
+    """A number from a config.json, or the caller's where it has none."""
     value = settings.get(key)
     if value is None:
         return given
@@ -222,7 +222,10 @@ def parameter_tree(weights: Mapping[str, np.ndarray], architecture: Architecture
 
 
 def _mixed_dtypes(weights: WeightFile, architecture: Architecture) -> dict[str, str]:
-    """Types by name, empty if all are the same: a stack of layers can have but one."""
+    """Types by name, empty if all are the same.
+
+    Stacked layers have one type, so that those of a mixed file are known from here alone.
+    """
     names = [name for name in parameter_shapes(architecture) if name in weights]
     dtypes = {name: weights.dtypes[name].name for name in names}
     return dtypes if len(set(dtypes.values())) > 1 else {}
@@ -253,7 +256,7 @@ def architecture_of(model: LatentTransformer) -> Architecture:
 
 
 def create_config(architecture: Architecture) -> ConfigDict:
-    """A run's config for an architecture: its authors' recipe, and how its samples are drawn."""
+    """A run's config for an architecture, with the authors' recipe and settings of sampling."""
     a = architecture
     config = config_lib.default_config()
     if a.name == a.family:
@@ -281,11 +284,11 @@ def create_config(architecture: Architecture) -> ConfigDict:
     return config
 
 
-def place(params: Any, abstract: Any) -> Any:
-    """Arrays on their devices, one leaf at a time, in the dtypes and shardings of `abstract`.
+def place_parameters(params: Any, abstract: Any) -> Any:
+    """Puts arrays on devices one at a time, in the dtypes and shardings of `abstract`.
 
     Raises:
-      ValueError: another structure or shape.
+      ValueError: the two trees differ in structure or shapes.
     """
 
     def put(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -298,7 +301,7 @@ def place(params: Any, abstract: Any) -> Any:
 
 
 def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
-    """diffusers' DiT under DiT's own names, with the position table that it does not store."""
+    """diffusers' DiT under DiT's own names, with the position table, which is not stored."""
     depth = diffusers_dit.depth(weights)
     sources = diffusers_dit.sources(depth)
     copies = diffusers_dit.copies(depth)
