@@ -48,6 +48,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdt_jax import sampling
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
+from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
 
 # The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,
