@@ -77,3 +77,12 @@ def test_the_readmes_map_is_the_tree_in_the_floors_order():
     for entry, text in rows.items():
         modules = {p.name for p in (PACKAGE / entry).glob("*.py")} - {"__init__.py"}
         assert {name for name in modules if name not in text} == set(), entry
+
+
+def test_the_training_loop_is_seen_whole():
+    (loop,) = (
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "train.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "_train"
+    )
+    assert loop.end_lineno - loop.lineno < 45

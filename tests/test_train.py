@@ -26,6 +26,7 @@ from mdt_jax.config import default_config, to_json
 from mdt_jax.parallel import distributed
 from mdt_jax.sampling import images
 from mdt_jax.training import checks, metrics, run_evaluation
+from mdt_jax.training.actions import tolerate_full_disk
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "mdt_jax.train"]
@@ -216,9 +217,9 @@ def compiled_after_first_step(patch, config, workdir):
     heard, first_step = [], []
     add = train.StepLog.add
 
-    def mark(log, step, values):
+    def mark(log, step, *metrics):
         first_step.append(step)
-        add(log, step, values)
+        add(log, step, *metrics)
 
     def listen(event, duration, fun_name="?", **_):
         if first_step and "backend_compile" in event:
@@ -294,18 +295,20 @@ def test_judgements_are_lines_that_say_by_what_and_of_how_many(finished):
 
 
 class Judge(run_evaluation.RunEvaluator):
-    """In the place of `RunEvaluator`; gives up at the steps in `stopped`, once each."""
+    """In the place of `RunEvaluator`; is asked to stop at the steps in `stopped`, once each."""
 
     stopped: list = []
 
     def __init__(self, run, source):
-        self.due = functools.partial(run_evaluation.is_due, run.config)
+        pass
 
     def compile(self):
         pass
 
     def judge(self, state, should_stop):
         if (step := int(state.step)) in self.stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(should_stop)
             return self.stopped.remove(step)
         return run_evaluation.Judgement(
             {"eval_fid": 1 / step, "eval_samples": 8.0, "eval_seconds": 0.0}, "judge"
@@ -394,11 +397,11 @@ def before_step(monkeypatch, actions):
     """Calls what `actions` has for a step once its metrics are there, and waits a moment."""
     add = train.StepLog.add
 
-    def act(log, step, values):
+    def act(log, step, *metrics):
         if step in actions:
             actions[step]()
             time.sleep(1)
-        add(log, step, values)
+        add(log, step, *metrics)
 
     monkeypatch.setattr(train.StepLog, "add", act)
 
@@ -462,7 +465,7 @@ def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monke
     with contextlib.ExitStack() as stack:
         if ends:
             stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
-        with train._tolerating_a_full_disk():
+        with tolerate_full_disk():
             raise checkpoints.SaveError("no space left")
     assert ("training goes on" in caplog.text) != ends
 
@@ -685,7 +688,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
 def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda device_kind, dtype: 1e12)
     run = train.Run(finished.config, tmp_path)
-    log = train.StepLog(run, 3, metrics.Window(), checkpoints.Checkpoints(tmp_path))
+    log = train.StepLog(run, 3, checkpoints.Checkpoints(tmp_path))
     log.add(4, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
     log.settle()
     log.close()

@@ -93,6 +93,11 @@ class Stop:
             logging.info("stopping: %s", self._reason())
         return agreed
 
+    @property
+    def stopping(self) -> bool:
+        """The last answer of `requested`, the same on all processes; asks nothing."""
+        return self._agreed
+
     def _reason(self) -> str:
         return self._said or "SIGTERM, SIGUSR1 or --max_hours, on a process of this job"
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jaxtyping import PyTree
+
+from mdt_jax.training.step import TrainState
+from mdt_jax.training.step_log import StepLog
 
 
 class StepProfiler:
@@ -34,18 +36,21 @@ class StepProfiler:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def ends(self, number: int) -> bool:
-        """Whether the trace is to be written after this step."""
-        return self._tracing and number == self._last
+    def due(self, step: int) -> bool:
+        """Whether the trace is written after this step."""
+        return self._tracing and step == self._last
 
-    def write(self, values: PyTree) -> None:
-        """Ends the trace once `values`, of the last step, are there, and writes it."""
-        jax.block_until_ready(values)
-        self._tracing = False
-        jax.profiler.stop_trace()
-        logging.info("traced steps %d to %d: %s", self._first, self._last, self._folder)
+    def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
+        """Ends the trace once the step's metrics are there, and writes it."""
+        with log.paused():
+            self._write()
 
     def close(self) -> None:
         """Writes the trace of a run that ends among its steps."""
         if self._tracing:
-            self.write(())
+            self._write()
+
+    def _write(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+        logging.info("traced steps %d to %d: %s", self._first, self._last, self._folder)

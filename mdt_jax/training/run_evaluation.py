@@ -220,10 +220,6 @@ class RunEvaluator:
         black = np.zeros((len(mine), *self._shape), np.uint8)
         evaluator.describe(_Share(black, mine, count, None), self._extractor, batch_size=BATCH_SIZE)
 
-    def due(self, step: int) -> bool:
-        """Whether samples are judged after a step."""
-        return is_due(self._run.config, step)
-
     def judge(
         self, state: TrainState, should_stop: Callable[[], bool] = lambda: False
     ) -> Judgement | None:

@@ -1,25 +1,19 @@
-"""What a run shows of itself between its steps: metrics, judgements and grids of samples."""
+"""The log of a run's steps: means of their metrics, the run's clock, and the check for NaN."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from mdt_jax import sampling
 from mdt_jax.checkpoints import Checkpoints, SaveError
-from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import device_memory, mfu
-from mdt_jax.parallel.preemption import Stop
-from mdt_jax.sampling import images
 from mdt_jax.training import metrics
 from mdt_jax.training.run import Run
-from mdt_jax.training.run_evaluation import RunEvaluator
-from mdt_jax.training.step import TrainState
 
 
 class NonFiniteLoss(RuntimeError):
@@ -29,68 +23,87 @@ class NonFiniteLoss(RuntimeError):
 class StepLog:
     """Takes each step's metrics one step late, so that the devices never wait for the host.
 
-    Keeps the means since the last log line, writes them, and stops the run at a loss or gradient
-    norm that is not finite.
+    Keeps the means since the last log line, writes them every `config.log_every` steps, and stops
+    the run at a loss or gradient norm that is not finite.
 
     Attributes:
       watch: seconds of the training loop over all its resumptions: waiting for data, the steps and
-        their logging. To be paused for all else, once what was handed over is settled.
-      times: of single steps; the loop tells it when it waits for data.
-      skipped_images: bad images that others took the place of, in this process since its start.
+        their logging. `paused` stops it for all other work.
+      times: seconds of single steps; the loop tells it when it waits for data.
     """
 
     def __init__(
         self,
         run: Run,
         first_step: int,
-        window: metrics.Window,
         store: Checkpoints,
-        train_seconds: float = 0.0,
+        saved: Mapping[str, Any] | None = None,
         compile_seconds: float | None = None,
     ):
-        """compile_seconds: what the first line says that compiling took."""
+        """Opens the run's metrics, and starts the clock.
+
+        Args:
+          run: the run.
+          first_step: steps done before.
+          store: the run's checkpoints, for the message about a loss that is not finite.
+          saved: `state()` as the checkpoint of the first step has it; None or empty for a fresh
+            run.
+          compile_seconds: how long compiling took, for the first line.
+        """
+        saved = saved or {}
         c = run.config
-        self._run, self._window, self._store = run, window, store
+        self._run, self._store = run, store
+        self._window = metrics.Window.from_state(saved["window"]) if saved else metrics.Window()
         self._writer = metrics.MetricsWriter(
             run.workdir, resume_step=first_step, total_steps=c.num_steps
         )
         self._progress = metrics.Progress(c.num_steps, first_step=first_step)
         self._pending: tuple[int, Any] | None = None
-        self.watch = metrics.Stopwatch(train_seconds)
-        self._since, self._logged_step = train_seconds, first_step
+        self.watch = metrics.Stopwatch(saved.get("train_seconds", 0.0))
+        self._since, self._logged_step = saved.get("train_seconds", 0.0), first_step
         self.times = metrics.StepTimes(self.watch)
         self._once = {} if compile_seconds is None else {"compile_seconds": compile_seconds}
-        self.skipped_images = 0
+        self._skipped_images = 0
 
-    def add(self, step: int, values: Any) -> None:
-        """Hands over a step's metrics, still on their way, and takes the step before's."""
+    def add(self, step: int, values: Any, skipped_images: int = 0) -> None:
+        """Hands over a step's metrics, still on their way, and takes those of the step before.
+
+        Args:
+          step: steps done.
+          values: the step's metrics, arrays on the devices.
+          skipped_images: bad images that others took the place of, in this process since its start.
+        """
+        self._skipped_images = skipped_images
         pending, self._pending = self._pending, (step, values)
         self._take(pending)
 
     def settle(self) -> None:
-        """Waits for the metrics of the last step handed over."""
+        """Waits for the metrics of the last step handed over, and takes them."""
         pending, self._pending = self._pending, None
         self._take(pending)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settles, and stops the clock while the context is open: for work that is not training.
+
+        Raises:
+          NonFiniteLoss: the loss or gradient norm of the last step is not finite.
+        """
+        self.settle()
+        with self.watch.paused():
+            yield
+
+    def state(self) -> dict[str, Any]:
+        """The window of means and the clock, as JSON: what a checkpoint keeps of the log."""
+        return {"window": self._window.state(), "train_seconds": self.watch.seconds}
+
+    def write(self, step: int, line: Mapping[str, float], texts: Mapping[str, str]) -> None:
+        """Writes a line of its own, beside those of the steps, with the clock's seconds."""
+        self._writer.write(step, dict(line) | {"train_seconds": self.watch.seconds}, texts)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Puts a picture into the TensorBoard events."""
         self._writer.image(step, name, image)
-
-    def judge(self, step: int, evaluator: RunEvaluator, state: TrainState, stop: Stop) -> bool:
-        """Has a step's samples judged and writes what came of it, as a line of its own.
-
-        Returns whether it came to an end before the run was asked to stop.
-        """
-        self.settle()
-        with self.watch.paused():
-            found = evaluator.judge(state, stop.requested)
-            if found is None:
-                return False
-            line = found.metrics | {"train_seconds": self.watch.seconds}
-            self._writer.write(step, line, {"evaluator": found.evaluator})
-        if jax.process_index() == 0:
-            logging.info("step %d: %s", step, found.describe())
-        return True
 
     def close(self) -> None:
         """Closes the files and the bar."""
@@ -134,7 +147,7 @@ class StepLog:
         self._once = {}
         line["train_seconds"] = now
         if run.config.data.on_bad_image == "skip":
-            line["skipped_images"] = self.skipped_images
+            line["skipped_images"] = self._skipped_images
         device = run.mesh.devices.flat[0].device_kind
         dtype = np.dtype(run.model.dtype).name
         used = mfu(run.step_flops(), seconds, run.mesh.size, device, dtype)
@@ -142,37 +155,3 @@ class StepLog:
             line["mfu"] = used
         self._writer.write(step, line)
         self._progress.log(step, loss=line["loss"], images_per_second=line["images_per_second"])
-
-
-class GridSampler:
-    """Draws a grid of EMA samples every so often; compiled before training starts."""
-
-    def __init__(self, run: Run, class_names: tuple[str, ...]):
-        c = run.config
-        self._run = run
-        self._model = sampling.DiffusionModel.from_config(c, class_names)
-        shards = sharding.batch_shards(run.mesh)
-        size = -(-c.sample.num_samples // shards) * shards
-        self._options = sampling.resolve_options(self._model)
-        self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
-        self._sampler.warm_up(run.abstract.ema[run.rates[0]])
-
-    def draw(self, state: TrainState, step: int) -> np.ndarray | None:
-        """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
-        run, o = self._run, self._options
-        labels = np.resize(np.arange(max(run.model.num_classes, 1)), run.config.sample.num_samples)
-        samples = self._sampler(
-            state.ema[run.rates[0]], labels.astype(np.int32), jax.random.key(run.config.seed)
-        )
-        if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
-            return None
-        grid = images.image_grid(images.to_uint8(samples))
-        metadata = images.provenance(
-            model=run.config.model.name,
-            step=step,
-            seed=run.config.seed,
-            labels=labels.tolist(),
-            **vars(o),
-        )
-        images.save_png(run.workdir / "samples" / f"{step:08d}.png", grid, metadata)
-        return grid
