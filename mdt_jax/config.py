@@ -156,7 +156,7 @@ def apply_recipe(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def resolve_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
+def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
     """The config with as many classes as there are names.
 
     Without any the model is unconditional, and has no label dropout.

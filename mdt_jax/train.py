@@ -27,7 +27,7 @@ from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import ending_together, initialize_distributed
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, run_evaluation
-from mdt_jax.training.actions import CheckpointSaver, GridSampler, Judge
+from mdt_jax.training.actions import CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
@@ -52,12 +52,12 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
       NonFiniteLoss: the loss or the gradient norm stopped being finite.
     """
     with Stop(max_hours) as stop:
-        config = checks.count_classes(config)
+        config = checks.with_classes_of_data(config)
         run = Run(config, workdir)
         source = create_source(config.data)
-        checks.check_source(config, source)
-        checks.check_processes(config, source)
-        run_evaluation.check(config, source)
+        checks.check_data(config, source)
+        checks.check_processes_agree(config, source)
+        run_evaluation.check_evaluation(config, source)
         logging.info("%s", "\n" + run.describe())
         logging.info("data           %s", source.describe())
         logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
@@ -120,9 +120,9 @@ def _restore(
       before its samples were judged.
     """
     state, meta = run.restore(store, checks.autoencoder_digest(source))
-    checks.check_same(meta, source, run.workdir)
+    checks.check_data_unchanged(meta, source, run.workdir)
     step = int(state.step)
-    owed = run_evaluation.is_owed(run.config, run.workdir, step)
+    owed = run_evaluation.judgement_is_owed(run.config, run.workdir, step)
     if 0 < step < run.config.num_steps or owed:
         logging.info("resuming %s from step %d", run.workdir, step)
     return state, meta, owed
@@ -130,7 +130,7 @@ def _restore(
 
 def _prepare(
     run: Run, source: Source, stop: Stop
-) -> tuple[dict[int | None, Callable], GridSampler | None, Judge | None, float]:
+) -> tuple[dict[int | None, Callable], GridSampler | None, SampleJudge | None, float]:
     """Writes the run's config, and compiles all that it needs before its first step.
 
     Returns:
@@ -150,7 +150,7 @@ def _prepare(
         steps = compiling.result()
     seconds = time.perf_counter() - began
     logging.info("compiled in %.1f s", seconds)
-    return steps, grids, Judge(run, evaluator, stop) if evaluator else None, seconds
+    return steps, grids, SampleJudge(run, evaluator, stop) if evaluator else None, seconds
 
 
 def _write_config(run: Run) -> None:
@@ -190,17 +190,17 @@ def _batches(
 def dry_run(config: ConfigDict) -> str:
     """What `--dry_run` prints: the run, and its data if they are there."""
     with contextlib.suppress(FileNotFoundError, ValueError):  # told of below
-        config = checks.count_classes(config)
+        config = checks.with_classes_of_data(config)
     if config.model.num_classes == -1:
-        config = config_lib.resolve_classes(config, ())
+        config = config_lib.with_classes(config, ())
     run = Run(config, "")
     try:
         source = create_source(config.data)
     except (FileNotFoundError, ValueError) as error:  # the latter without a data.path
         data = f"not there: {error}"
     else:
-        checks.check_source(config, source)
-        run_evaluation.check(config, source)
+        checks.check_data(config, source)
+        run_evaluation.check_evaluation(config, source)
         steps = len(source) / config.batch_size
         data = f"{source.describe()}, {steps:,.1f} steps an epoch"
     return f"{run.describe()}\ndata           {data}"
@@ -228,7 +228,7 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
         train(config, workdir, flags.FLAGS.max_hours)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_config_flags(argv: list[str]) -> list[str]:
     """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag in ("--config", "-config") or flag.startswith("--config="):
@@ -254,4 +254,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
     flags.DEFINE_float("max_hours", None, "Save and end after so many hours.")
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse_config_flags)

@@ -18,9 +18,9 @@ from mdt_jax.diffusion import (
     bits_per_dimension,
     ddim_encode,
     guided,
+    initial_state,
     run_steps,
     sample_steps,
-    start,
 )
 from mdt_jax.diffusion.gaussian import discretized_gaussian_log_likelihood
 from mdt_jax.diffusion.guidance import combine, power_cosine_scale
@@ -291,9 +291,9 @@ def test_samples_do_not_depend_on_chunks(sampler, options):
         return run_steps(sampler, diffusion, fn, state, noise_fn, first, last, **options)
 
     noise = normal(5, 2, 16, 16, 4)
-    whole = run(start(noise), 0, 50)
+    whole = run(initial_state(noise), 0, 50)
     for chunk in (7, 25, 1):
-        state = start(noise)
+        state = initial_state(noise)
         for first in range(0, 50, chunk):
             state = run(state, first, min(first + chunk, 50))
         assert np.array_equal(state.x, whole.x), chunk

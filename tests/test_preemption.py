@@ -78,7 +78,7 @@ def play():
             if step == 5 and me == 1 and scene == "failure":
                 raise OSError("image 17 cannot be read")
             if step % 50 == 0:
-                distributed.gather("step", step)  # neither runs far ahead
+                distributed.gather_json("step", step)  # neither runs far ahead
             if stop.requested():
                 print("stopped at", step, flush=True)
                 return

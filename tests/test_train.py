@@ -619,7 +619,7 @@ def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
 def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .*digits\.py"):
-        train.parse_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
+        train.parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
 
 
 def test_the_command_wants_a_workdir(tiny_config):
@@ -672,7 +672,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
     meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
-    check = functools.partial(checks.check_same, source=source, workdir=Path("run"))
+    check = functools.partial(checks.check_data_unchanged, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
     check({"weights": {}, "class_names": []})  # converted, of data that nobody knows

@@ -196,7 +196,7 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
     )
     try:
         while time.perf_counter() - began < FIRST_STEP_SECONDS and child.poll() is None:
-            if metrics.steps_with(workdir / metrics.FILE, "loss"):
+            if metrics.steps_with(workdir / metrics.METRICS_FILE, "loss"):
                 return time.perf_counter() - began
             time.sleep(0.05)
     finally:

@@ -92,7 +92,7 @@ class Judge:
     def __init__(self, workdir: Path, config: ConfigDict):
         """Raises ValueError where the run is not one that a classifier judges."""
         source = create_source(config.data)
-        if run_evaluation.choose(config, source) != "classifier":
+        if run_evaluation.evaluator_kind(config, source) != "classifier":
             raise ValueError(
                 f"{workdir}: this compares runs that a classifier judges, labelled images of up to "
                 f"{classifier.MAX_SIDE} pixels such as configs/digits.py's"

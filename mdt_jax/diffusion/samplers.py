@@ -157,7 +157,7 @@ class SamplerState(NamedTuple):
     x0: Array
 
 
-def start(x: Float[Array, "b h w c"]) -> SamplerState:
+def initial_state(x: Float[Array, "b h w c"]) -> SamplerState:
     """The state before the first step, x being pure noise."""
     return SamplerState(x, jnp.zeros_like(x))
 
@@ -198,7 +198,7 @@ def run_steps(
       sampler: one of `SAMPLERS`.
       diffusion: the, respaced, process.
       model_fn: (x, original timesteps) → output.
-      state: before step `first`; `start(noise)` at 0.
+      state: before step `first`; `initial_state(noise)` at 0.
       noise_fn: index of the process → the step's noise.
       **options: `clip` of x̂_0 to [−1, 1], and DDIM's `eta`.
 
@@ -232,7 +232,7 @@ def sample_steps(
     **options: float | bool,
 ) -> Float[Array, "b h w c"]:
     """Samples from pure noise x: all of `run_steps`."""
-    return run_steps(sampler, diffusion, model_fn, start(x), noise_fn, **options).x
+    return run_steps(sampler, diffusion, model_fn, initial_state(x), noise_fn, **options).x
 
 
 def ddim_encode(

@@ -49,7 +49,7 @@ def probabilities(history: LossHistory | None, num_steps: int) -> Float[Array, "
     return jnp.where(ready, aware, uniform)
 
 
-def draw(
+def draw_timesteps(
     history: LossHistory | None, num_steps: int, uniforms: Float[Array, " batch"]
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
     """Timesteps from U(0, 1) draws by inversion, and the weights 1/(T·p) that undo the bias."""

@@ -74,7 +74,7 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
     _start_watching()
 
 
-def gather(name: str, value: Any) -> list[Any]:
+def gather_json(name: str, value: Any) -> list[Any]:
     """Every process's `value` (JSON), in the processes' order; `[value]` if there is only one.
 
     All processes call it with the same name, equally often. It meets at JAX's coordination
@@ -97,7 +97,7 @@ def check_agreement(value: Mapping[str, Any]) -> None:
     Args:
       value: what must be equal everywhere, JSON; nested mappings are compared key by key.
     """
-    first, *others = gather("agreement", _flat(value))
+    first, *others = gather_json("agreement", _flat(value))
     differences = [
         f"{key} is {_short(other.get(key))} on process {process}, {_short(first.get(key))} on "
         "process 0"
@@ -241,7 +241,7 @@ def by_first_process(work: Callable[[], Any]) -> Any:
             outcome, failure = {"error": str(error)}, error
     wait = multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
     wait(key=f"by_first_process {next(_MEETINGS)}", timeout_ms=_WAIT_MS)
-    outcome = gather("by_first_process", outcome)[0]
+    outcome = gather_json("by_first_process", outcome)[0]
     if failure is not None:
         raise failure
     if "error" in outcome:

@@ -114,7 +114,7 @@ class Stop:
 
         The service answers yes to one number only, so none may be skipped.
         """
-        furthest = max(distributed.gather("stop", self._asks))
+        furthest = max(distributed.gather_json("stop", self._asks))
         while self._asks < furthest and not self._ask():
             pass
 

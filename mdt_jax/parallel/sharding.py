@@ -196,7 +196,7 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
         )
 
 
-def constrain_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
+def shard_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
     """Shards an array inside a jitted function by its batch axis, the others whole."""
     spec = PartitionSpec(*(None,) * axis, BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -243,7 +243,7 @@ def activations(mesh: Mesh) -> Iterator[None]:
 
     token = placement.current.set(
         Placement(
-            batch=partial(constrain_batch, mesh),
+            batch=partial(shard_batch, mesh),
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
             add_up=add_up,

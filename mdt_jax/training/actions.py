@@ -129,7 +129,7 @@ class CheckpointSaver:
         """
         c = self._run.config
         periodic = step % c.checkpoint_every == 0
-        return periodic or self._is_last(step) or run_evaluation.is_due(c, step)
+        return periodic or self._is_last(step) or run_evaluation.judgement_is_due(c, step)
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Starts saving; raises SaveError if that fails where nothing comes after."""
@@ -152,7 +152,7 @@ class CheckpointSaver:
         return self._stop.stopping or step == self._run.config.num_steps
 
 
-class Judge:
+class SampleJudge:
     """Has samples judged every `config.eval_every` steps and writes what came of it as a line."""
 
     def __init__(self, run: Run, evaluator: RunEvaluator, stop: Stop):
@@ -160,7 +160,7 @@ class Judge:
 
     def due(self, step: int) -> bool:
         """Whether samples are judged after a step; not where the run stops early."""
-        return run_evaluation.is_due(self._config, step) and not self._stop.stopping
+        return run_evaluation.judgement_is_due(self._config, step) and not self._stop.stopping
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Judges and writes; writes nothing if the run is asked to stop meanwhile."""

@@ -23,7 +23,7 @@ def autoencoder_digest(source: Source) -> str | None:
     return getattr(getattr(source.records, "description", None), "vae_digest", None)
 
 
-def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
+def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) -> None:
     """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
     if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows
         return
@@ -51,7 +51,7 @@ def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
         )
 
 
-def check_processes(config: ConfigDict, source: Source) -> None:
+def check_processes_agree(config: ConfigDict, source: Source) -> None:
     """Refuses, with ValueError, processes of one job that would train on different things.
 
     Each may find the data at a path of its own, and read with as many workers as it likes.
@@ -68,14 +68,14 @@ def image_size(config: ConfigDict, source: Source) -> int | None:
     return None if source.latents else config.model.input_size
 
 
-def count_classes(config: ConfigDict) -> ConfigDict:
+def with_classes_of_data(config: ConfigDict) -> ConfigDict:
     """The config with its data's number of classes, if it asks for that."""
     if config.model.num_classes != -1:
         return config
-    return config_lib.resolve_classes(config, create_source(config.data).class_names)
+    return config_lib.with_classes(config, create_source(config.data).class_names)
 
 
-def check_source(config: ConfigDict, source: Source) -> None:
+def check_data(config: ConfigDict, source: Source) -> None:
     """Refuses data that the model does not take, with ValueError."""
     size, channels = config.model.input_size, config.model.in_channels
     wanted, given = (size, size, channels), tuple(source.image_shape)

@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 Number = float | int
-FILE = "metrics.jsonl"  # in the workdir
+METRICS_FILE = "metrics.jsonl"  # in the workdir
 # Metrics that the clock and the machine decide: all others are the same in every run of a config.
 CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
          "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
@@ -76,7 +76,7 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         os.makedirs(workdir, exist_ok=True)
-        path = os.path.join(workdir, FILE)
+        path = os.path.join(workdir, METRICS_FILE)
         kept, dropped = _keep_until(path, resume_step)
         self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._events = SummaryWriter(
@@ -332,7 +332,7 @@ class StepTimes:
         }
 
 
-class Progress:
+class RunProgress:
     """How far a run is and when it will be done: a bar on a terminal, log lines elsewhere.
 
     The bar is on standard error, and only where that is a terminal; otherwise each `log` is one

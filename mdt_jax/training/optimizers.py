@@ -14,7 +14,7 @@ OPTIMIZERS = ("adamw", "adam", "adan")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
-def create_schedule(
+def learning_rate_schedule(
     name: str,
     peak: float,
     num_steps: int,
@@ -183,10 +183,10 @@ def freeze(
     return optax.GradientTransformation(transform.init, update)
 
 
-def schedule_of(config: ConfigDict) -> Any:
+def learning_rate_of(config: ConfigDict) -> Any:
     """The learning rate by step."""
     s = config.schedule
-    return create_schedule(
+    return learning_rate_schedule(
         s.name,
         config.optimizer.learning_rate,
         config.num_steps,

@@ -25,7 +25,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
-from mdt_jax.training.optimizers import schedule_of
+from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.step import Trainer, TrainState
 from mdt_jax.weights import pretrained
 
@@ -35,7 +35,7 @@ def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
     check_settings(config, mesh)
     model = config_lib.create_network(config)
     sharding.check_heads(mesh, model.num_heads)
-    schedule = schedule_of(config)
+    schedule = learning_rate_of(config)
     return Trainer(
         model=model,
         diffusion=config_lib.create_diffusion(config),
@@ -150,7 +150,7 @@ class Run:
         # Before any array: those of another model would not fit. Damage is `store.restore`'s.
         with contextlib.suppress(CheckpointError):
             meta = checkpoints.read_meta(self.workdir, store.latest_step())[1]
-            self._check_settings(meta)
+            self._check_same_run(meta)
             if "weights" in meta:
                 return meta["weights"]["items"]
         return ["state"]
@@ -162,7 +162,7 @@ class Run:
             return self._restore_weights(store, items)
         averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
         _, restored, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
-        self._check_settings(meta)
+        self._check_same_run(meta)
         ema = {rate: restored[f"ema_{rate}"] for rate in self.rates}
         return restored["state"].replace(ema=ema), meta
 
@@ -184,7 +184,7 @@ class Run:
         params = initial_parameters(self.config, self.model, create, autoencoder)
         return self.trainer.start_from(pretrained.place(params, self.abstract.params))
 
-    def _check_settings(self, meta: dict[str, Any]) -> None:
+    def _check_same_run(self, meta: dict[str, Any]) -> None:
         """Refuses, with ValueError, to go on with what is another run."""
         # Through a config of today's, so that a setting newer than the run is not a difference.
         saved = config_lib.from_json(meta["config"])

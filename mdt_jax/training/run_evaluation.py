@@ -36,7 +36,7 @@ from mdt_jax.weights.autoencoder import Autoencoder
 # Training images that the classifier learns from and that are the reference beside it.
 REAL_IMAGES = 10_000
 CLASSIFIER_FILE = "eval_classifier.npy"  # in the workdir
-BATCH_SIZE = 64  # images through the extractor at a time
+EXTRACTED_AT_ONCE = 64  # images through the extractor at a time
 DECODED_AT_ONCE = 16  # latents, over all devices
 TOLD = {
     "eval_fid": "Fréchet distance {:.4g}",
@@ -70,7 +70,7 @@ class Judgement:
         return ", ".join(told)
 
 
-def check(config: ConfigDict, source: Source) -> None:
+def check_evaluation(config: ConfigDict, source: Source) -> None:
     """Refuses, with ValueError, what would stop the evaluation; reads no more than headers.
 
     Raises:
@@ -80,7 +80,7 @@ def check(config: ConfigDict, source: Source) -> None:
     if not config.eval_every:
         return
     _options(sampling.DiffusionModel.from_config(config), config)
-    kind, e = choose(config, source), config.eval
+    kind, e = evaluator_kind(config, source), config.eval
     if source.latents and not e.vae:
         raise ValueError(
             "eval.vae is missing: samples are latents, and are decoded to be judged; 'ema' decodes "
@@ -96,21 +96,21 @@ def check(config: ConfigDict, source: Source) -> None:
         _check_reference(e.reference, None if source.latents else config.model.input_size)
 
 
-def is_due(config: ConfigDict, step: int) -> bool:
+def judgement_is_due(config: ConfigDict, step: int) -> bool:
     """Whether samples are judged after a step: at each multiple of eval_every, and the last."""
     every = config.eval_every
     return every > 0 and (step % every == 0 or step == config.num_steps)
 
 
-def is_owed(config: ConfigDict, workdir: Path, step: int) -> bool:
+def judgement_is_owed(config: ConfigDict, workdir: Path, step: int) -> bool:
     """Whether a run resumed at a step has yet to be judged there: it was stopped meanwhile."""
-    if not 0 < step <= config.num_steps or not is_due(config, step):
+    if not 0 < step <= config.num_steps or not judgement_is_due(config, step):
         return False
-    path = workdir / metrics.FILE
+    path = workdir / metrics.METRICS_FILE
     return by_first_process(lambda: step not in metrics.steps_with(path, "eval_fid"))
 
 
-def choose(config: ConfigDict, source: Source) -> str:
+def evaluator_kind(config: ConfigDict, source: Source) -> str:
     """ "inception" or "classifier".
 
     Raises:
@@ -188,9 +188,9 @@ class RunEvaluator:
         """Loads what there is to load and describes the reference; `compile` does the rest.
 
         Raises:
-          ValueError, OSError: as `check`, or files that turn out to be damaged.
+          ValueError, OSError: as `check_evaluation`, or files that turn out to be damaged.
         """
-        check(run.config, source)
+        check_evaluation(run.config, source)
         c, e = run.config, run.config.eval
         self._run, self._count = run, e.num_samples
         model = sampling.DiffusionModel.from_config(c, source.class_names)
@@ -215,10 +215,12 @@ class RunEvaluator:
         self._sampler.warm_up(self._run.abstract.ema[self._run.rates[0]])
         self._decode(np.zeros((1, *self._sampler.shape[1:]), np.float32))
         # What processes send each other is compiled for its size: as many as there will be.
-        count = self._count if jax.process_count() > 1 else min(self._count, BATCH_SIZE)
+        count = self._count if jax.process_count() > 1 else min(self._count, EXTRACTED_AT_ONCE)
         mine = share(count, jax.process_index(), jax.process_count())
         black = np.zeros((len(mine), *self._shape), np.uint8)
-        evaluator.describe(_Share(black, mine, count, None), self._extractor, batch_size=BATCH_SIZE)
+        evaluator.describe(
+            _Share(black, mine, count, None), self._extractor, batch_size=EXTRACTED_AT_ONCE
+        )
 
     def judge(
         self, state: TrainState, should_stop: Callable[[], bool] = lambda: False
@@ -253,17 +255,17 @@ class RunEvaluator:
     def _find_reference(self, source: Source) -> tuple[Extractor, evaluator.Description]:
         """The extractor, and what it sees in the reference."""
         run, e = self._run, self._run.config.eval
-        if choose(run.config, source) == "inception":
-            extractor = load_inception(e.inception, BATCH_SIZE)
+        if evaluator_kind(run.config, source) == "inception":
+            extractor = load_inception(e.inception, EXTRACTED_AT_ONCE)
         else:
             real = real_images(source, run.config)
             extractor = classifier.load_or_train(
                 run.workdir / CLASSIFIER_FILE, real.images, real.labels, len(source.class_names)
             )
             if not e.reference:
-                return extractor, evaluator.describe(real, extractor, batch_size=BATCH_SIZE)
+                return extractor, evaluator.describe(real, extractor, batch_size=EXTRACTED_AT_ONCE)
         logging.info("describing the reference %s", e.reference)
-        found = evaluator.describe_reference(e.reference, extractor, batch_size=BATCH_SIZE)
+        found = evaluator.describe_reference(e.reference, extractor, batch_size=EXTRACTED_AT_ONCE)
         return extractor, found
 
     def _draw(
@@ -307,7 +309,7 @@ class RunEvaluator:
 
     def _describe(self, drawn: Images) -> evaluator.Description:
         return evaluator.describe(
-            drawn, self._extractor, batch_size=BATCH_SIZE, progress=sys.stderr.isatty()
+            drawn, self._extractor, batch_size=EXTRACTED_AT_ONCE, progress=sys.stderr.isatty()
         )
 
 

@@ -241,10 +241,10 @@ class Trainer:
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
             images = model_inputs(self.seed, state.step, images, self.model.in_channels)
-            images = sharding.constrain_batch(self.mesh, images)
+            images = sharding.shard_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
-            draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
-            t, weights = timesteps.draw(
+            draws = jax.tree.map(partial(sharding.shard_batch, self.mesh), draws)
+            t, weights = timesteps.draw_timesteps(
                 state.loss_history, self.diffusion.num_steps, draws.timestep
             )
             grads, losses = self._gradients(
@@ -316,7 +316,7 @@ class Trainer:
         # Microbatch k takes every n-th sample from k on: each device's samples stay on it.
         def split(x: Array) -> Array:
             x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            return sharding.constrain_batch(self.mesh, x, axis=1)
+            return sharding.shard_batch(self.mesh, x, axis=1)
 
         def accumulate(total: Params, micro: Any) -> tuple[Params, Any]:
             grads, losses = gradient(params, micro, num_kept)

@@ -57,7 +57,7 @@ class StepLog:
         self._writer = metrics.MetricsWriter(
             run.workdir, resume_step=first_step, total_steps=c.num_steps
         )
-        self._progress = metrics.Progress(c.num_steps, first_step=first_step)
+        self._progress = metrics.RunProgress(c.num_steps, first_step=first_step)
         self._pending: tuple[int, Any] | None = None
         self.watch = metrics.Stopwatch(saved.get("train_seconds", 0.0))
         self._since, self._logged_step = saved.get("train_seconds", 0.0), first_step

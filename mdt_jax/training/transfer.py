@@ -27,7 +27,7 @@ from mdt_jax.convert.optimizers import Moments, moments_from_torch
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.convert.trees import LazyArray
 from mdt_jax.training import metrics, optimizers
-from mdt_jax.training.optimizers import schedule_of
+from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.step import TrainState
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import pretrained
@@ -238,7 +238,7 @@ def _set_optimizer(config: Any, moments: Moments) -> None:
 def _train_state(model: Pretrained, config: Any, moments: Moments, step: int) -> TrainState:
     """The training state with an optimiser's moments in their places."""
     network = config_lib.create_network(config)
-    schedule = schedule_of(config)
+    schedule = learning_rate_of(config)
     optimizer = optimizers.create_optimizer(dict(config.optimizer), schedule, network.frozen)
     trees = {
         moment: pretrained.parameter_tree(arrays, model.architecture)
