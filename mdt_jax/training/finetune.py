@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax.convert.adapt import adapt
-from mdt_jax.convert.architecture import KNOWN_HEADS
 from mdt_jax.models import LatentTransformer
 from mdt_jax.weights import pretrained
 
@@ -42,11 +41,7 @@ def initial_parameters(
       ValueError: one that does not fit the model, naming the setting.
     """
     ours = pretrained.architecture_of(model)
-    # What a PyTorch file does not show is taken to be as it is here.
-    shown: dict[str, Any] = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
-    if ours.family == "MDT":
-        shown["decode_layers"] = ours.decoder_depth
-    found = pretrained.read(config.init_from, **shown)
+    found = pretrained.read(config.init_from, **ours.hints())
     before = found.autoencoder
     if before and autoencoder and before != autoencoder:
         raise ValueError(
