@@ -48,14 +48,13 @@ class GridSampler:
     """Draws a grid of EMA samples every `config.sample.every` steps; compiled when made."""
 
     def __init__(self, run: Run, class_names: tuple[str, ...], stop: Stop):
-        c = run.config
         self._run, self._stop = run, stop
-        self._model = sampling.DiffusionModel.from_config(c, class_names)
+        model = sampling.DiffusionModel.from_config(run.config, class_names)
         shards = sharding.batch_shards(run.mesh)
-        size = -(-c.sample.num_samples // shards) * shards
-        self._options = sampling.resolve_options(self._model)
-        self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
-        self._sampler.warm_up(run.abstract.ema[run.rates[0]])
+        size = -(-run.config.sample.num_samples // shards) * shards
+        self._options = sampling.resolve_options(model)
+        self._sampler = sampling.CompiledSampler(model, run.mesh, size, self._options)
+        self._sampler.warm_up(run.sampled(run.abstract))
 
     def due(self, step: int) -> bool:
         """Whether a grid is drawn after a step; not where the run stops early."""
@@ -72,9 +71,8 @@ class GridSampler:
         """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
         run, o = self._run, self._options
         labels = np.resize(np.arange(max(run.model.num_classes, 1)), run.config.sample.num_samples)
-        samples = self._sampler(
-            state.ema[run.rates[0]], labels.astype(np.int32), jax.random.key(run.config.seed)
-        )
+        key = jax.random.key(run.config.seed)
+        samples = self._sampler(run.sampled(state), labels.astype(np.int32), key)
         if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
             return None
         grid = images.image_grid(images.to_uint8(samples))
@@ -114,7 +112,8 @@ class CheckpointSaver:
           first_step: steps done before.
           position: examples behind the first step.
         """
-        self._run, self._source, self._store, self._stop = run, source, store, stop
+        self._run, self._store, self._stop = run, store, stop
+        self._data = checks.data_record(source)
         self._first_step, self._position = first_step, position
 
     def check(self) -> None:
@@ -137,9 +136,7 @@ class CheckpointSaver:
         with log.paused():
             meta = {
                 "config": config_lib.to_json(c),
-                "class_names": list(self._source.class_names),
-                "num_examples": len(self._source),
-                "autoencoder": checks.autoencoder_digest(self._source),
+                **self._data,
                 "position": self._position + done * c.batch_size,
                 **log.state(),
             }

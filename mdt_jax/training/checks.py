@@ -23,6 +23,15 @@ def autoencoder_digest(source: Source) -> str | None:
     return getattr(getattr(source.records, "description", None), "vae_digest", None)
 
 
+def data_record(source: Source) -> dict[str, Any]:
+    """What a checkpoint records of the data it was trained on, for `check_data_unchanged`."""
+    return {
+        "class_names": list(source.class_names),
+        "num_examples": len(source),
+        "autoencoder": autoencoder_digest(source),
+    }
+
+
 def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) -> None:
     """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
     if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows

@@ -22,6 +22,7 @@ from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import Source, example_spec
 from mdt_jax.models import flops, masking
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.devices import mfu
 from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
@@ -91,6 +92,16 @@ class Run:
             return flops.train_step_flops(self.model, self.config.batch_size)
         mean = float(np.dot(self.counts, self.probabilities))
         return flops.train_step_flops(self.model, self.config.batch_size, mean)
+
+    def utilisation(self, seconds_per_step: float) -> float | None:
+        """Model FLOP/s utilisation at a speed; None where the devices' peak is not known."""
+        device = self.mesh.devices.flat[0].device_kind
+        dtype = np.dtype(self.model.dtype).name
+        return mfu(self.step_flops(), seconds_per_step, self.mesh.size, device, dtype)
+
+    def sampled(self, state: TrainState) -> Any:
+        """The parameters of a state that are sampled and evaluated: the first average."""
+        return state.ema[self.rates[0]]
 
     def kept(self, step: int) -> int | None:
         """How many tokens the masked pass of a step keeps."""

@@ -212,7 +212,7 @@ class RunEvaluator:
 
     def compile(self) -> None:
         """Compiles all that a judgement needs, before the first step."""
-        self._sampler.warm_up(self._run.abstract.ema[self._run.rates[0]])
+        self._sampler.warm_up(self._run.sampled(self._run.abstract))
         self._decode(np.zeros((1, *self._sampler.shape[1:]), np.float32))
         # What processes send each other is compiled for its size: as many as there will be.
         count = self._count if jax.process_count() > 1 else min(self._count, EXTRACTED_AT_ONCE)
@@ -279,7 +279,7 @@ class RunEvaluator:
         kept = np.zeros((len(mine), *self._shape), np.uint8)
         batches = sampling.in_batches(
             self._sampler,
-            state.ema[self._run.rates[0]],
+            self._run.sampled(state),
             self._count,
             lambda rows: (self._labels[rows],),
             key=self._run.config.eval.seed,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mdt_jax.checkpoints import Checkpoints, SaveError
-from mdt_jax.parallel.devices import device_memory, mfu
+from mdt_jax.parallel.devices import device_memory
 from mdt_jax.training import metrics
 from mdt_jax.training.run import Run
 
@@ -148,10 +148,7 @@ class StepLog:
         line["train_seconds"] = now
         if run.config.data.on_bad_image == "skip":
             line["skipped_images"] = self._skipped_images
-        device = run.mesh.devices.flat[0].device_kind
-        dtype = np.dtype(run.model.dtype).name
-        used = mfu(run.step_flops(), seconds, run.mesh.size, device, dtype)
-        if used is not None:
+        if (used := run.utilisation(seconds)) is not None:
             line["mfu"] = used
         self._writer.write(step, line)
         self._progress.log(step, loss=line["loss"], images_per_second=line["images_per_second"])
