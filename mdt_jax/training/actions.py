@@ -1,7 +1,7 @@
-"""Work between two training steps, each at its own period: grids, checkpoints, judgements.
+"""Periodic work between two training steps: grids of samples, checkpoints, judgements.
 
-`mdt_jax.training.profiling` has one more. The training loop asks each after every step whether it
-is due.
+`mdt_jax.training.profiling` has one more, the trace. After every step the training loop calls the
+actions that are due, in order.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from mdt_jax.training.step_log import StepLog
 
 
 class Action(Protocol):
-    """Work between two steps that is not training, and so pauses the run's clock itself."""
+    """Periodic work between two steps that is not training; it pauses the run's clock."""
 
     def due(self, step: int) -> bool:
-        """Whether it is to be done after `step` steps. The run was asked to stop before that."""
+        """Whether the action is to be called once `step` steps are done."""
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
-        """Does it, on all processes.
+        """Does the work; all processes call it alike.
 
         Args:
           step: steps done.
           state: the state after them.
-          log: the run's log, whose clock it pauses and to which it may write.
+          log: the run's log, whose clock the action pauses and to which it may write.
         """
 
 
@@ -88,9 +88,9 @@ class GridSampler:
 
 
 class CheckpointSaver:
-    """Saves every `config.checkpoint_every` steps, before a judgement, and where the run ends.
+    """Saves the state periodically, before each judgement, and at the run's last step.
 
-    No step is saved before its loss was seen finite.
+    No state is saved whose loss is not finite.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class CheckpointSaver:
           store: its checkpoints.
           stop: says whether the run stops early.
           first_step: steps done before.
-          position: examples behind the first step.
+          position: examples used before the first step.
         """
         self._run, self._store, self._stop = run, store, stop
         self._data = checks.data_record(source)
         self._first_step, self._position = first_step, position
 
     def check(self) -> None:
-        """Warns of a checkpoint that could not be written meanwhile; see `tolerate_full_disk`."""
+        """Warns if the last checkpoint could not be written; see `tolerate_full_disk`."""
         with tolerate_full_disk():
             self._store.check()
 
@@ -131,7 +131,11 @@ class CheckpointSaver:
         return periodic or self._is_last(step) or run_evaluation.judgement_is_due(c, step)
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
-        """Starts saving; raises SaveError if that fails where nothing comes after."""
+        """Starts to save the state, with the meta data that a resumed run needs.
+
+        Raises:
+          SaveError: the state cannot be saved and this is the run's last step.
+        """
         c, done = self._run.config, step - self._first_step
         with log.paused():
             meta = {
@@ -150,7 +154,7 @@ class CheckpointSaver:
 
 
 class SampleJudge:
-    """Has samples judged every `config.eval_every` steps and writes what came of it as a line."""
+    """Judges samples every `config.eval_every` steps and writes the metrics found as a line."""
 
     def __init__(self, run: Run, evaluator: RunEvaluator, stop: Stop):
         self._config, self._evaluator, self._stop = run.config, evaluator, stop
@@ -160,7 +164,7 @@ class SampleJudge:
         return run_evaluation.judgement_is_due(self._config, step) and not self._stop.stopping
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
-        """Judges and writes; writes nothing if the run is asked to stop meanwhile."""
+        """Judges samples and writes a line; gives up if the run is asked to stop meanwhile."""
         with log.paused():
             found = self._evaluator.judge(state, self._stop.requested)
             if found is None:
@@ -172,10 +176,10 @@ class SampleJudge:
 
 @contextlib.contextmanager
 def tolerate_full_disk() -> Iterator[None]:
-    """Warns of a checkpoint that could not be written: the run can try again at the next.
+    """A context that warns of a checkpoint that could not be written, instead of ending the run.
 
-    In a job of several processes the error ends the run: those that could write their part wait for
-    the one that could not.
+    The run tries again at the next checkpoint. In a job of several processes the error ends it: the
+    processes that wrote their part would wait for the one that could not.
     """
     try:
         yield

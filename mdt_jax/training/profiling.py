@@ -14,22 +14,26 @@ from mdt_jax.training.step_log import StepLog
 
 
 class StepProfiler:
-    """Traces the steps from the first to the last of two, both included, on process 0.
+    """Traces a range of steps on process 0; one of the training loop's actions.
 
-    Every process runs the same program, so one's trace shows them all. A run that starts after the
-    first of the steps is not traced. The step's parts are the scopes "model" (both passes), "loss",
-    "optimizer" and "ema".
+    Every process runs the same program, so one process's trace shows them all. A run that starts
+    after the first of the steps is not traced. The parts of a step are the scopes "model" (both
+    passes), "loss", "optimizer" and "ema".
     """
 
     def __init__(self, workdir: Path, steps: Sequence[int] = ()):
-        """steps: (first, last), counted from 1; () for no trace."""
+        """
+        Args:
+          workdir: the run's folder; the trace goes into its sub-folder `profile`.
+          steps: (first, last), both traced, counted from 1; () for no trace.
+        """
         self._folder = workdir / "profile"
         self._first, self._last = steps or (0, 0)
         self._tracing = False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the call of a step: traces from here on if it is the first, and names it."""
+        """A context for the call of a step, which it names; begins the trace at the first."""
         if number == self._first and jax.process_index() == 0:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
@@ -46,7 +50,7 @@ class StepProfiler:
             self._write()
 
     def close(self) -> None:
-        """Writes the trace of a run that ends among its steps."""
+        """Writes the trace of a run that ends before the last of the steps."""
         if self._tracing:
             self._write()
 

@@ -21,14 +21,14 @@ class NonFiniteLoss(RuntimeError):
 
 
 class StepLog:
-    """Takes each step's metrics one step late, so that the devices never wait for the host.
+    """Writes the means of the steps' metrics every `config.log_every` steps.
 
-    Keeps the means since the last log line, writes them every `config.log_every` steps, and stops
-    the run at a loss or gradient norm that is not finite.
+    It reads each step's metrics one step late, so that the devices never wait for the host, and
+    ends the run at a loss or gradient norm that is not finite.
 
     Attributes:
-      watch: seconds of the training loop over all its resumptions: waiting for data, the steps and
-        their logging. `paused` stops it for all other work.
+      watch: the run's clock, over all its resumptions: seconds of waiting for data, of the steps
+        and of their logging. `paused` stops it for all other work.
       times: seconds of single steps; the loop tells it when it waits for data.
     """
 
@@ -66,25 +66,29 @@ class StepLog:
         self._skipped_images = 0
 
     def add(self, step: int, values: Any, skipped_images: int = 0) -> None:
-        """Hands over a step's metrics, still on their way, and takes those of the step before.
+        """Takes over a step's metrics without waiting for them, and reads the step before's.
+
+        Raises NonFiniteLoss if the loss or gradient norm of the step before is not finite.
 
         Args:
           step: steps done.
           values: the step's metrics, arrays on the devices.
-          skipped_images: bad images that others took the place of, in this process since its start.
+          skipped_images: bad images replaced by others in this process since it started.
         """
         self._skipped_images = skipped_images
         pending, self._pending = self._pending, (step, values)
         self._take(pending)
 
     def settle(self) -> None:
-        """Waits for the metrics of the last step handed over, and takes them."""
+        """Waits for the metrics of the last step that was added, and reads them."""
         pending, self._pending = self._pending, None
         self._take(pending)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Settles, and stops the clock while the context is open: for work that is not training.
+        """Stops the clock while the context is open; reads the last step's metrics before.
+
+        For work between two steps that is not training.
 
         Raises:
           NonFiniteLoss: the loss or gradient norm of the last step is not finite.
@@ -94,11 +98,11 @@ class StepLog:
             yield
 
     def state(self) -> dict[str, Any]:
-        """The window of means and the clock, as JSON: what a checkpoint keeps of the log."""
+        """The window of means and the clock as JSON values, for a checkpoint."""
         return {"window": self._window.state(), "train_seconds": self.watch.seconds}
 
     def write(self, step: int, line: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        """Writes a line of its own, beside those of the steps, with the clock's seconds."""
+        """Writes a line beside those of the steps: metrics, the clock's seconds, and texts."""
         self._writer.write(step, dict(line) | {"train_seconds": self.watch.seconds}, texts)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -137,7 +141,7 @@ class StepLog:
         now, run = self.watch.seconds, self._run
         seconds = (now - self._since) / max(step - self._logged_step, 1)
         self._since, self._logged_step = now, step
-        # A quartile in which no sample of the window fell has no mean.
+        # A quartile of the timesteps without a sample in the window has no mean.
         line = {name: mean for name, mean in self._window.means().items() if not math.isnan(mean)}
         line["learning_rate"] = learning_rate
         self._window.reset()
