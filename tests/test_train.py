@@ -23,10 +23,11 @@ from jobs import xla_flags
 
 from mdt_jax import checkpoints, data, sampling, train
 from mdt_jax.config import default_config, to_json
-from mdt_jax.parallel import distributed
+from mdt_jax.parallel import distributed, sharding
 from mdt_jax.sampling import images
 from mdt_jax.training import checks, metrics, run_evaluation
 from mdt_jax.training.actions import tolerate_full_disk
+from mdt_jax.training.step import draw_latents
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "mdt_jax.train"]
@@ -666,6 +667,23 @@ def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
         assert "not there" in shown and "data.path" in shown, shown
     path = f"configs/{name.split(':')[0]}"
     assert f"python -m mdt_jax.train --config {path}" in (ROOT / path).read_text()
+
+
+def test_a_run_on_latents_draws_them_from_its_posteriors(tiny_config):
+    run = train.Run(load_config(tiny_config), "")
+    rng = np.random.default_rng(0)
+    posteriors = rng.normal(size=(8, 8, 8, 2)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 4
+    latents = np.asarray(
+        draw_latents(run.config.seed, jax.numpy.int32(0), jax.numpy.asarray(posteriors))
+    )
+    source = data.arrays(posteriors, labels, tuple("abcd"))
+    losses = []
+    for steps, given in ((run.compile_steps(source), posteriors), (run.compile_steps(), latents)):
+        batch = {"image": given, "label": labels}
+        batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
+        losses.append(float(steps[run.kept(0)](run.trainer.create_state(), batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):

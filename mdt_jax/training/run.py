@@ -27,7 +27,7 @@ from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.training.optimizers import learning_rate_of
-from mdt_jax.training.step import Trainer, TrainState
+from mdt_jax.training.step import Trainer, TrainState, draw_latents
 from mdt_jax.weights import pretrained
 
 
@@ -134,16 +134,17 @@ class Run:
             "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
+        trainer = self.trainer
         if source is not None:
             spec = example_spec(source, checks.image_size(self.config, source))
+            if source.latents:
+                trainer = dataclasses.replace(trainer, inputs_fn=draw_latents)
         batch, size = sharding.batch_sharding(self.mesh), self.config.batch_size
         abstract_batch = {
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
             for name, one in spec.items()
         }
-        lowered = [
-            self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
-        ]
+        lowered = [trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = pool.map(lambda step: step.compile(), lowered)
             return dict(zip(self.counts, compiled, strict=True))

@@ -121,19 +121,18 @@ def draw_latents(
     return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
 
 
-def model_inputs(
-    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"], channels: int
-) -> Float[Array, "batch h w {channels}"]:
-    """What a model of so many channels is given, made of a batch's images.
+def scale_images(
+    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w c"]
+) -> Float[Array, "batch h w c"]:
+    """Model inputs from images: uint8 pixels are scaled to [-1, 1], floats are inputs already.
 
-    Pixels, in uint8, are scaled to [-1, 1]. Of twice the channels are posteriors of latents, and
-    the step draws its own. Others are inputs already.
+    It draws nothing: seed and step are there for its like, `draw_latents`.
     """
-    if images.dtype == jnp.uint8:
-        return scale_pixels(images)
-    if images.shape[-1] == 2 * channels:
-        return draw_latents(seed, step, images)
-    return images
+    del seed, step
+    return scale_pixels(images) if images.dtype == jnp.uint8 else images
+
+
+InputsFn = Callable[[int, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,6 +149,8 @@ class Trainer:
       accumulation_steps: microbatches whose mean gradient is one step's.
       timestep_sampler: one of `timesteps.TIMESTEP_SAMPLERS`.
       seed: of every draw.
+      inputs_fn: (seed, step, images of a batch) → the model's inputs; `draw_latents` where the data
+        are posteriors of latents.
       draw_fn: (seed, step, batch shape, number of tokens) → Draws.
     """
 
@@ -163,6 +164,7 @@ class Trainer:
     accumulation_steps: int = 1
     timestep_sampler: str = "uniform"
     seed: int = 0
+    inputs_fn: InputsFn = scale_images
     draw_fn: DrawFn = draw_randomness
 
     def init(self, key: Array) -> TrainState:
@@ -236,11 +238,11 @@ class Trainer:
     ) -> tuple[TrainState, Metrics]:
         """One step on a global batch {"image": (B, H, W, C), "label": (B,)}.
 
-        The images are what `model_inputs` takes.
+        The images are what `inputs_fn` takes.
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            images = model_inputs(self.seed, state.step, images, self.model.in_channels)
+            images = self.inputs_fn(self.seed, state.step, images)
             images = sharding.shard_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.shard_batch, self.mesh), draws)
