@@ -1,7 +1,7 @@
 """Trains a model: `python -m mdt_jax.train --config configs/digits.py --workdir runs/digits`.
 
-The same command again resumes the run. `--config.KEY=VALUE` changes a setting, `--dry_run` shows
-what would be trained and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoint and end it.
+The same command resumes the run. `--config.KEY=VALUE` changes a setting. `--dry_run` shows what
+would be trained, and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoint and end the run.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from mdt_jax.training.step_log import NonFiniteLoss, StepLog
 
 
 def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = None) -> TrainState:
-    """Trains, or goes on training, to config.num_steps and returns the final state.
+    """Starts or resumes a run, trains it to config.num_steps and returns the final state.
 
-    Asked to stop before (see `mdt_jax.parallel.preemption`), it saves and returns the state so far.
+    If asked to stop before (see `mdt_jax.parallel.preemption`), it saves the state and returns it.
 
     Args:
       config: the settings.
-      workdir: where checkpoints, metrics and samples go.
-      max_hours: after which to stop; None for no limit.
+      workdir: the folder of checkpoints, metrics and samples.
+      max_hours: hours after which to stop; None for no limit.
 
     Raises:
-      ValueError: settings that cannot work, a workdir of another run, or processes that differ.
+      ValueError: settings cannot work, the workdir is of another run, or processes differ.
       CheckpointError: no checkpoint of the workdir can be used, another run is using it, or the
         last checkpoint could not be written.
-      NonFiniteLoss: the loss or the gradient norm stopped being finite.
+      NonFiniteLoss: the loss or the gradient norm is not finite.
     """
     with Stop(max_hours) as stop:
         config = checks.with_classes_of_data(config)
@@ -134,15 +134,15 @@ def _prepare(
     """Writes the run's config, and compiles all that it needs before its first step.
 
     Returns:
-      The step for each number of kept tokens; what draws grids and what judges, None where the
-      config asks for none; the seconds that compiling took.
+      The step for each number of kept tokens; the sampler of grids and the judge of samples, None
+      if the config asks for none; the seconds that compiling took.
     """
     _write_config(run)
     config = run.config
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
     logging.info("compiling %d step(s), one for each number of kept tokens", len(run.counts))
-    with ThreadPoolExecutor(1) as background:  # a compilation alone does not fill the processors
+    with ThreadPoolExecutor(1) as background:  # one compilation does not use all processors
         compiling = background.submit(run.compile_steps, source)
         grids = GridSampler(run, source.class_names, stop) if config.sample.every else None
         if evaluator:
@@ -165,7 +165,7 @@ def _write_config(run: Run) -> None:
 def _batches(
     run: Run, source: Source, position: int
 ) -> Iterator[tuple[BatchIterator, Iterator[dict[str, jax.Array]]]]:
-    """The run's batches, from an example on, and the same on the devices."""
+    """The run's batches from an example on: their iterator, and the same batches on the devices."""
     config = run.config
     parts, num_parts = sharding.batch_parts(run.mesh)
     batches = create_batches(
@@ -188,8 +188,8 @@ def _batches(
 
 
 def dry_run(config: ConfigDict) -> str:
-    """What `--dry_run` prints: the run, and its data if they are there."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # told of below
+    """The text that `--dry_run` prints: the run, and its data if they are there."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # reported below
         config = checks.with_classes_of_data(config)
     if config.model.num_classes == -1:
         config = config_lib.with_classes(config, ())
@@ -207,7 +207,7 @@ def dry_run(config: ConfigDict) -> str:
 
 
 def main(_: list[str]) -> None:
-    """The command: one clear line and exit status 1 for what a user can mend."""
+    """The command; errors that a user can mend end it with one line and exit status 1."""
     with ending_together():
         try:
             initialize_distributed()
@@ -229,7 +229,7 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
 
 
 def parse_config_flags(argv: list[str]) -> list[str]:
-    """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
+    """Parses flags as absl does; a missing --config file or key ends with one line."""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag in ("--config", "-config") or flag.startswith("--config="):
             path = Path((flag.partition("=")[2] or value).split(":")[0])
@@ -242,7 +242,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        # ml_collections quotes the message of one exception in the next.
+        # ml_collections quotes one exception's message in the next one's.
         said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "")
         sys.exit(f"error: --config has no such key: {' '.join(said.split())}")
 
