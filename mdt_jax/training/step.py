@@ -229,7 +229,7 @@ class Trainer:
         return jax.jit(start, out_shardings=shardings)(params, params if ema is None else ema)
 
     def jit_step(self, num_kept: int | None) -> Callable[[TrainState, dict], tuple]:
-        """`step` jitted for a number of kept tokens, None for no masked pass; it donates its state."""
+        """Jits `step` for a number of kept tokens, None for no masked pass; donates its state."""
         state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         batch = sharding.batch_sharding(self.mesh)
         return jax.jit(
