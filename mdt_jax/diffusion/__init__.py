@@ -1,4 +1,4 @@
-"""The diffusion process: schedules, losses, samplers, guidance. It knows no model."""
+"""The diffusion process: schedules, losses, samplers, guidance. It imports no model."""
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, Prediction
 from mdt_jax.diffusion.guidance import guided
