@@ -27,7 +27,7 @@ from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import ending_together, initialize_distributed
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, run_evaluation
-from mdt_jax.training.actions import CheckpointSaver, GridSampler, SampleJudge
+from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
@@ -83,7 +83,7 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
         _batches(run, source, position) as (batches, on_device),
     ):
         save = CheckpointSaver(run, source, store, stop, first_step=first, position=position)
-        actions = [action for action in (trace, grids, save, judge) if action is not None]
+        actions: list[Action] = [a for a in (trace, grids, save, judge) if a is not None]
         if owed and judge:
             judge(first, state, log)
             if stop.stopping:

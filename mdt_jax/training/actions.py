@@ -63,11 +63,11 @@ class GridSampler:
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Draws a grid, saves it as a file and adds it to TensorBoard."""
         with log.paused():
-            grid = self.draw(state, step)
+            grid = self._draw(state, step)
             if grid is not None:
                 log.image(step, "samples", grid)
 
-    def draw(self, state: TrainState, step: int) -> np.ndarray | None:
+    def _draw(self, state: TrainState, step: int) -> np.ndarray | None:
         """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
         run, o = self._run, self._options
         labels = np.resize(np.arange(max(run.model.num_classes, 1)), run.config.sample.num_samples)
