@@ -328,7 +328,7 @@ def test_heun_begins_where_nothing_is_left_of_the_image():
     alpha_bar = jnp.asarray(diffusion.schedule.alphas_cumprod, jnp.float32)
     noise = normal(3, 4, 16, 16, 4)
 
-    def denoiser(x, t):  # of N(MEAN, STD²)
+    def denoiser(x, t):  # the exact one for N(MEAN, STD²)
         a = alpha_bar[t][:, None, None, None]
         return (x - jnp.sqrt(a) * MEAN) * jnp.sqrt(1 - a) / (a * STD**2 + 1 - a)
 
@@ -389,7 +389,7 @@ def test_the_sde_solver_samples_the_datas_distribution():
     _, fine = moments("dpm++sde", "logsnr40")
     assert abs(mean) < 0.01
     assert abs(coarse) < 0.04 and abs(fine) < 0.3 * abs(coarse)
-    assert moments("ddpm", "logsnr20")[1] < -0.15  # of first order
+    assert moments("ddpm", "logsnr20")[1] < -0.15  # it is of first order
 
 
 def test_respacing_by_snr_is_even_in_its_logarithm():

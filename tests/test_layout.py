@@ -1,4 +1,4 @@
-"""The house stays in order: what lies in mdt_jax/, and what may import what."""
+"""The house stays in order: the entries of mdt_jax/, their imports, and a short training loop."""
 
 import ast
 import re
@@ -36,7 +36,7 @@ def imports(code: str) -> Iterator[str]:
 
 
 def climbs(entry: str, code: str) -> list[str]:
-    """What an entry's code imports and may not: entries beside or above it."""
+    """Imports in an entry's code of entries beside or above it, which are not allowed."""
     return [other for other in imports(code) if other != entry and HEIGHT[other] >= HEIGHT[entry]]
 
 

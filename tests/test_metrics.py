@@ -1,4 +1,4 @@
-"""What a run reports: one line per step over kills, exact means, and known peaks."""
+"""A run's metrics: one line per step over kills, exact means, and known peaks."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def test_tensorboard_gets_the_scalars_and_hides_those_of_steps_done_again(tmp_pa
     run(tmp_path, [30], resume_step=20)
     shown = []
     for event in events_in(tmp_path):
-        if event.HasField("session_log"):  # what TensorBoard does at a session's start
+        if event.HasField("session_log"):  # TensorBoard drops these at a session's start
             shown = [scalar for scalar in shown if scalar[0] < event.step]
         shown += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
     assert shown == [(step, "loss", np.float32(1 / step)) for step in (10, 20, 30)]

@@ -98,7 +98,7 @@ def play(scene):
 
 @pytest.fixture(scope="module", autouse=True)
 def killed():
-    """What comes of a job of which a process is killed: half a minute, beside the other tests."""
+    """The outcome of a job whose process is killed, which takes half a minute beside the tests."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(play, "SIGKILL")
 

@@ -1,4 +1,4 @@
-"""What a run shows of where its time goes: a trace of a few steps, and their times."""
+"""Where a run's time goes: a trace of a few steps, and their times."""
 
 import json
 import types

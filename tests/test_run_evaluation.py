@@ -1,5 +1,4 @@
-"""Judging a run: what the small classifier measures, what is refused, and that nothing depends on
-batches or meshes."""
+"""Judging a run: the small classifier's measures, refused settings, no effect of batch or mesh."""
 
 import functools
 import json
@@ -61,7 +60,7 @@ def test_heldout_scans_are_near_the_training_scans_and_worse_sets_are_not():
     assert heldout["fid"] < 1.5 and noisy["fid"] > 3 * heldout["fid"] and half["fid"] > 10
     assert heldout["inception_score"] > 8 > half["inception_score"] > one["inception_score"]
     assert heldout["precision"] > 0.85 and heldout["recall"] > 0.85
-    assert one["recall"] < 0.3  # what there is of it is right, but it is one class
+    assert one["recall"] < 0.3  # the samples are right, but of one class
     assert noise["precision"] == noise["recall"] == 0
 
 

@@ -174,7 +174,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
 
 
 def load_config(path):
-    """What `--config PATH` gives, or `--config PATH:ARGUMENT`."""
+    """The config of `--config PATH` or `--config PATH:ARGUMENT`."""
     path, *argument = str(path).split(":")
     spec = importlib.util.spec_from_file_location("experiment", ROOT / path)
     module = importlib.util.module_from_spec(spec)
@@ -274,7 +274,7 @@ def test_metrics_hold_the_losses_and_the_speed(finished):
         assert line["loss"] == pytest.approx(line["full_loss"] + line["masked_loss"], rel=1e-5)
         speed = finished.config.batch_size / line["seconds_per_step"]
         assert line["images_per_second"] == pytest.approx(speed)
-        assert "mfu" not in line  # of a CPU no peak is known
+        assert "mfu" not in line  # no peak is known for CPUs
     events = list((finished.workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert events and b"masked_loss" in events[0].read_bytes()
 
