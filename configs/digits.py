@@ -2,19 +2,22 @@
 
     python -m mdt_jax.train --config configs/digits.py --workdir runs/digits
 
-The embedded default: 1,498 real 8 × 8 scans to train on (299 more are held out), a few minutes on
-two CPU cores. `python -m mdt_jax.digits_report --workdir runs/digits` judges the result: expect
-nearly all of the guided samples to be read as the class asked for.
+This is the default example. It comes with its data, 1,498 real 8 × 8 scans to train on (299 more
+are held out), and takes a few minutes on two CPU cores. Judge the result with
+`python -m mdt_jax.digits_report --workdir runs/digits`: it should read nearly all of the guided
+samples as the class asked for.
 
-Two things differ from MDTv2's recipe for latents. Images this small lose their content early in the
-linear schedule, so the process is the squared cosine one, predicting velocity; and patches of 4
-leave 4 tokens, which is what makes it minutes on a CPU. `--config.model.patch_size=2` has 16 tokens
-and four numbers of kept tokens, and wants some ten times as long.
+Two things differ from MDTv2's recipe for latents. The linear schedule destroys the content of such
+small images early, so this model uses the squared cosine schedule and predicts velocity. And
+patches of 4 leave only 4 tokens, which keeps training on a CPU to minutes. With
+`--config.model.patch_size=2` there are 16 tokens and four numbers of kept tokens, and training
+takes about ten times as long.
 
-Every 250 steps 300 samples are judged against the training scans by a small classifier of them
-(`eval_fid` in metrics.jsonl; 299 held-out scans have 0.98). `configs/digits.py:DiT` trains
-the baseline, of the same width and depth, with the same optimiser and loss; then
+Every 250 steps a small classifier of the training scans compares 300 samples with them (`eval_fid`
+in metrics.jsonl; 299 held-out scans have 0.98). `configs/digits.py:DiT` trains the baseline, of the
+same width and depth, with the same optimiser and loss. To compare the two:
 
+    python -m mdt_jax.train --config configs/digits.py:DiT --workdir runs/digits_dit
     python tools/plot_runs.py runs/digits runs/digits_dit --x seconds --output plot.png
 """
 
@@ -56,7 +59,7 @@ def get_config(model: str = "MDTv2"):
         guided_channels=None,
         clip=True,
     )
-    # Without guidance, as the data are: see what `digits_report` asks of the plain samples.
+    # Without guidance, so that samples have the distribution of the data.
     config.eval_every = 250
     config.eval.update(num_samples=300, steps=50, cfg_scale=1.0)
     return config

@@ -1,10 +1,10 @@
-"""A small MDTv2 for painting holes in the digits: 16 tokens of 2 × 2 pixels, of which some hide.
+"""A small MDTv2 that paints holes in the digits; an image is 16 tokens of 2 × 2 pixels.
 
     python -m mdt_jax.train --config configs/digits_inpainting.py --workdir runs/inpainting
 
-configs/digits.py with smaller patches and half the width, so that a mask may hide a part of the
-tokens: the masked pass keeps 8 to 11 of the 16. 4,000 steps, 18 minutes of CPU time. Its
-average of the weights, as float16, is tests/data/inpainting_digits.safetensors.
+It is configs/digits.py with half the width and smaller patches, so that a mask can hide a part of
+the tokens: the masked pass keeps 8 to 11 of the 16. 4,000 steps take 18 minutes of CPU time. The
+averaged weights of such a run, as float16, are tests/data/inpainting_digits.safetensors.
 """
 
 from configs.digits import get_config as digits

@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained model on a folder of your own pictures, one sub-folder for each class.
+"""Fine-tunes a pretrained model on a folder of your own pictures, with a sub-folder for each class.
 
     python tools/encode_latents.py --data_name folder --data_path PICTURES --vae mse \\
         --image_size 256 --output LATENTS
@@ -6,15 +6,15 @@
         --config.init_from=mdt_xl2_v2_ckpt.pt --config.data.path=LATENTS
     python -m mdt_jax.sample --workdir runs/mine --vae ema --num_samples 16 --output runs/mine/grid
 
-init_from is a .pt or .safetensors file, hf://OWNER/REPO/FILE or a workdir. The number of classes is
-the folder's: the label table is drawn anew but for its null row, everything else starts as it was,
-and the log lists it. Pictures without sub-folders have no classes, and the null row is theirs. For
-512 pixels encode at 512 and add --config.model.input_size=64: positions and attention biases are
-resized.
+init_from is a .pt or .safetensors file, hf://OWNER/REPO/FILE or a workdir. The model gets the
+folder's number of classes: the rows of the label table are random, except for the null row, and all
+other weights start as they were. The log lists them. Pictures without sub-folders have no classes,
+and use the null row. For 512 pixels encode at 512 and add --config.model.input_size=64: the tables
+of positions and attention biases are resized.
 
-The recipe is the family's own with a third of its learning rate and a faster average; 10,000 steps
-of 64 pictures are a start for some thousand pictures, no tuned figure. XL/2 with Adan holds 17.8 GB
-of state: --config.mesh.fsdp=N spreads it over N devices.
+The recipe is the family's own with a third of its learning rate and a faster average. 10,000 steps
+of 64 pictures are a starting point for some thousand pictures, not a tuned figure. XL/2 with Adan
+has 17.8 GB of state: --config.mesh.fsdp=N spreads it over N devices.
 """
 
 from mdt_jax.config import apply_recipe, default_config

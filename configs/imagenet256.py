@@ -9,29 +9,29 @@ DIR holds the training images, encoded once:
     python tools/encode_latents.py --data_name tfds:imagenet2012 --data_path data --vae mse \\
         --image_size 256 --output DIR
 
-The model is "MDTv2-XL/2" when none is named. Each family has its authors' recipe:
+The model is "MDTv2-XL/2" if none is named. Each family has its authors' recipe:
 
     MDT    AdamW, lr 1e-4, batch 256, mask ratio 0.3, decoder depth 2
     MDTv2  Adan, lr 3e-4, clipped to norm 1, batch 256, mask ratio 0.3 to 0.5, min-SNR weights of 5,
            decoder depth 4; S/2 as in the authors' script: lr 5e-4, decoder depth 6
     DiT    AdamW, lr 1e-4, batch 256
 
-Published FID-50K of the authors' code, which these recipes aim at:
+These recipes aim at the published FID-50K of the authors' code:
 
     MDT-XL/2    7.41 / 6.46 / 6.23 after 2,500k / 3,500k / 6,500k steps, unguided;
                 2.15 / 2.02 / 1.79 guided (scale 3.8, power 4, 250 steps, `ema` decoder)
     MDTv2-XL/2  1.58 guided
 
-To see FID while it trains, with the published sampling but of 10,000 samples instead of 50,000, add
+To see FID while it trains, with the published sampling but 10,000 samples instead of 50,000, add
 
     --config.eval_every=50000 --config.eval.num_samples=10000 --config.eval.vae=ema \\
         --config.eval.inception=DIR --config.eval.reference=VIRTUAL_imagenet256_labeled.npz
 
-Each time that is 5,000,000 passes of the model, by arithmetic an hour of an H200 at 40% of its peak
-for XL/2; a tenth of it with --config.eval.cfg_scale=1 --config.eval.steps=50.
+Each evaluation takes 5,000,000 passes of the model: for XL/2 about an hour of an H200 at 40% of its
+peak, by arithmetic. --config.eval.cfg_scale=1 --config.eval.steps=50 makes it a tenth of that.
 
-No run of that length has been made with this code. XL/2's state does not fit a 16 GB chip unless
-it is sharded: add --config.mesh.fsdp=16, say.
+No run of the published length has been made with this code. XL/2's state fits a 16 GB chip only if
+it is sharded: add --config.mesh.fsdp=16, for instance.
 """
 
 from mdt_jax.config import apply_recipe, default_config

@@ -3,10 +3,10 @@
     python -m mdt_jax.train --config configs/imagenet256_step_decay.py --workdir runs/step_decay \\
         --config.data.path=DIR
 
-Adam, lr 1e-4 divided by 10 at 100k and 125k steps, batch 32, 150k steps. The card states this
-recipe beside a table of results (FID 1.79 and 1.58) that it did not produce: those took millions of
-steps at batch 256, which is `imagenet256.py`. Expect far worse from this one, whose result nobody
-has published. DIR is as in `imagenet256.py`.
+The recipe is Adam, lr 1e-4 divided by 10 at 100k and 125k steps, batch 32, 150k steps. The model
+card states it beside results (FID 1.79 and 1.58) that it did not produce: those took millions of
+steps at batch 256, as in configs/imagenet256.py. Nobody has published a result of this recipe;
+expect a far worse one. DIR is as in configs/imagenet256.py.
 """
 
 from configs.imagenet256 import get_config as imagenet256

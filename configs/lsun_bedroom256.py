@@ -9,8 +9,8 @@ DIR holds the 3,033,042 bedrooms, encoded once:
     python tools/encode_latents.py --data_name tfds:lsun/bedroom --data_path data --vae mse \\
         --image_size 256 --output DIR
 
-The recipe is ImageNet's of the same family. The MDT
-authors publish no result on this set.
+The recipe is that of configs/imagenet256.py for the same model, for 400,000 steps, without labels
+and guidance. The MDT authors publish no result on this set, so none is known to expect.
 """
 
 from configs.imagenet256 import get_config as imagenet256

@@ -1,4 +1,4 @@
-"""The settings of a run: every key with its default, the recipes, and what is refused at once."""
+"""The settings of a run: every key with its default, the recipes, and a config's model."""
 
 from __future__ import annotations
 
@@ -14,101 +14,102 @@ from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer, create_model
 
-# What a run's parameters mean: changing one of these needs another workdir.
+# Settings that decide what a run's parameters mean: changing one needs another workdir.
 IDENTITY = (
     "seed", "init_from", "model", "diffusion", "masking", "label_dropout", "ema_rates", "data",
 )  # fmt: skip
-# Parts of those that only say how something is computed or read.
+# Exceptions among those: they only say how something is computed or read.
 FREE = ("model.dtype", "model.kernels", "model.remat", "model.scan_unroll", "data.num_workers",
         "data.read_ahead", "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
-    """Every setting of `mdt_jax.train`. An experiment changes some; an unknown key is an error."""
-    # None until set. Each needs a placeholder of its own: a shared one is one value.
+    """Every setting of `mdt_jax.train` with its default; setting an unknown key is an error."""
+    # Types of settings that are None by default. A shared placeholder would be one value for all.
     integer, number = lambda: config_dict.placeholder(int), lambda: config_dict.placeholder(float)
     config = ConfigDict()
-    config.seed = 0  # of parameters, data order and every draw of training
-    config.num_steps = 400_000
-    config.batch_size = 256  # global, over all devices and processes
-    config.accumulation_steps = 1  # microbatches a step
-    config.ema_rates = (0.9999,)  # the first is what is sampled and evaluated
-    config.label_dropout = 0.1
+    config.seed = 0  # seeds the parameters, the order of the data and every draw of training
+    config.num_steps = 400_000  # length of the run
+    config.batch_size = 256  # over all devices and processes
+    config.accumulation_steps = 1  # microbatches a step: more need less memory
+    config.ema_rates = (0.9999,)  # averages of the parameters; the first is sampled and evaluated
+    config.label_dropout = 0.1  # probability of training a sample without its label, for guidance
 
-    # Fine-tuning: weights to start from, a .pt or .safetensors file, hf://OWNER/REPO/FILE or a
-    # workdir; classes, resolution and (v1) decoder depth may differ.
+    # Fine-tuning: the weights to start from, a .pt or .safetensors file, hf://OWNER/REPO/FILE or a
+    # workdir. Classes, resolution and (v1) decoder depth may differ. "": random weights.
     config.init_from = ""
 
     config.model = ConfigDict()
     config.model.name = "MDTv2-XL/2"  # or a family ("MDT", "MDTv2", "DiT") with the sizes below
-    config.model.input_size = 32  # side of the latents or images
-    config.model.in_channels = 4
+    config.model.input_size = 32  # side of the latents (an eighth of the image's) or images
+    config.model.in_channels = 4  # 4: latents; 3 or 1: colour or grey images
     config.model.num_classes = 1000  # 0: unconditional; -1: as many as the data have
-    config.model.patch_size = integer()  # None: the name's
+    # Sizes of the network; None: those that the name stands for.
+    config.model.patch_size = integer()
     config.model.hidden_size = integer()
     config.model.depth = integer()
     config.model.num_heads = integer()
     config.model.mlp_ratio = number()
     config.model.decoder_depth = integer()
     config.model.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
-    # "auto": "pallas" on TPU where it can be, else "plain"; "cudnn" on GPU, in bfloat16
+    # The computation of the blocks: "plain", "pallas" (TPU) or "cudnn" (GPU, bfloat16). "auto":
+    # "pallas" on a TPU where the model's shapes allow it, else "plain".
     config.model.kernels = "auto"
-    config.model.remat = "none"  # "dots", "full": less memory, more work
-    config.model.scan_unroll = 1
+    config.model.remat = "none"  # "dots", "full": recompute activations, to need less memory
+    config.model.scan_unroll = 1  # layers compiled one by one: more are faster, and compile slower
 
-    config.masking = ConfigDict()  # of MDT's masked pass; DiT has none
-    config.masking.ratio = 0.3
-    config.masking.ratio_span = 0.2  # drawn from [ratio, ratio + ratio_span) each step
+    config.masking = ConfigDict()  # MDT's masked pass; DiT has none
+    config.masking.ratio = 0.3  # share of the tokens that is masked
+    config.masking.ratio_span = 0.2  # each step draws from [ratio, ratio + ratio_span)
 
     config.diffusion = ConfigDict()
-    config.diffusion.schedule = "linear"
+    config.diffusion.schedule = "linear"  # noise by timestep; or "squared_cosine"
     config.diffusion.num_timesteps = 1000
-    config.diffusion.prediction = "epsilon"
-    config.diffusion.variance = "learned_range"
-    config.diffusion.loss = "mse"
+    config.diffusion.prediction = "epsilon"  # the model's output; or "x0", "velocity"
+    config.diffusion.variance = "learned_range"  # or "fixed_small", "fixed_large"
+    config.diffusion.loss = "mse"  # or "rescaled_mse", "kl", "rescaled_kl"
     config.diffusion.min_snr = number()  # γ of min-SNR weighting; None: plain MSE
-    config.diffusion.timestep_sampler = "uniform"
+    config.diffusion.timestep_sampler = "uniform"  # or "loss_second_moment": by recent losses
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adan"
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.name = "adan"  # or "adamw", "adam"
+    config.optimizer.learning_rate = 3e-4  # the highest of the schedule
     config.optimizer.weight_decay = 0.0
-    config.optimizer.betas = config_dict.placeholder(tuple)  # None: the optimiser's own
+    config.optimizer.betas = config_dict.placeholder(tuple)  # None: the optimiser's defaults
     config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = number()  # global norm; None: no clipping
+    config.optimizer.clip_norm = number()  # global norm of the gradient; None: no clipping
 
-    config.schedule = ConfigDict()  # of the learning rate
-    config.schedule.name = "constant"
-    config.schedule.warmup_steps = 0
-    config.schedule.boundaries = ()  # "step": where the rate is multiplied by factor
+    config.schedule = ConfigDict()  # the learning rate by step
+    config.schedule.name = "constant"  # or "linear", "cosine" (both to 0), "step"
+    config.schedule.warmup_steps = 0  # steps of linear growth from 0
+    config.schedule.boundaries = ()  # "step": the steps at which the rate is multiplied by factor
     config.schedule.factor = 0.1
 
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.data = -1  # splits the batch
+    config.mesh.fsdp = 1  # splits the batch and the parameters
+    config.mesh.tensor = 1  # splits heads and hidden units
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or "folder", "latents", "npy", "tfds:NAME"
-    config.data.split = "train"
-    config.data.path = (
-        ""  # the folder: of images, latents, npy files, TFDS data sets or one of them
-    )
+    config.data.split = "train"  # digits: or "heldout", "all"; tfds: any split of the data set
+    config.data.path = ""  # the folder of images, latents, npy files, or TFDS data sets (or one)
     config.data.class_order = "string"  # or "numeric": how a folder's class names are sorted
-    config.data.labels = "auto"  # of a folder; "file_names": CLASS_IMAGE.jpg; "none": no classes
+    config.data.labels = "auto"  # a folder's: "file_names": CLASS_IMAGE.jpg; "none": no classes
     config.data.crop = "center"  # or "random": ADM's random crop
-    config.data.flip = True
+    config.data.flip = True  # mirror half of the images
     config.data.on_bad_image = "error"  # "skip": the next readable image takes its place
-    # Of the data set: the run stops when one process has met more bad images since it was started.
+    # "skip" ends the run when one process, since its start, has met more bad images than this
+    # fraction of the data set.
     config.data.max_bad_fraction = 0.01
-    config.data.num_workers = 0
-    config.data.read_ahead = 4
+    config.data.num_workers = 0  # processes that read; 0: threads
+    config.data.read_ahead = 4  # batches prepared before they are needed
 
-    config.log_every = 100
+    config.log_every = 100  # steps between lines of metrics.jsonl
     config.profile_steps = ()  # (100, 105): a trace of these steps for XProf, in WORKDIR/profile
-    config.checkpoint_every = 5_000
-    config.keep_last = 3
-    config.keep_every = integer()  # steps kept for ever are its multiples
+    config.checkpoint_every = 5_000  # steps between checkpoints
+    config.keep_last = 3  # checkpoints kept
+    config.keep_every = integer()  # checkpoints at its multiples are kept for ever; None: none are
 
     config.sample = ConfigDict()  # how this model is sampled, in training and by default after it
     config.sample.every = 5_000  # steps between grids of EMA samples; 0: none
@@ -137,7 +138,7 @@ def default_config() -> ConfigDict:
 
 
 def apply_recipe(config: ConfigDict) -> ConfigDict:
-    """Sets the optimiser, loss weighting and masking that the authors trained a family with.
+    """Sets the optimiser, loss weighting and masking to those of the authors' runs of the family.
 
     MDT and DiT: AdamW without weight decay, lr 1e-4, plain MSE, a fixed mask ratio. MDTv2: Adan, lr
     3e-4, clipped to norm 1, min-SNR weights of 5, a mask ratio drawn per step.
@@ -153,10 +154,10 @@ def apply_recipe(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def resolve_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
-    """The config with as many classes as there are names.
+def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
+    """A copy of the config with as many classes as there are names.
 
-    Without any the model is unconditional, and has no label dropout.
+    Without names the model becomes unconditional, without label dropout and guidance.
     """
     config = config.copy_and_resolve_references()
     config.model.num_classes = len(class_names)
@@ -167,7 +168,7 @@ def resolve_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDic
 
 
 def create_network(config: ConfigDict) -> LatentTransformer:
-    """The model of a config."""
+    """The network of a config; raises ValueError for settings that do not fit each other."""
     settings = {k: v for k, v in config.model.items() if v is not None}
     name, dtype = settings.pop("name"), settings.pop("dtype")
     if dtype == "auto":
@@ -175,14 +176,14 @@ def create_network(config: ConfigDict) -> LatentTransformer:
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {dtype!r} is unknown; known: auto, bfloat16, float32")
     learned = config.diffusion.variance == "learned_range"
-    # Without label dropout a null class would be an untrained one.
+    # Without label dropout a null class would not be trained.
     null = config.label_dropout > 0
     settings |= {"dtype": jnp.dtype(dtype), "learn_variance": learned, "null_class": null}
     return create_model(name, **settings)
 
 
 def create_diffusion(config: ConfigDict) -> GaussianDiffusion:
-    """The training process of a config."""
+    """The diffusion process of a config, as it is trained."""
     d = config.diffusion
     return GaussianDiffusion(
         NoiseSchedule.create(d.schedule, d.num_timesteps),
@@ -194,12 +195,12 @@ def create_diffusion(config: ConfigDict) -> GaussianDiffusion:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
+    """The config as JSON values (tuples become lists)."""
     return json.loads(config.to_json())
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """A config from what `to_json` gave; keys newer than the run keep their defaults."""
+    """The config that `to_json` gave; keys that are newer than it have their defaults."""
     config = default_config()
     with config.unlocked():
         config.update(values)
@@ -207,7 +208,14 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that decide what a run's parameters mean and differ, as "key: old, now new"."""
+    """Changed settings that make another run, in words: "key: old, now new".
+
+    They are those of `IDENTITY` that are not in `FREE`.
+
+    Args:
+      old: `to_json` of one config.
+      new: `to_json` of the other.
+    """
 
     def flatten(value: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(value, dict):

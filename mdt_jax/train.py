@@ -1,7 +1,7 @@
 """Trains a model: `python -m mdt_jax.train --config configs/digits.py --workdir runs/digits`.
 
-The same command again resumes the run. `--config.KEY=VALUE` changes a setting, `--dry_run` shows
-what would be trained and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoint and end it.
+The same command resumes the run. `--config.KEY=VALUE` changes a setting. `--dry_run` shows what
+would be trained, and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoint and end the run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,45 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as config_lib
 from mdt_jax.atomic import whole_file
-from mdt_jax.checkpoints import Checkpoints, SaveError
-from mdt_jax.data import BatchIterator, create_batches, create_source, prefetch_to_device
+from mdt_jax.checkpoints import Checkpoints
+from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.preemption import Stop
-from mdt_jax.training import checks, metrics, run_evaluation
-from mdt_jax.training.monitors import GridSampler, StepLog
+from mdt_jax.training import checks, run_evaluation
+from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
+from mdt_jax.training.step_log import StepLog
 
 
 def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = None) -> TrainState:
-    """Trains, or goes on training, to config.num_steps and returns the final state.
+    """Starts or resumes a run, trains it to config.num_steps and returns the final state.
 
-    Asked to stop before (see `mdt_jax.parallel.preemption`), it saves and returns the state so far.
+    If asked to stop before (see `mdt_jax.parallel.preemption`), it saves the state and returns it.
 
     Args:
       config: the settings.
-      workdir: where checkpoints, metrics and samples go.
-      max_hours: after which to stop; None for no limit.
+      workdir: the folder of checkpoints, metrics and samples.
+      max_hours: hours after which to stop; None for no limit.
 
     Raises:
-      ValueError: settings that cannot work, a workdir of another run, or processes that differ.
+      ValueError: settings cannot work, the workdir is of another run, or processes differ.
       CheckpointError: no checkpoint of the workdir can be used, another run is using it, or the
         last checkpoint could not be written.
-      NonFiniteLoss: the loss or the gradient norm stopped being finite.
+      NonFiniteLoss: the loss or the gradient norm is not finite.
     """
     with Stop(max_hours) as stop:
-        config = checks.count_classes(config)
+        config = checks.with_classes_of_data(config)
         run = Run(config, workdir)
         source = create_source(config.data)
-        checks.check_source(config, source)
-        checks.check_processes(config, source)
-        run_evaluation.check(config, source)
+        checks.check_data(config, source)
+        checks.check_processes_agree(config, source)
+        run_evaluation.check_evaluation(config, source)
         logging.info("%s", "\n" + run.describe())
         logging.info("data           %s", source.describe())
         logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
@@ -66,100 +67,92 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
             return _train(run, source, store, stop)
 
 
-def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
-    config = run.config
-    state, meta = run.restore(store, checks.autoencoder_digest(source))
-    checks.check_same(meta, source, run.workdir)
-    first = int(state.step)
-    owed = run_evaluation.is_owed(config, run.workdir, first)
-    if first >= config.num_steps and not owed:
-        logging.info("%s is trained already: step %d of %d", run.workdir, first, config.num_steps)
+def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainState:
+    """Trains from the newest checkpoint to the last step, or until asked to stop."""
+    state, meta, owed = _restore(run, source, store)
+    first, last, position = int(state.step), run.config.num_steps, meta.get("position", 0)
+    if first >= last and not owed:
+        logging.info("%s is trained already: step %d of %d", run.workdir, first, last)
         return state
-    if first:
-        logging.info("resuming %s from step %d", run.workdir, first)
-    _write_config(run)
+    steps, grids, judge, seconds = _prepare(run, source, stop)
+    stop.ready()
+    if stop.requested():
+        return state
+    with (
+        contextlib.closing(StepLog(run, first, store, meta, seconds)) as log,
+        contextlib.closing(StepProfiler(run.workdir, run.config.profile_steps)) as trace,
+        _batches(run, source, position) as (batches, on_device),
+    ):
+        save = CheckpointSaver(run, source, store, stop, first_step=first, position=position)
+        actions: list[Action] = [a for a in (trace, grids, save, judge) if a is not None]
+        if owed and judge:
+            judge(first, state, log)
+            if stop.stopping:
+                return state
+        for step in range(first + 1, last + 1):
+            with log.times.waiting():
+                batch = next(on_device)
+            with trace.step(step):
+                state, values = steps[run.kept(step - 1)](state, batch)
+            log.add(step, values, batches.num_skipped)
+            save.check()
+            stop.requested()  # asked once a step, on all processes alike
+            for action in actions:
+                if action.due(step):
+                    action(step, state, log)
+            if stop.stopping:
+                break
+    store.wait()
+    if stop.stopping:
+        logging.info("stopped at step %d, saved; the same command resumes", step)
+    else:
+        how = "done; to sample: python -m mdt_jax.sample --workdir %s --output %s"
+        logging.info(how, run.workdir, run.workdir / "picture")
+    return state
 
+
+def _restore(
+    run: Run, source: Source, store: Checkpoints
+) -> tuple[TrainState, dict[str, Any], bool]:
+    """The state to train from, and whether its samples have yet to be judged.
+
+    Returns:
+      The state; the meta data of its checkpoint, empty for a fresh run; whether the run was stopped
+      before its samples were judged.
+    """
+    state, meta = run.restore(store, checks.autoencoder_digest(source))
+    checks.check_data_unchanged(meta, source, run.workdir)
+    step = int(state.step)
+    owed = run_evaluation.judgement_is_owed(run.config, run.workdir, step)
+    if 0 < step < run.config.num_steps or owed:
+        logging.info("resuming %s from step %d", run.workdir, step)
+    return state, meta, owed
+
+
+def _prepare(
+    run: Run, source: Source, stop: Stop
+) -> tuple[dict[int | None, Callable], GridSampler | None, SampleJudge | None, float]:
+    """Writes the run's config, and compiles all that it needs before its first step.
+
+    Returns:
+      The step for each number of kept tokens; the sampler of grids and the judge of samples, None
+      if the config asks for none; the seconds that compiling took.
+    """
+    _write_config(run)
+    config = run.config
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
-    logging.info(
-        "compiling %d step(s), one for each number of kept tokens", len(run.kept_tokens.programs)
-    )
-    with ThreadPoolExecutor(1) as background:  # a compilation alone does not fill the processors
+    count = len(run.kept_tokens.programs)
+    logging.info("compiling %d step(s), one for each number of kept tokens", count)
+    with ThreadPoolExecutor(1) as background:  # one compilation does not use all processors
         compiling = background.submit(run.compile_steps, source)
-        sampler = GridSampler(run, source.class_names) if config.sample.every else None
+        grids = GridSampler(run, source.class_names, stop) if config.sample.every else None
         if evaluator:
             evaluator.compile()
         steps = compiling.result()
-    compile_seconds = time.perf_counter() - began
-    logging.info("compiled in %.1f s", compile_seconds)
-    stop.ready()
-
-    if stop.requested():
-        return state
-    position = meta.get("position", 0)
-    window = metrics.Window.from_state(meta["window"]) if meta else metrics.Window()
-    log = StepLog(run, first, window, store, meta.get("train_seconds", 0.0), compile_seconds)
-    profiler = StepProfiler(run.workdir, config.profile_steps)
-    with (
-        contextlib.closing(log),
-        contextlib.closing(profiler),
-        _batches(run, source, position) as (batches, on_device),
-    ):
-        if owed and not log.judge(first, evaluator, state, stop):
-            return state
-        for step in range(first + 1, config.num_steps + 1):
-            with log.times.waiting():
-                batch = next(on_device)
-            with profiler.step(step):
-                state, values = steps[run.kept(step - 1)](state, batch)
-            log.skipped_images = batches.num_skipped
-            log.add(step, values)
-            if profiler.ends(step):
-                log.settle()
-                with log.watch.paused():
-                    profiler.write(values)
-            position += config.batch_size
-            with _tolerating_a_full_disk():
-                store.check()
-            stopping = stop.requested()
-            if sampler and step % config.sample.every == 0 and not stopping:
-                log.settle()
-                with log.watch.paused():
-                    grid = sampler.draw(state, step)
-                    if grid is not None:
-                        log.image(step, "samples", grid)
-            last = stopping or step == config.num_steps
-            judged = evaluator is not None and evaluator.due(step)
-            # A step to be judged is saved first, so that nothing is lost in the meantime.
-            if last or judged or step % config.checkpoint_every == 0:
-                log.settle()  # no step is committed before its loss was seen finite
-                meta = {
-                    "config": config_lib.to_json(config),
-                    "class_names": list(source.class_names),
-                    "num_examples": len(source),
-                    "autoencoder": checks.autoencoder_digest(source),
-                    "position": position,
-                    "window": window.state(),
-                    "train_seconds": log.watch.seconds,
-                }
-                with log.watch.paused():
-                    with _tolerating_a_full_disk():
-                        store.wait()
-                    with contextlib.nullcontext() if last else _tolerating_a_full_disk():
-                        run.save(store, state, step, meta)
-            if judged and not stopping:
-                stopping = not log.judge(step, evaluator, state, stop)
-            if stopping:
-                store.wait()
-                logging.info("stopped at step %d, saved; the same command resumes", step)
-                return state
-    store.wait()
-    logging.info(
-        "done; to sample: python -m mdt_jax.sample --workdir %s --output %s",
-        run.workdir,
-        run.workdir / "picture",
-    )
-    return state
+    seconds = time.perf_counter() - began
+    logging.info("compiled in %.1f s", seconds)
+    return steps, grids, SampleJudge(run, evaluator, stop) if evaluator else None, seconds
 
 
 def _write_config(run: Run) -> None:
@@ -169,24 +162,10 @@ def _write_config(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _tolerating_a_full_disk() -> Iterator[None]:
-    """A checkpoint that could not be written ends no run that can try again at the next.
-
-    Several processes end: those that could write their part wait for the one that could not.
-    """
-    try:
-        yield
-    except SaveError as error:
-        if jax.process_count() > 1:
-            raise
-        logging.warning("%s; training goes on, to be saved at the next checkpoint", error)
-
-
-@contextlib.contextmanager
 def _batches(
-    run: Run, source: Any, position: int
+    run: Run, source: Source, position: int
 ) -> Iterator[tuple[BatchIterator, Iterator[dict[str, jax.Array]]]]:
-    """The run's batches, from an example on, and the same on the devices."""
+    """The run's batches from an example on: their iterator, and the same batches on the devices."""
     config = run.config
     parts, num_parts = sharding.batch_parts(run.mesh)
     batches = create_batches(
@@ -209,19 +188,19 @@ def _batches(
 
 
 def dry_run(config: ConfigDict) -> str:
-    """What `--dry_run` prints: the run, and its data if they are there."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # told of below
-        config = checks.count_classes(config)
+    """The text that `--dry_run` prints: the run, and its data if they are there."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # reported below
+        config = checks.with_classes_of_data(config)
     if config.model.num_classes == -1:
-        config = config_lib.resolve_classes(config, ())
+        config = config_lib.with_classes(config, ())
     run = Run(config, "")
     try:
         source = create_source(config.data)
     except (FileNotFoundError, ValueError) as error:  # the latter without a data.path
         data = f"not there: {error}"
     else:
-        checks.check_source(config, source)
-        run_evaluation.check(config, source)
+        checks.check_data(config, source)
+        run_evaluation.check_evaluation(config, source)
         steps = len(source) / config.batch_size
         data = f"{source.describe()}, {steps:,.1f} steps an epoch"
     return f"{run.describe()}\ndata           {data}"
@@ -244,14 +223,14 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
         train(config, workdir, flags.FLAGS.max_hours)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_config_flags(argv: list[str]) -> list[str]:
     """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
     with command_ending():
         _check_config_is_there(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        # ml_collections quotes the message of one exception in the next.
+        # ml_collections quotes one exception's message in the next one's.
         said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "")
         with command_ending():
             raise ValueError(f"--config has no such key: {said}") from error
@@ -276,4 +255,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
     flags.DEFINE_float("max_hours", None, "Save and end after so many hours.")
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse_config_flags)

@@ -16,7 +16,7 @@ from mdt_jax.convert.transformers import from_torch
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.models import LatentTransformer, create_model
 from mdt_jax.parallel import sharding
-from mdt_jax.training.optimizers import create_optimizer, create_schedule
+from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
 from mdt_jax.training.step import Trainer, TrainState, scale_pixels
 
 DATA = Path(__file__).parent / "data"
@@ -91,7 +91,7 @@ def make_trainer(name, mesh=None, model=None, **overrides):
     """A trainer with a fixture's model and recipe, on one device by default."""
     r = reference(name)
     recipe = RECIPES[name] | {"weight_decay": 0.0, "betas": None, "eps": 1e-8}
-    schedule = create_schedule("constant", recipe["learning_rate"], 10)
+    schedule = learning_rate_schedule("constant", recipe["learning_rate"], 10)
     model = model or r.model()
     return Trainer(
         **{

@@ -5,7 +5,7 @@ from absl import logging
 
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.parallel.command import command_ending, one_line
-from mdt_jax.training.monitors import NonFiniteLoss
+from mdt_jax.training.step_log import NonFiniteLoss
 
 
 def end(error, **settings):

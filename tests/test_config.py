@@ -4,7 +4,7 @@ import pytest
 
 from configs import digits, imagenet256, imagenet256_step_decay
 from mdt_jax import config as config_lib
-from mdt_jax.training.optimizers import schedule_of
+from mdt_jax.training.optimizers import learning_rate_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_each_family_has_its_authors_recipe(model, optimizer, rate, clip, min_sn
 
 def test_the_model_cards_step_decay():
     c = imagenet256_step_decay.get_config()
-    rate = schedule_of(c)
+    rate = learning_rate_of(c)
     assert (c.optimizer.name, c.batch_size, c.num_steps) == ("adam", 32, 150_000)
     assert [float(rate(s)) for s in (0, 99_999, 100_001, 125_001)] == pytest.approx(
         [1e-4, 1e-4, 1e-5, 1e-6]

@@ -18,9 +18,9 @@ from mdt_jax.diffusion import (
     bits_per_dimension,
     ddim_encode,
     guided,
+    initial_state,
     run_steps,
     sample_steps,
-    start,
 )
 from mdt_jax.diffusion.gaussian import discretized_gaussian_log_likelihood
 from mdt_jax.diffusion.guidance import combine, power_cosine_scale
@@ -291,9 +291,9 @@ def test_samples_do_not_depend_on_chunks(sampler, options):
         return run_steps(sampler, diffusion, fn, state, noise_fn, first, last, **options)
 
     noise = normal(5, 2, 16, 16, 4)
-    whole = run(start(noise), 0, 50)
+    whole = run(initial_state(noise), 0, 50)
     for chunk in (7, 25, 1):
-        state = start(noise)
+        state = initial_state(noise)
         for first in range(0, 50, chunk):
             state = run(state, first, min(first + chunk, 50))
         assert np.array_equal(state.x, whole.x), chunk
@@ -328,7 +328,7 @@ def test_heun_begins_where_nothing_is_left_of_the_image():
     alpha_bar = jnp.asarray(diffusion.schedule.alphas_cumprod, jnp.float32)
     noise = normal(3, 4, 16, 16, 4)
 
-    def denoiser(x, t):  # of N(MEAN, STD²)
+    def denoiser(x, t):  # the exact one for N(MEAN, STD²)
         a = alpha_bar[t][:, None, None, None]
         return (x - jnp.sqrt(a) * MEAN) * jnp.sqrt(1 - a) / (a * STD**2 + 1 - a)
 
@@ -389,7 +389,7 @@ def test_the_sde_solver_samples_the_datas_distribution():
     _, fine = moments("dpm++sde", "logsnr40")
     assert abs(mean) < 0.01
     assert abs(coarse) < 0.04 and abs(fine) < 0.3 * abs(coarse)
-    assert moments("ddpm", "logsnr20")[1] < -0.15  # of first order
+    assert moments("ddpm", "logsnr20")[1] < -0.15  # it is of first order
 
 
 def test_respacing_by_snr_is_even_in_its_logarithm():

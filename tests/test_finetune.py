@@ -93,7 +93,7 @@ def flat(params):
 
 @functools.cache
 def compiled_steps():
-    """DiT's; what a run starts from makes no difference to them."""
+    """DiT's steps; they do not depend on the weights that a run starts from."""
     return train.Run(config_for("dit"), "").compile_steps()
 
 

@@ -496,6 +496,7 @@ def encode_cache(pixels: np.ndarray, autoencoder: Autoencoder, folder: Path) -> 
 def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencoder, tmp_path):
     r = reference("dit")
     trainer = make_trainer("dit")
+    on_latents = dataclasses.replace(trainer, inputs_fn=draw_latents)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, SIDE, SIDE, 3), np.uint8)
     images = data.arrays(pixels, np.arange(20) % 10)
@@ -507,7 +508,7 @@ def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencod
 
     @jax.jit
     def on_posteriors(state, batch):
-        return trainer.step(state, batch, num_kept=None)[1]
+        return on_latents.step(state, batch, num_kept=None)[1]
 
     @jax.jit
     def encoding_in_the_step(state, batch):

@@ -237,11 +237,11 @@ def test_a_slurm_job_is_requeued_by_its_status(tmp_path, status, requeued):
 # ---- A job on this machine ---------------------------------------------------------------------
 
 MEMBER = """
-from mdt_jax.parallel.distributed import gather, initialize_distributed
+from mdt_jax.parallel.distributed import gather_json, initialize_distributed
 initialize_distributed()
 import jax
 print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),
-      gather("me", jax.process_index()))
+      gather_json("me", jax.process_index()))
 """
 
 

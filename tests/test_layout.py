@@ -1,4 +1,4 @@
-"""The house stays in order: what lies in mdt_jax/, and what may import what."""
+"""The house stays in order: the entries of mdt_jax/, their imports, and a short training loop."""
 
 import ast
 import re
@@ -37,7 +37,7 @@ def imports(code: str) -> Iterator[str]:
 
 
 def climbs(entry: str, code: str) -> list[str]:
-    """What an entry's code imports and may not: entries beside or above it."""
+    """Imports in an entry's code of entries beside or above it, which are not allowed."""
     return [other for other in imports(code) if other != entry and HEIGHT[other] >= HEIGHT[entry]]
 
 
@@ -78,3 +78,12 @@ def test_the_readmes_map_is_the_tree_in_the_floors_order():
     for entry, text in rows.items():
         modules = {p.name for p in (PACKAGE / entry).glob("*.py")} - {"__init__.py"}
         assert {name for name in modules if name not in text} == set(), entry
+
+
+def test_the_training_loop_is_seen_whole():
+    (loop,) = (
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "train.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "_train"
+    )
+    assert loop.end_lineno - loop.lineno < 45

@@ -1,4 +1,4 @@
-"""What a run reports: one line per step over kills, exact means, and known peaks."""
+"""A run's metrics: one line per step over kills, exact means, and known peaks."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from absl import logging
 from tensorboardX.proto import event_pb2
 
 from mdt_jax.parallel.devices import mfu, peak_flops
-from mdt_jax.training.metrics import MetricsWriter, Progress, Stopwatch, Window, steps_with
+from mdt_jax.training.metrics import MetricsWriter, RunProgress, Stopwatch, Window, steps_with
 
 
 def run(workdir, steps, resume_step=0):
@@ -125,7 +125,7 @@ def test_tensorboard_gets_the_scalars_and_hides_those_of_steps_done_again(tmp_pa
     run(tmp_path, [30], resume_step=20)
     shown = []
     for event in events_in(tmp_path):
-        if event.HasField("session_log"):  # what TensorBoard does at a session's start
+        if event.HasField("session_log"):  # TensorBoard drops these at a session's start
             shown = [scalar for scalar in shown if scalar[0] < event.step]
         shown += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
     assert shown == [(step, "loss", np.float32(1 / step)) for step in (10, 20, 30)]
@@ -200,7 +200,7 @@ def test_a_window_with_an_infinite_sum_is_saved_as_valid_json():
 
 def test_progress_off_a_terminal_is_one_line_per_log_step(caplog, capsys):
     with caplog.at_level("INFO", logger=logging.get_absl_logger().name):
-        progress = Progress(200, first_step=100)
+        progress = RunProgress(200, first_step=100)
         for step in range(101, 151):
             progress.advance(step)
         progress.log(150, loss=0.12345, images_per_second=1234.56)
@@ -213,7 +213,7 @@ def test_progress_off_a_terminal_is_one_line_per_log_step(caplog, capsys):
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys, caplog):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    progress = Progress(200, first_step=100)
+    progress = RunProgress(200, first_step=100)
     progress.advance(150)
     progress.log(150, loss=0.12345, images_per_second=1234.56)
     progress.close()
@@ -224,7 +224,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys, caplog):
 
 def test_progress_of_other_processes_shows_nothing(monkeypatch, capsys, caplog):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    progress = Progress(200)
+    progress = RunProgress(200)
     progress.advance(50)
     progress.log(50, loss=1.0, images_per_second=1.0)
     progress.close()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mdt_jax.training.optimizers import at_step, create_optimizer, create_schedule
+from mdt_jax.training.optimizers import at_step, create_optimizer, learning_rate_schedule
 
 
 @pytest.mark.torch
@@ -20,7 +20,7 @@ def test_adam_and_adamw_are_pytorchs(name, decay):
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     reference = kind([theirs], lr=1e-2, weight_decay=decay)
     settings = {"name": name, "weight_decay": decay, "betas": None, "eps": 1e-8, "clip_norm": None}
-    optimizer = create_optimizer(settings, create_schedule("constant", 1e-2, 10))
+    optimizer = create_optimizer(settings, learning_rate_schedule("constant", 1e-2, 10))
     ours = {"w": jnp.asarray(start)}
     state = optimizer.init(ours)
     for _ in range(5):
@@ -47,7 +47,7 @@ def test_clipping_is_pytorchs():
 
 def test_a_frozen_parameter_never_moves():
     settings = {"name": "adamw", "weight_decay": 0.5, "betas": None, "eps": 1e-8, "clip_norm": 1.0}
-    optimizer = create_optimizer(settings, create_schedule("constant", 0.1, 10), ("table",))
+    optimizer = create_optimizer(settings, learning_rate_schedule("constant", 0.1, 10), ("table",))
     params = {"table": jnp.ones(3), "w": jnp.ones(3)}
     updates, _ = optimizer.update(
         {"table": jnp.ones(3), "w": jnp.ones(3)}, optimizer.init(params), params
@@ -68,7 +68,7 @@ def test_a_frozen_parameter_never_moves():
     ],
 )  # fmt: skip
 def test_learning_rate_by_step(schedule, expected):
-    rate = create_schedule(peak=1.0, num_steps=100, **schedule)
+    rate = learning_rate_schedule(peak=1.0, num_steps=100, **schedule)
     for step, value in expected.items():
         assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
@@ -76,8 +76,11 @@ def test_learning_rate_by_step(schedule, expected):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: create_schedule("cosin", 1.0, 10), "schedule.name 'cosin'.*constant, linear"),
-        (lambda: create_schedule("linear", 1.0, 10, warmup_steps=10), "warmup_steps 10"),
+        (
+            lambda: learning_rate_schedule("cosin", 1.0, 10),
+            "schedule.name 'cosin'.*constant, linear",
+        ),
+        (lambda: learning_rate_schedule("linear", 1.0, 10, warmup_steps=10), "warmup_steps 10"),
         (
             lambda: create_optimizer(
                 {"name": "lion", "weight_decay": 0.0, "betas": None}, optax.constant_schedule(1.0)
@@ -102,7 +105,7 @@ def test_unknown_names_are_refused_with_the_known_ones(call, message):
 def test_clipping_and_decay_can_be_turned_on_for_a_saved_run(name):
     """The optimiser's state has one structure, whatever is idle, so a checkpoint still fits."""
     off = {"name": name, "weight_decay": 0.0, "betas": None, "eps": 1e-8, "clip_norm": None}
-    schedule, params = create_schedule("constant", 0.1, 10), {"w": jnp.ones(3)}
+    schedule, params = learning_rate_schedule("constant", 0.1, 10), {"w": jnp.ones(3)}
     states = [
         create_optimizer(off | change, schedule).init(params)
         for change in ({}, {"clip_norm": 1.0}, {"weight_decay": 0.1})
@@ -113,7 +116,7 @@ def test_clipping_and_decay_can_be_turned_on_for_a_saved_run(name):
 @pytest.mark.parametrize("name", ["adamw", "adan"])
 def test_a_schedule_goes_on_from_a_step_while_moments_start_afresh(name):
     recipe = {"name": name, "weight_decay": 0.0, "betas": None, "eps": 1e-8, "clip_norm": None}
-    schedule = create_schedule("linear", 1.0, 100)
+    schedule = learning_rate_schedule("linear", 1.0, 100)
     optimizer = create_optimizer(recipe, schedule)
     params = {"a": jnp.ones(3)}
     gradient = {"a": jnp.array([1.0, -2.0, 3.0])}

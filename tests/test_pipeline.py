@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import data
-from mdt_jax.training.step import model_inputs
+from mdt_jax.training.step import draw_latents, scale_images
 
 
 class Numbered:
@@ -143,10 +143,10 @@ def test_the_step_scales_pixels_draws_latents_and_takes_inputs_as_they_are():
     step, pixels = jnp.int32(0), np.arange(8 * 4 * 4 * 2).reshape(8, 4, 4, 2).astype(np.uint8)
     inputs = data.to_unit_range(pixels)
     for images in (pixels, inputs):
-        made = model_inputs(0, step, jnp.asarray(images), 2)
+        made = scale_images(0, step, jnp.asarray(images))
         np.testing.assert_array_equal(made, inputs)
     certain = np.concatenate([inputs, np.zeros_like(inputs)], -1).astype(np.float16)
-    latents = model_inputs(0, step, jnp.asarray(certain), 2)
+    latents = draw_latents(0, step, jnp.asarray(certain))
     scaled = certain[..., :2].astype(np.float32) * np.float32(data.LATENT_SCALE)
     np.testing.assert_array_equal(latents, scaled)
 

@@ -78,7 +78,7 @@ def play():
             if step == 5 and me == 1 and scene == "failure":
                 raise OSError("image 17 cannot be read")
             if step % 50 == 0:
-                distributed.gather("step", step)  # neither runs far ahead
+                distributed.gather_json("step", step)  # neither runs far ahead
             if stop.requested():
                 print("stopped at", step, flush=True)
                 return
@@ -98,7 +98,7 @@ def play(scene):
 
 @pytest.fixture(scope="module", autouse=True)
 def killed():
-    """What comes of a job of which a process is killed: half a minute, beside the other tests."""
+    """The outcome of a job whose process is killed, which takes half a minute beside the tests."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(play, "SIGKILL")
 

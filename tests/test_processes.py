@@ -189,5 +189,5 @@ def test_a_process_whose_part_is_lost_is_noticed(runs, fault):
 
 
 def test_the_first_loss_does_not_tell_of_a_lost_gradient(runs):
-    """What the test above sees is the gradient, and not the loss of other samples."""
+    """So the test above sees the lost gradient, and not the loss of other samples."""
     assert logged(runs / "gradient")[1][0] == pytest.approx(logged(runs / "1")[1][0], rel=1e-5)

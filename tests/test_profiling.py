@@ -1,4 +1,4 @@
-"""What a run shows of where its time goes: a trace of a few steps, and their times."""
+"""Where a run's time goes: a trace of a few steps, and their times."""
 
 import json
 import types
@@ -41,9 +41,9 @@ def traced(tmp_path_factory):
         programs.update(compile_steps(run, source))
         return programs
 
-    def mark(log, step, values):
+    def mark(log, step, *metrics):
         steps.append(step)
-        add(log, step, values)
+        add(log, step, *metrics)
 
     def listen(event, duration, fun_name="?", **_):
         if steps and "backend_compile" in event:
@@ -91,7 +91,7 @@ def test_without_steps_nothing_is_traced(tmp_path):
     for step in range(1, 4):
         with profiler.step(step):
             pass
-        assert not profiler.ends(step)
+        assert not profiler.due(step)
     profiler.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -100,7 +100,7 @@ def test_a_run_that_ends_among_the_steps_writes_what_it_has(tmp_path):
     profiler = StepProfiler(tmp_path, (2, 9))
     with profiler.step(2):
         pass
-    assert not profiler.ends(2)
+    assert not profiler.due(2)
     profiler.close()
     assert len(list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
 

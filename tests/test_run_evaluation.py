@@ -1,5 +1,4 @@
-"""Judging a run: what the small classifier measures, what is refused, and that nothing depends on
-batches or meshes."""
+"""Judging a run: the small classifier's measures, refused settings, no effect of batch or mesh."""
 
 import functools
 import json
@@ -61,7 +60,7 @@ def test_heldout_scans_are_near_the_training_scans_and_worse_sets_are_not():
     assert heldout["fid"] < 1.5 and noisy["fid"] > 3 * heldout["fid"] and half["fid"] > 10
     assert heldout["inception_score"] > 8 > half["inception_score"] > one["inception_score"]
     assert heldout["precision"] > 0.85 and heldout["recall"] > 0.85
-    assert one["recall"] < 0.3  # what there is of it is right, but it is one class
+    assert one["recall"] < 0.3  # the samples are right, but of one class
     assert noise["precision"] == noise["recall"] == 0
 
 
@@ -207,9 +206,9 @@ def test_a_reference_takes_the_place_of_the_training_images(tmp_path, monkeypatc
 
 def test_when_a_run_is_judged():
     config = digits_config(num_steps=12)
-    assert [s for s in range(1, 13) if run_evaluation.is_due(config, s)] == [5, 10, 12]
+    assert [s for s in range(1, 13) if run_evaluation.judgement_is_due(config, s)] == [5, 10, 12]
     config.eval_every = 0
-    assert not any(run_evaluation.is_due(config, s) for s in range(1, 13))
+    assert not any(run_evaluation.judgement_is_due(config, s) for s in range(1, 13))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_when_a_run_is_judged():
 )
 def test_what_a_resumed_run_owes(lines, step, owed, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run_evaluation.is_owed(digits_config(), tmp_path, step) == owed
+    assert run_evaluation.judgement_is_owed(digits_config(), tmp_path, step) == owed
 
 
 def latents(_):
@@ -302,13 +301,13 @@ def test_what_cannot_be_judged_is_refused_in_one_line(what, tmp_path, monkeypatc
     config = digits_config(**settings)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         Run(config, "")
-        run_evaluation.check(config, (source or data.create_source)(config.data))
+        run_evaluation.check_evaluation(config, (source or data.create_source)(config.data))
     assert "\n" not in str(error.value)
 
 
 def test_a_run_that_is_not_judged_needs_none_of_it():
     config = digits_config(eval_every=0, eval__evaluator="inception")
-    run_evaluation.check(config, unlabelled(None))
+    run_evaluation.check_evaluation(config, unlabelled(None))
 
 
 def test_settings_of_the_evaluation_may_change_between_resumptions():

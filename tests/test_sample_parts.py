@@ -563,6 +563,6 @@ def test_a_failure_of_process_0_is_every_process_s(monkeypatch):
         "mdt_jax.parallel.distributed.multihost.get_barrier_sync_fn", lambda **_: wait
     )
     said = [{"error": "the disk is full"}, {}]
-    monkeypatch.setattr("mdt_jax.parallel.distributed.gather", lambda *_: said)
+    monkeypatch.setattr("mdt_jax.parallel.distributed.gather_json", lambda *_: said)
     with pytest.raises(ValueError, match="the disk is full"):
         by_first_process(lambda: pytest.fail("not process 1's work"))

@@ -65,7 +65,7 @@ def run(mesh_shape, fault=None, **settings):
 
 @pytest.fixture(scope="module")
 def single():
-    """One device, replicated, scanned, no accumulation: what every other way must equal."""
+    """One device, replicated, scanned, no accumulation: every other way must equal it."""
     # Compiling is nearly all that these runs take, and this takes a third off.
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
@@ -224,7 +224,7 @@ def test_every_device_gets_its_rows_in_whatever_order_the_mesh_has_them(order, p
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What JAX says of a TPU chip and its place."""
+    """A TPU chip and its place, as JAX describes them."""
 
     id: int
     coords: tuple[int, int, int]

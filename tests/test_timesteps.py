@@ -42,7 +42,7 @@ def stratified(count):
 
 
 def test_a_draw_without_history_is_uniform():
-    t, weights = timesteps.draw(None, 1000, stratified(50_000))
+    t, weights = timesteps.draw_timesteps(None, 1000, stratified(50_000))
     assert np.array_equal(np.bincount(t, minlength=1000), np.full(1000, 50))
     assert np.array_equal(weights, np.ones(50_000))
 
@@ -50,14 +50,14 @@ def test_a_draw_without_history_is_uniform():
 def test_the_largest_uniform_is_a_timestep_too():
     largest = jnp.array([np.nextafter(np.float32(1), np.float32(0))])
     for history in (None, filled_history()):
-        t, _ = timesteps.draw(history, NUM_STEPS, largest)
+        t, _ = timesteps.draw_timesteps(history, NUM_STEPS, largest)
         assert t[0] == NUM_STEPS - 1
 
 
 def test_a_random_draw_is_uniform_until_every_history_is_full():
     history = filled_history()
     one_short = history._replace(counts=history.counts.at[2].set(HISTORY - 1))
-    t, weights = timesteps.draw(
+    t, weights = timesteps.draw_timesteps(
         one_short, NUM_STEPS, jax.random.uniform(jax.random.key(0), (6000,))
     )
     frequencies = np.bincount(t, minlength=NUM_STEPS) / len(t)
@@ -84,7 +84,7 @@ def test_loss_aware_draws_equal_improved_ddpms(batch, num_batches):
             assert np.array_equal(ours[: len(theirs)], theirs)
         expected = reference.probabilities()
         np.testing.assert_allclose(timesteps.probabilities(history, NUM_STEPS), expected, rtol=1e-5)
-        drawn, weights = timesteps.draw(history, NUM_STEPS, stratified(64))
+        drawn, weights = timesteps.draw_timesteps(history, NUM_STEPS, stratified(64))
         np.testing.assert_allclose(weights, 1 / (NUM_STEPS * expected[drawn]), rtol=1e-5)
         was_full.append(bool((history.counts == HISTORY).all()))
     assert was_full[-1]
@@ -93,7 +93,7 @@ def test_loss_aware_draws_equal_improved_ddpms(batch, num_batches):
 
 def test_loss_aware_draws_come_as_often_as_their_probability_says():
     history = filled_history()
-    t, _ = timesteps.draw(history, NUM_STEPS, stratified(100_000))
+    t, _ = timesteps.draw_timesteps(history, NUM_STEPS, stratified(100_000))
     frequencies = np.bincount(t, minlength=NUM_STEPS) / len(t)
     p = np.asarray(timesteps.probabilities(history, NUM_STEPS))
     assert p.max() / p.min() > 50
@@ -102,14 +102,14 @@ def test_loss_aware_draws_come_as_often_as_their_probability_says():
 
 def test_weights_undo_the_bias_of_the_draw():
     f = np.linspace(-1, 1, NUM_STEPS)
-    t, weights = timesteps.draw(filled_history(), NUM_STEPS, stratified(100_000))
+    t, weights = timesteps.draw_timesteps(filled_history(), NUM_STEPS, stratified(100_000))
     assert np.mean(weights * f[t]) == pytest.approx(f.mean(), abs=1e-3)
     assert abs(np.mean(f[t]) - f.mean()) > 0.5
 
 
 def test_zero_losses_leave_the_draw_uniform():
     history = filled_history()._replace(losses=jnp.zeros((NUM_STEPS, HISTORY)))
-    _, weights = timesteps.draw(history, NUM_STEPS, stratified(100))
+    _, weights = timesteps.draw_timesteps(history, NUM_STEPS, stratified(100))
     np.testing.assert_allclose(weights, 1, rtol=1e-6)
 
 

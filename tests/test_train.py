@@ -23,9 +23,12 @@ from jobs import xla_flags
 
 from mdt_jax import checkpoints, data, sampling, train
 from mdt_jax.config import default_config, to_json
-from mdt_jax.parallel import distributed
+from mdt_jax.parallel import distributed, sharding
 from mdt_jax.sampling import images
 from mdt_jax.training import checks, metrics, run_evaluation
+from mdt_jax.training.actions import tolerate_full_disk
+from mdt_jax.training.step import draw_latents
+from mdt_jax.training.step_log import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "mdt_jax.train"]
@@ -172,7 +175,7 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
 
 
 def load_config(path):
-    """What `--config PATH` gives, or `--config PATH:ARGUMENT`."""
+    """The config of `--config PATH` or `--config PATH:ARGUMENT`."""
     path, *argument = str(path).split(":")
     spec = importlib.util.spec_from_file_location("experiment", ROOT / path)
     module = importlib.util.module_from_spec(spec)
@@ -216,9 +219,9 @@ def compiled_after_first_step(patch, config, workdir):
     heard, first_step = [], []
     add = train.StepLog.add
 
-    def mark(log, step, values):
+    def mark(log, step, *metrics):
         first_step.append(step)
-        add(log, step, values)
+        add(log, step, *metrics)
 
     def listen(event, duration, fun_name="?", **_):
         if first_step and "backend_compile" in event:
@@ -273,7 +276,7 @@ def test_metrics_hold_the_losses_and_the_speed(finished):
         assert line["loss"] == pytest.approx(line["full_loss"] + line["masked_loss"], rel=1e-5)
         speed = finished.config.batch_size / line["seconds_per_step"]
         assert line["images_per_second"] == pytest.approx(speed)
-        assert "mfu" not in line  # of a CPU no peak is known
+        assert "mfu" not in line  # no peak is known for CPUs
     events = list((finished.workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert events and b"masked_loss" in events[0].read_bytes()
 
@@ -295,18 +298,20 @@ def test_judgements_are_lines_that_say_by_what_and_of_how_many(finished):
 
 
 class Judge(run_evaluation.RunEvaluator):
-    """In the place of `RunEvaluator`; gives up at the steps in `stopped`, once each."""
+    """In the place of `RunEvaluator`; is asked to stop at the steps in `stopped`, once each."""
 
     stopped: list = []
 
     def __init__(self, run, source):
-        self.due = functools.partial(run_evaluation.is_due, run.config)
+        pass
 
     def compile(self):
         pass
 
     def judge(self, state, should_stop):
         if (step := int(state.step)) in self.stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(should_stop)
             return self.stopped.remove(step)
         return run_evaluation.Judgement(
             {"eval_fid": 1 / step, "eval_samples": 8.0, "eval_seconds": 0.0}, "judge"
@@ -380,13 +385,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
     steps = {count: poisoned(step) for count, step in finished.steps.items()}
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
-    with pytest.raises(train.NonFiniteLoss) as error:
+    with pytest.raises(NonFiniteLoss) as error:
         train.train(config, tmp_path)
     assert "loss is nan at step 6; step 4 is saved" in str(error.value)
     assert sealed_steps(tmp_path) == [4]
 
     # A checkpoint due at the very step whose loss is not finite is not written either.
-    with pytest.raises(train.NonFiniteLoss, match="at step 6; step 4 is saved"):
+    with pytest.raises(NonFiniteLoss, match="at step 6; step 4 is saved"):
         train.train(changed(config, checkpoint_every=2), tmp_path)
     assert sealed_steps(tmp_path) == [4]
 
@@ -395,11 +400,11 @@ def before_step(monkeypatch, actions):
     """Calls what `actions` has for a step once its metrics are there, and waits a moment."""
     add = train.StepLog.add
 
-    def act(log, step, values):
+    def act(log, step, *metrics):
         if step in actions:
             actions[step]()
             time.sleep(1)
-        add(log, step, values)
+        add(log, step, *metrics)
 
     monkeypatch.setattr(train.StepLog, "add", act)
 
@@ -463,7 +468,7 @@ def test_a_full_disk_ends_only_a_job_of_several_processes(processes, ends, monke
     with contextlib.ExitStack() as stack:
         if ends:
             stack.enter_context(pytest.raises(checkpoints.SaveError, match="no space left"))
-        with train._tolerating_a_full_disk():
+        with tolerate_full_disk():
             raise checkpoints.SaveError("no space left")
     assert ("training goes on" in caplog.text) != ends
 
@@ -617,7 +622,7 @@ def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
 def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .*digits\.py"):
-        train.parse_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
+        train.parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
 
 
 def test_the_command_wants_a_workdir(tiny_config):
@@ -666,11 +671,28 @@ def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
     assert f"python -m mdt_jax.train --config {path}" in (ROOT / path).read_text()
 
 
+def test_a_run_on_latents_draws_them_from_its_posteriors(tiny_config):
+    run = train.Run(load_config(tiny_config), "")
+    rng = np.random.default_rng(0)
+    posteriors = rng.normal(size=(8, 8, 8, 2)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 4
+    latents = np.asarray(
+        draw_latents(run.config.seed, jax.numpy.int32(0), jax.numpy.asarray(posteriors))
+    )
+    source = data.arrays(posteriors, labels, tuple("abcd"))
+    losses = []
+    for steps, given in ((run.compile_steps(source), posteriors), (run.compile_steps(), latents)):
+        batch = {"image": given, "label": labels}
+        batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
+        losses.append(float(steps[run.kept(0)](run.trainer.create_state(), batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
     meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
-    check = functools.partial(checks.check_same, source=source, workdir=Path("run"))
+    check = functools.partial(checks.check_data_unchanged, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
     check({"weights": {}, "class_names": []})  # converted, of data that nobody knows
@@ -686,7 +708,7 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
 def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda device_kind, dtype: 1e12)
     run = train.Run(finished.config, tmp_path)
-    log = train.StepLog(run, 3, metrics.Window(), checkpoints.Checkpoints(tmp_path))
+    log = train.StepLog(run, 3, checkpoints.Checkpoints(tmp_path))
     log.add(4, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
     log.settle()
     log.close()

@@ -10,7 +10,7 @@ import pytest
 from fixtures import FAMILIES, RECIPES, make_trainer, reference, relative_error, start
 
 from mdt_jax.convert.transformers import to_torch
-from mdt_jax.training.optimizers import create_optimizer, create_schedule
+from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
 from mdt_jax.training.step import Draws, draw_randomness
 
 
@@ -87,7 +87,7 @@ def test_three_steps_equal_the_authors(name):
 
 def with_recipe(name, **change):
     recipe = RECIPES[name] | {"weight_decay": 0.0, "betas": None, "eps": 1e-8} | change
-    return create_optimizer(recipe, create_schedule("constant", recipe["learning_rate"], 10))
+    return create_optimizer(recipe, learning_rate_schedule("constant", recipe["learning_rate"], 10))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from mdt_jax import benchmarking
 from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending
-from mdt_jax.train import parse_flags
+from mdt_jax.train import parse_config_flags
 from mdt_jax.training import metrics
 from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
@@ -197,7 +197,7 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
     )
     try:
         while time.perf_counter() - began < FIRST_STEP_SECONDS and child.poll() is None:
-            if metrics.steps_with(workdir / metrics.FILE, "loss"):
+            if metrics.steps_with(workdir / metrics.METRICS_FILE, "loss"):
                 return time.perf_counter() - began
             time.sleep(0.05)
     finally:
@@ -269,4 +269,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
     flags.DEFINE_bool("compile", False, "Time compilation instead.")
     flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.")
-    app.run(main, flags_parser=lambda argv: parse_flags(expand_model(argv)))
+    app.run(main, flags_parser=lambda argv: parse_config_flags(expand_model(argv)))

@@ -36,7 +36,7 @@ from mdt_jax.compilers.report import Report, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.parallel.command import command_ending
-from mdt_jax.train import parse_flags
+from mdt_jax.train import parse_config_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
 ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
@@ -228,4 +228,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles much faster.")
     flags.DEFINE_list("models", list(ALL_MODELS), "Of --all.")
     flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "Of --all.")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse_config_flags)

@@ -21,7 +21,7 @@ from typing import Any
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.parallel.command import command_ending
-from mdt_jax.training.metrics import FILE, read_lines
+from mdt_jax.training.metrics import METRICS_FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
 METRIC_LABELS = {"eval_fid": "Fréchet distance"}
@@ -55,9 +55,9 @@ def read_curve(place: str | Path, metric: str, x: str) -> Curve:
       ValueError: a run without that metric, naming those it has; one without seconds or batch size.
     """
     path = Path(place)
-    path = path / FILE if path.is_dir() else path
+    path = path / METRICS_FILE if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a run's workdir or its {FILE}")
+        raise FileNotFoundError(f"{path}: no such file; give a run's workdir or its {METRICS_FILE}")
     lines = read_lines(path)
     config = _config(path)
     found = [line for line in lines if metric in line]
@@ -174,7 +174,7 @@ def parse_plot_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", help=f"workdirs, or their {FILE}")
+    parser.add_argument("runs", nargs="+", help=f"workdirs, or their {METRICS_FILE}")
     parser.add_argument("--x", choices=AXES, default="steps", help="the horizontal axis")
     parser.add_argument("--metric", default="eval_fid", help="a name in metrics.jsonl")
     parser.add_argument("--log", choices=("", "x", "y", "xy"), default="", help="log axes")

@@ -97,7 +97,7 @@ class Judge:
           ValueError: a run that no classifier judges.
         """
         source = create_source(config.data)
-        if run_evaluation.choose(config, source) != "classifier":
+        if run_evaluation.evaluator_kind(config, source) != "classifier":
             raise ValueError(
                 f"{workdir}: this compares runs that a classifier judges, labelled images of up to "
                 f"{classifier.MAX_SIDE} pixels such as configs/digits.py's"

@@ -29,7 +29,7 @@ from mdt_jax.checkpoints.seal import (
     step_files,
     write_json,
 )
-from mdt_jax.parallel.distributed import gather
+from mdt_jax.parallel.distributed import gather_json
 
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
 _LAST_SECONDS = 15  # The time a save in progress is given when the job fails.
@@ -178,7 +178,9 @@ class Checkpoints:
             chosen = choose_step(self._root, steps, step)
             directory = self._root / str(chosen)
             mine = slice(self._process, None, self._n_processes)
-            problems = sum(gather(f"verify {directory}", find_problems(directory, share=mine)), [])
+            problems = sum(
+                gather_json(f"verify {directory}", find_problems(directory, share=mine)), []
+            )
             if not problems:
                 break
             damage = f"checkpoint {directory} is damaged: {'; '.join(problems)}"
@@ -288,5 +290,5 @@ class Checkpoints:
         self._barrier_fn(key=f"{self._root} {name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
     def _steps(self) -> list[int]:
-        """The sealed steps as process 0 sees them: a network file system may show others fewer."""
-        return gather(f"steps of {self._root}", sealed_steps(self._root))[0]
+        """The sealed steps by process 0: a network file system may show others an older list."""
+        return gather_json(f"steps of {self._root}", sealed_steps(self._root))[0]

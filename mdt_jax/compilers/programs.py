@@ -200,7 +200,7 @@ def on_tpu(config: ConfigDict) -> ConfigDict:
     """The config as a TPU would resolve it: this machine's backend is not what it compiles for."""
     config = config.copy_and_resolve_references()
     if config.model.num_classes == -1:
-        config = config_lib.resolve_classes(config, ())
+        config = config_lib.with_classes(config, ())
     if config.model.dtype == "auto":
         config.model.dtype = "bfloat16"
     return config

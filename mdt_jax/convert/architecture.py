@@ -68,6 +68,16 @@ class Architecture:
             del fields["decoder_depth"]
         return fields
 
+    def hints(self) -> dict[str, int]:
+        """Keywords of `identify` for weights meant for this network, which may not show them all.
+
+        The number of heads is the authors' for this width where they trained it.
+        """
+        hints = {"num_heads": KNOWN_HEADS.get(self.hidden_size, self.num_heads)}
+        if self.family == "MDT":
+            hints["decode_layers"] = self.decoder_depth
+        return hints
+
 
 class UnknownWeights(ValueError):
     """Weights that are not those of an MDT, MDTv2 or DiT; one line says what is wrong."""

@@ -1,9 +1,9 @@
-"""The diffusion process: schedules, losses, samplers, guidance. It knows no model."""
+"""The diffusion process: schedules, losses, samplers, guidance. It imports no model."""
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, Prediction
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.diffusion.likelihood import bits_per_dimension
-from mdt_jax.diffusion.samplers import SAMPLERS, ddim_encode, run_steps, sample_steps, start
+from mdt_jax.diffusion.samplers import SAMPLERS, ddim_encode, initial_state, run_steps, sample_steps
 from mdt_jax.diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -17,5 +17,5 @@ __all__ = [
     "guided",
     "run_steps",
     "sample_steps",
-    "start",
+    "initial_state",
 ]

@@ -1,7 +1,7 @@
-"""The Gaussian diffusion process: noising, what a model's output means, and the training losses.
+"""The Gaussian diffusion process: noising, the meaning of a model's output, the training losses.
 
-It knows no model, only a function (x, original timesteps) → output, channels last. Indices `i` run
-over the, possibly respaced, process; `NoiseSchedule.timesteps` maps them to original timesteps.
+A model is a function (x, original timesteps) → output, channels last. Indices `i` count the steps
+of the process, which may be respaced; `NoiseSchedule.timesteps` maps them to original timesteps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 class Prediction(NamedTuple):
-    """p(x_{i−1} | x_i): what a model's output says about the step before, each (B, H, W, C)."""
+    """A model's prediction at x_i, each part (B, H, W, C): p(x_{i−1} | x_i), and x̂_0 and ε̂."""
 
     mean: Array
     log_variance: Array
@@ -35,11 +35,11 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianDiffusion:
-    """A noise schedule, and how a model's output is read and trained.
+    """A noise schedule, the meaning of a model's output, and its training losses.
 
     Attributes:
-      schedule: the tables, float64, cast to float32 once where they are used.
-      prediction: what the first C output channels are: "epsilon", "x0" or "velocity"
+      schedule: the tables, float64; they are cast to float32 once, where they are used.
+      prediction: the meaning of the first C output channels: "epsilon", "x0" or "velocity"
         (v = √ᾱ·ε − √(1−ᾱ)·x_0, Salimans & Ho 2022).
       variance: "learned_range" (C more channels v; log-variance interpolated between the clipped
         posterior's and log β by (v+1)/2, Improved DDPM eq. 15), "fixed_small" (the posterior's) or
@@ -51,7 +51,7 @@ class GaussianDiffusion:
         min(SNR, γ) for x0, min(SNR, γ)/(SNR + 1) for velocity. None for plain MSE.
 
     Raises:
-      ValueError: an unknown kind, listing the known ones.
+      ValueError: an unknown prediction, variance or loss; the message lists the known ones.
     """
 
     schedule: NoiseSchedule
@@ -70,17 +70,17 @@ class GaussianDiffusion:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the, possibly respaced, process."""
+        """The number of steps of the process, respaced or not."""
         return self.schedule.num_steps
 
     def respaced(self, respacing: str | int) -> GaussianDiffusion:
-        """The same process over fewer timesteps (see `schedules.respace` for the forms)."""
+        """The same process over fewer timesteps; `NoiseSchedule.respaced` lists the forms."""
         return dataclasses.replace(self, schedule=self.schedule.respaced(respacing))
 
     def add_noise(
         self, x0: Float[Array, "b h w c"], i: Int[Array, " b"], noise: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
-        """x_i = √ᾱ·x_0 + √(1−ᾱ)·ε (DDPM eq. 4)."""
+        """Noises x_0 to index i: x_i = √ᾱ·x_0 + √(1−ᾱ)·ε (DDPM eq. 4)."""
         alpha_bar = self.schedule.alphas_cumprod
         return take(np.sqrt(alpha_bar), i, x0) * x0 + take(np.sqrt(1 - alpha_bar), i, x0) * noise
 
@@ -91,7 +91,7 @@ class GaussianDiffusion:
         i: Int[Array, " b"],
         clip: bool = False,
     ) -> Prediction:
-        """Runs the model at indices i and reads its output; `clip` bounds x̂_0 to [−1, 1]."""
+        """Runs the model at x_i and interprets its output; `clip` bounds x̂_0 to [−1, 1]."""
         timesteps = jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
         return self.interpret(model_fn(x, timesteps), x, i, clip)
 
@@ -102,7 +102,7 @@ class GaussianDiffusion:
         i: Int[Array, " b"],
         clip: bool = False,
     ) -> Prediction:
-        """Reads a model's output at x_i (DDPM eq. 7 and 15, Improved DDPM eq. 15)."""
+        """Interprets a model's output at x_i (DDPM eq. 7 and 15, Improved DDPM eq. 15)."""
         value, log_variance = self._split(output.astype(jnp.float32), x, i)
         x0, epsilon = self._x0_and_epsilon(value, x, i)
         if clip:
@@ -111,7 +111,7 @@ class GaussianDiffusion:
         return Prediction(self.posterior_mean(x0, x, i), log_variance, x0, epsilon)
 
     def posterior_mean(self, x0: Array, x: Array, i: Array) -> Float[Array, "b h w c"]:
-        """Mean of q(x_{i−1} | x_i, x_0) (DDPM eq. 7)."""
+        """The mean of q(x_{i−1} | x_i, x_0) (DDPM eq. 7)."""
         s = self.schedule
         return take(s.posterior_mean_coef1, i, x) * x0 + take(s.posterior_mean_coef2, i, x) * x
 
@@ -122,14 +122,17 @@ class GaussianDiffusion:
         i: Int[Array, " b"],
         noise: Float[Array, "b h w c"],
     ) -> dict[str, Float[Array, " b"]]:
-        """Per-sample training terms: "loss", and "mse" and "vb" where the loss has them."""
+        """Runs the model on noised data and returns the training terms of each sample.
+
+        They are "loss", and "mse" and "vb" if the loss has them.
+        """
         x, t = self.training_input(x0, i, noise)
         return self.training_terms(model_fn(x, t), x, x0, i, noise)
 
     def training_input(
         self, x0: Float[Array, "b h w c"], i: Int[Array, " b"], noise: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
-        """The model's inputs in training: x_i, and the timesteps of i."""
+        """The model's inputs in training: x_i, and the original timesteps of i."""
         return self.add_noise(x0, i, noise), jnp.asarray(self.schedule.timesteps, jnp.int32)[i]
 
     def training_terms(
@@ -140,7 +143,15 @@ class GaussianDiffusion:
         i: Int[Array, " b"],
         noise: Float[Array, "b h w c"],
     ) -> dict[str, Float[Array, " b"]]:
-        """What `losses` gives, of the model's output for the x that `training_input` made."""
+        """The training terms of `losses` from a model's output.
+
+        Args:
+          output: the model's output at x.
+          x: the noised data, as `training_input` gives it.
+          x0: the data.
+          i: indices.
+          noise: the noise in x.
+        """
         output = output.astype(jnp.float32)
         self._check_channels(output, x)
         if self.loss in ("kl", "rescaled_kl"):
@@ -152,7 +163,7 @@ class GaussianDiffusion:
         mse = self._mse_weight(i) * mean_flat((target[self.prediction] - value) ** 2)
         if self.variance != "learned_range":
             return {"mse": mse, "loss": mse}
-        # The bound trains the variance alone: the mean's channels are frozen in it.
+        # The bound trains the variance alone: its gradient stops at the mean's channels.
         frozen = jnp.concatenate(
             [jax.lax.stop_gradient(value), output[..., x0.shape[-1] :]], axis=-1
         )
@@ -168,12 +179,13 @@ class GaussianDiffusion:
         x: Float[Array, "b h w c"],
         i: Int[Array, " b"],
     ) -> Float[Array, " b"]:
-        """The bound's term at index i in bits per dimension (DDPM eq. 5).
+        """The variational bound's term at index i, in bits per dimension (DDPM eq. 5).
 
-        KL(q(x_{i−1} | x_i, x_0) ‖ p), and at i = 0 the negative log-likelihood of x_0, discretised.
+        It is KL(q(x_{i−1} | x_i, x_0) ‖ p); at i = 0 it is the negative log-likelihood of
+        discretised x_0.
         """
-        # Both means have the same multiple of x_i. At large i it is all float32 sees of them, so
-        # their difference is taken without it.
+        # Both means contain the same multiple of x_i, which at large i hides their difference in
+        # float32: it is computed without that multiple.
         difference = take(self.schedule.posterior_mean_coef1, i, x) * (x0 - predicted.x0)
         true_log_variance = take(self.schedule.posterior_log_variance_clipped, i, x)
         kl = normal_kl(difference, true_log_variance, predicted.log_variance)
@@ -181,7 +193,7 @@ class GaussianDiffusion:
         return jnp.where(i == 0, mean_flat(nll), mean_flat(kl)) / np.log(2.0)
 
     def prior_term(self, x0: Float[Array, "b h w c"]) -> Float[Array, " b"]:
-        """KL(q(x_T | x_0) ‖ N(0, 1)) in bits per dimension: the bound's constant."""
+        """The bound's constant term, KL(q(x_T | x_0) ‖ N(0, 1)), in bits per dimension."""
         alpha_bar = self.schedule.alphas_cumprod[-1]
         mean = np.float32(np.sqrt(alpha_bar)) * x0
         log_variance = jnp.full_like(x0, np.log(1 - alpha_bar))
@@ -207,7 +219,7 @@ class GaussianDiffusion:
             return output[..., :channels], fraction * high + (1 - fraction) * low
         log_variance = s.posterior_log_variance_clipped
         if self.variance == "fixed_large":
-            # Index 0 takes the posterior's: β there would spoil the decoder's likelihood.
+            # Index 0 has the posterior's variance: β there would spoil the decoder's likelihood.
             log_variance = np.append(log_variance[0], np.log(s.betas[1:]))
         return output, jnp.broadcast_to(take(log_variance, i, x), x.shape)
 
@@ -243,27 +255,27 @@ class GaussianDiffusion:
 def take(
     table: np.ndarray, i: Int[Array, " b"], like: Float[Array, "b h w c"]
 ) -> Float[Array, "b 1 1 1"]:
-    """Entries i of a float64 table, as float32 that broadcasts against `like`."""
+    """A float64 table's entries at i, as float32 of a shape that broadcasts with `like`."""
     values = jnp.asarray(table, jnp.float32)[i]
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
 def mean_flat(x: Array) -> Float[Array, " b"]:
-    """Mean over all axes but the first."""
+    """The mean over all axes but the first."""
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
 def normal_kl(mean_difference: Array, log_variance1: Array, log_variance2: Array) -> Array:
-    """KL(N₁ ‖ N₂) of two diagonal normals, elementwise, in nats."""
+    """KL(N₁ ‖ N₂) of two diagonal normals from their means' difference, elementwise, in nats."""
     ratio = log_variance1 - log_variance2
     # exp(ratio) − 1 − ratio, which is about ratio²/2 where the variances are nearly equal.
     return 0.5 * (jnp.expm1(ratio) - ratio + mean_difference**2 * jnp.exp(-log_variance2))
 
 
 def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
-    """log p of x, uint8 levels rescaled to [−1, 1], under a normal cut into 255 bins; in nats.
+    """log p(x) in nats of uint8 levels x, rescaled to [−1, 1], under a normal cut into 255 bins.
 
-    The CDF is its tanh approximation, the outermost bins reach to infinity (DDPM eq. 13).
+    The CDF is its tanh approximation; the outermost bins extend to infinity (DDPM eq. 13).
     """
 
     def cdf(z: Array) -> Array:

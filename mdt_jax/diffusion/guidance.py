@@ -17,10 +17,16 @@ LabelledModelFn = Callable[[Array, Array, Array], Array]
 def power_cosine_scale(
     scale: float, power: float, t: Int[Array, " b"], num_train_timesteps: int
 ) -> Float[Array, " b"]:
-    """s(t) = 1 + (w − 1)·(1 − cos(π·(1 − t/T)^α))/2, t the original timestep (MDT §4.1).
+    """The guidance scale s(t) = 1 + (w − 1)·(1 − cos(π·(1 − t/T)^α))/2 (MDT §4.1).
 
-    A large power α guides late steps alone and keeps diversity (4 for FID); a small one guides
-    throughout (0.01 for quality).
+    A large power α guides late steps alone and keeps diversity (4 for FID); a small one guides all
+    steps (0.01 for quality).
+
+    Args:
+      scale: w.
+      power: α.
+      t: original timesteps.
+      num_train_timesteps: T.
     """
     remaining = 1 - t.astype(jnp.float32) / num_train_timesteps
     return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * remaining**power)) / 2
@@ -32,9 +38,9 @@ def combine(
     scale: float | Float[Array, " b"],
     channels: int,
 ) -> Float[Array, "b h w out"]:
-    """The conditional output with its first `channels` replaced by null + s·(cond − null).
+    """The guided output: its first `channels` are null + s·(cond − null).
 
-    The remaining channels, the variance's among them, stay the conditional's own.
+    The other channels, the variance's among them, are the conditional output's.
     """
     scale = jnp.reshape(jnp.asarray(scale, jnp.float32), (-1, 1, 1, 1))
     cond, null = conditional[..., :channels], unconditional[..., :channels]
@@ -52,10 +58,10 @@ def guided(
     interval: tuple[float, float] | None = None,
     num_train_timesteps: int = 1000,
 ) -> ModelFn:
-    """The guided model function (x, t) → output for given labels.
+    """A model function (x, t) → output with classifier-free guidance for given labels.
 
-    Both passes run as one batch of 2B, a sample's two rows side by side, so that a batch sharded
-    over devices stays where it is. At scale 1 the null pass is not run.
+    The conditional and the null pass run as one batch of 2B with a sample's two rows side by side,
+    so that a batch sharded over devices stays in place. At scale 1 the null pass is not run.
 
     Args:
       model_fn: (x, t, labels) → output, channels last.
@@ -64,10 +70,10 @@ def guided(
       scale: guidance scale w; 1 is unguided.
       power: α of the power-cosine scale; None keeps the scale constant.
       channels: how many of the output's first channels are guided: all of the mean's, or 3 of
-        latents' 4, as the published MDT numbers were made.
-      interval: the part of the process, as fractions of T, low ≤ t/T < high, that is guided
-        (Kynkäänniemi et al., arXiv:2404.07724); all samples are then at one t, and elsewhere the
-        null pass is not run. None guides throughout.
+        latents' 4, as for the published MDT numbers.
+      interval: the guided part of the process in fractions of T, low ≤ t/T < high
+        (Kynkäänniemi et al., arXiv:2404.07724); all samples must be at one t, and outside of it the
+        null pass is not run. None guides the whole process.
       num_train_timesteps: T of the training process.
     """
 

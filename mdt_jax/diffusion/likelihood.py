@@ -18,18 +18,18 @@ def bits_per_dimension(
     *,
     clip: bool = True,
 ) -> dict[str, Float[Array, "b *steps"]]:
-    """The whole bound on −log₂ p(x0) per dimension (DDPM eq. 5), a model call per step.
+    """The variational bound on −log₂ p(x0) per dimension (DDPM eq. 5); one model call a step.
 
     Args:
-      diffusion: the, respaced, process.
+      diffusion: the process, respaced or not.
       model_fn: (x, original timesteps) → output.
       x0: data in [−1, 1], 256 levels.
       noise_fn: index of the process → standard normal noise of x0's shape.
       clip: whether x̂_0 is clipped to [−1, 1].
 
     Returns:
-      "total" and "prior" (b,), and from high index to low (b, num_steps): "vb" the bound's terms,
-      "x0_mse" and "epsilon_mse" the errors of the predictions.
+      "total" and "prior" (b,); and (b, num_steps), from high index to low: "vb", the bound's terms,
+      and "x0_mse" and "epsilon_mse", the errors of the predictions.
     """
 
     def term(_: None, i: Array) -> tuple[None, dict[str, Array]]:

@@ -1,7 +1,7 @@
 """Samplers: one step of DDPM, DDIM, Heun, DPM-Solver++ and the DDIM encoder, and loops over them.
 
-Jit a loop with its bounds traced, and one compiled program serves every chunk of steps: a progress
-bar can move, and the result's bits cannot depend on where chunks end.
+If a loop is jitted with traced bounds, one compiled program runs every chunk of steps: a progress
+bar can move, and the result's bits do not depend on where chunks end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion, ModelFn, take
 
-# Standard normal noise of x's shape for the step at index i of the process.
+# (index i of the process) → standard normal noise of x's shape for the step there
 NoiseFn = Callable[[Int[Array, ""]], Array]
 
 
@@ -29,7 +29,7 @@ def ddpm_step(
     *,
     clip: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """x_{i−1} from x_i, ancestral (DDPM algorithm 2); no noise at i = 0."""
+    """One ancestral step from x_i to x_{i−1} (DDPM algorithm 2); no noise at i = 0."""
     p = diffusion.predict(model_fn, x, i, clip)
     nonzero = (i != 0).astype(x.dtype).reshape(-1, 1, 1, 1)
     return p.mean + nonzero * jnp.exp(0.5 * p.log_variance) * noise
@@ -45,7 +45,7 @@ def ddim_step(
     eta: float = 0.0,
     clip: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """x_{i−1} from x_i (DDIM eq. 12 and 16); eta 0 is deterministic, 1 ancestral."""
+    """One DDIM step from x_i to x_{i−1} (DDIM eq. 12, 16); eta 0 is deterministic, 1 ancestral."""
     p = diffusion.predict(model_fn, x, i, clip)
     alpha_bar = diffusion.schedule.alphas_cumprod
     previous = diffusion.schedule.alphas_cumprod_prev
@@ -64,7 +64,7 @@ def ddim_encode_step(
     *,
     clip: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """x at ᾱ_{i+1} from x taken at index i: DDIM's ODE run towards noise (DDIM §4.3)."""
+    """One step of DDIM's ODE towards noise, from x at index i to x at ᾱ_{i+1} (DDIM §4.3)."""
     p = diffusion.predict(model_fn, x, i, clip)
     following = diffusion.schedule.alphas_cumprod_next
     return take(np.sqrt(following), i, x) * p.x0 + take(np.sqrt(1 - following), i, x) * p.epsilon
@@ -79,13 +79,13 @@ def heun_step(
     *,
     clip: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """x_{i−1} from x_i by Heun's method on the probability-flow ODE (EDM algorithm 1).
+    """One step of Heun's method from x_i to x_{i−1} on the probability-flow ODE (EDM algorithm 1).
 
-    Two model calls, one where the step ends at x_0. Time is the angle φ with cos φ = √ᾱ: while x̂_0
-    and ε̂ stay what they are, a step δ turns x to cos δ·x + sin δ·v, v = cos φ·ε̂ − sin φ·x̂_0
-    (Salimans & Ho 2022, appendix D). EDM's own time is tan φ, up to 80 in its models; the squared
-    cosine schedule begins at 2e4, and steps from there would go nowhere. Deterministic; all
-    samples are at one index.
+    It calls the model twice, and once where the step ends at x_0. Time is the angle φ with
+    cos φ = √ᾱ: for constant x̂_0 and ε̂ a step δ turns x to cos δ·x + sin δ·v, with
+    v = cos φ·ε̂ − sin φ·x̂_0 (Salimans & Ho 2022, appendix D). EDM's own time is tan φ, at most 80
+    in its models; the squared cosine schedule begins at 2e4, where steps in tan φ would not move.
+    Deterministic; all samples must be at one index.
     """
     del noise
     s = diffusion.schedule
@@ -97,7 +97,7 @@ def heun_step(
         return take(np.cos(angle), i, x) * p.epsilon - take(np.sin(angle), i, x) * p.x0
 
     def correct(end: Array, v: Array) -> Array:
-        # The velocity there, turned back to where the step begins.
+        # The velocity at the step's end, turned back to its beginning.
         following = cos * velocity(end, i - 1) + sin * end
         return cos * x + sin * (v + following) / 2
 
@@ -116,11 +116,22 @@ def dpm_solver_step(
     stochastic: bool = False,
     clip: bool = False,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """x_{i−1} and x̂_0 from x_i and the step before's x̂_0: DPM-Solver++(2M) (arXiv:2211.01095).
+    """One step of DPM-Solver++(2M) from x_i to x_{i−1} (arXiv:2211.01095); also returns x̂_0.
 
-    One model call. Second order in h, the step in λ = log √(ᾱ/(1−ᾱ)) (algorithm 2; its SDE form is
-    the paper's eq. 19 with the same midpoint); first order at the first step, which has nothing
-    before it, and at the last, whose h is infinite: DDIM's, with eta 0, or 1 if stochastic.
+    One model call. The step is of second order in h, its length in λ = log √(ᾱ/(1−ᾱ)) (algorithm
+    2; the SDE form is the paper's eq. 19 with the same midpoint). The first step has none before
+    it, and the last one's h is infinite: both are of first order, as DDIM's with eta 0, or 1 if
+    stochastic.
+
+    Args:
+      diffusion: the process, respaced or not.
+      model_fn: (x, original timesteps) → output.
+      x: x_i.
+      previous_x0: x̂_0 of the step before; not used at the first step.
+      i: indices.
+      noise: standard normal noise, for the SDE form.
+      stochastic: whether the step is the SDE form's.
+      clip: whether x̂_0 is clipped to [−1, 1].
     """
     x0 = diffusion.predict(model_fn, x, i, clip).x0
     extrapolated = x0 + take(_midpoint_weights(diffusion), i, x) * (x0 - previous_x0)
@@ -138,45 +149,45 @@ def dpm_solver_step(
 
 
 def _midpoint_weights(diffusion: GaussianDiffusion) -> np.ndarray:
-    """h_i/(2·h_{i+1}) of each index, 0 at both ends."""
+    """The weights h_i/(2·h_{i+1}) of DPM-Solver++'s extrapolation by index, 0 at both ends."""
     alpha_bar = diffusion.schedule.alphas_cumprod
-    h = -np.diff(0.5 * np.log(alpha_bar / (1 - alpha_bar)))  # of the steps from 1, 2, … to the last
+    h = -np.diff(0.5 * np.log(alpha_bar / (1 - alpha_bar)))  # steps from index 1, 2, … to the last
     inner = h[:-1] / (2 * h[1:])
     return np.pad(inner, 1) if diffusion.num_steps > 1 else np.zeros(1)
 
 
 class SamplerState(NamedTuple):
-    """What a sampler carries from step to step.
+    """A sampler's state between two steps.
 
     Attributes:
       x: (B, H, W, C), x_i.
-      x0: the last x̂_0 of samplers that look back, zeros for others.
+      x0: x̂_0 of the step before, for samplers that use it; zeros for others.
     """
 
     x: Array
     x0: Array
 
 
-def start(x: Float[Array, "b h w c"]) -> SamplerState:
-    """The state before the first step, x being pure noise."""
+def initial_state(x: Float[Array, "b h w c"]) -> SamplerState:
+    """The sampler's state before the first step, from pure noise x."""
     return SamplerState(x, jnp.zeros_like(x))
 
 
-# x_{i−1} from x_i alone.
+# Samplers whose step needs x_i alone.
 SINGLE_STEP = {"ddpm": ddpm_step, "ddim": ddim_step, "heun": heun_step}
-# Whether noise is added.
+# DPM-Solver++ by name, and whether it is stochastic.
 DPM_SOLVERS = {"dpm++": False, "dpm++sde": True}
 SAMPLERS = (*SINGLE_STEP, *DPM_SOLVERS)
-# Steps of those that need few, where nobody says how many.
+# Default numbers of steps of the samplers that need few.
 FEW_STEPS = {"heun": 10, "dpm++": 20, "dpm++sde": 20}
 
 
 def spaced(sampler: str, steps: int | str) -> int | str:
-    """The respacing that a sampler's plain count of steps stands for; other forms as they are.
+    """The respacing of a sampler for a number of steps; other forms of `steps` are kept.
 
-    DPM-Solver++'s error is in log(SNR), so its steps are even in that. Evenly spaced timesteps end
-    with a step several times as long as the one before, which extrapolates as many times too far:
-    20 of them err more than DDIM's.
+    DPM-Solver++'s error depends on the step in log(SNR), so its steps are evenly spaced in that.
+    Evenly spaced timesteps would end with a step several times as long as the one before it, which
+    extrapolates too far by that factor: 20 of them have larger errors than DDIM's.
     """
     counted = str(steps).isdecimal() and int(steps) > 1
     return f"logsnr{steps}" if sampler in DPM_SOLVERS and counted else steps
@@ -196,11 +207,13 @@ def run_steps(
 
     Args:
       sampler: one of `SAMPLERS`.
-      diffusion: the, respaced, process.
+      diffusion: the process, respaced or not.
       model_fn: (x, original timesteps) → output.
-      state: before step `first`; `start(noise)` at 0.
+      state: the state before step `first`; `initial_state(noise)` for 0.
       noise_fn: index of the process → the step's noise.
-      **options: `clip` of x̂_0 to [−1, 1], and DDIM's `eta`.
+      first: the first step.
+      last: the step after the last one; None for the end of the process.
+      **options: `clip`, whether x̂_0 is clipped to [−1, 1], and DDIM's `eta`.
 
     Raises:
       ValueError: an unknown sampler.
@@ -231,8 +244,8 @@ def sample_steps(
     noise_fn: NoiseFn,
     **options: float | bool,
 ) -> Float[Array, "b h w c"]:
-    """Samples from pure noise x: all of `run_steps`."""
-    return run_steps(sampler, diffusion, model_fn, start(x), noise_fn, **options).x
+    """Samples from pure noise x, by all steps of `run_steps`."""
+    return run_steps(sampler, diffusion, model_fn, initial_state(x), noise_fn, **options).x
 
 
 def ddim_encode(
@@ -243,10 +256,10 @@ def ddim_encode(
     *,
     clip: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """The latent that deterministic DDIM decodes to x0: encoder steps at indices 0, 1, ….
+    """Encodes x0 to the noise from which deterministic DDIM decodes it, by `num_steps` steps.
 
-    All but the last index by default: the step from the last would go to ᾱ = 0, which no decoder
-    step starts from.
+    By default it takes a step at each index but the last: that step would lead to ᾱ = 0, from which
+    no decoder step starts.
     """
 
     def body(i: Array, x: Array) -> Array:

@@ -9,13 +9,13 @@ import numpy as np
 
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
-    """Ho et al.'s linear betas, 1e-4 to 0.02 for 1000 steps, rescaled for other counts; float64."""
+    """Ho et al.'s linear betas in float64, 1e-4 to 0.02 for 1000 steps, rescaled for others."""
     scale = 1000 / num_timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
 
 
 def squared_cosine_betas(num_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
-    """Nichol & Dhariwal's betas from ᾱ(u) = cos²((u + 0.008)/1.008·π/2), capped; float64."""
+    """Nichol & Dhariwal's betas in float64, of ᾱ(u) = cos²((u + 0.008)/1.008·π/2), capped."""
     u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
     alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
@@ -29,11 +29,12 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
 
     Args:
       num_timesteps: T of the training process.
-      respacing: a count ("250"); counts for equal sections of the process, the first T mod n one
-        longer ("10,15,20"); or "ddimN" for the first integer stride that gives exactly N.
+      respacing: a count ("250"); n counts for n equal sections of the process, of which the first
+        T mod n are one step longer ("10,15,20"); or "ddimN", the first integer stride that gives
+        exactly N.
 
     Raises:
-      ValueError: more steps than a section has, or no integer stride gives N.
+      ValueError: another form, more steps than a section has, or no integer stride gives N.
     """
     spec = str(respacing)
     try:
@@ -64,7 +65,7 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
-            # A running sum and Python's round to even, as in ADM: other roundings pick others.
+            # A running sum and Python's rounding to even, as in ADM: others keep other timesteps.
             kept.append(start + round(position))
             position += stride
         start += size
@@ -72,16 +73,16 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
 
 
 def respace_by_snr(snr: np.ndarray, respacing: str) -> np.ndarray:
-    """The timesteps nearest to N values evenly spaced in log(SNR), both ends among them.
+    """The timesteps nearest to N values evenly spaced in log(SNR), both ends included.
 
-    Where two fall on one timestep, as they do near t = 0, the later moves up to the next.
+    If two values have the same nearest timestep, as near t = 0, the later one takes the next.
 
     Args:
       snr: ᾱ/(1 − ᾱ) of every timestep.
       respacing: "logsnrN".
 
     Raises:
-      ValueError: N is not a number from 2 to as many as there are timesteps.
+      ValueError: N is not a number from 2 to the number of timesteps.
     """
     number = respacing.removeprefix("logsnr")
     if not (number.isdecimal() and 2 <= int(number) <= len(snr)):
@@ -92,8 +93,8 @@ def respace_by_snr(snr: np.ndarray, respacing: str) -> np.ndarray:
     wanted = np.linspace(log_snr[0], log_snr[-1], int(number))
     nearest = np.abs(log_snr[:, None] - wanted).argmin(axis=0)
     rank = np.arange(len(wanted))
-    # kept − rank must not fall: the lowest such sequence that is at least `nearest`, cut so that
-    # the rest still fits below the last timestep.
+    # Timesteps increase if kept − rank does not decrease: this is the lowest such sequence that is
+    # at least `nearest`, bounded so that the rest still fits below the last timestep.
     kept = np.maximum.accumulate(nearest - rank) + rank
     return np.minimum(kept, len(snr) - len(wanted) + rank)
 
@@ -104,7 +105,7 @@ class NoiseSchedule:
 
     Attributes:
       betas: β_i.
-      timesteps: the original timestep of each index, which is what the model is given; int64.
+      timesteps: the original timestep of each index, which is the model's input; int64.
       num_train_timesteps: T of the original process.
     """
 
@@ -114,20 +115,20 @@ class NoiseSchedule:
 
     @classmethod
     def create(cls, name: str = "linear", num_timesteps: int = 1000) -> NoiseSchedule:
-        """A schedule by name, a key of `BETAS`; raises ValueError for another."""
+        """The schedule of a name, a key of `BETAS`; raises ValueError for other names."""
         if name not in BETAS:
             raise ValueError(f"noise schedule {name!r} is unknown; known: {', '.join(BETAS)}")
         return cls(BETAS[name](num_timesteps), np.arange(num_timesteps), num_timesteps)
 
     def respaced(self, respacing: str | int) -> NoiseSchedule:
-        """The process over fewer of its steps, β_i = 1 − ᾱ_i/ᾱ_prev.
+        """The process over fewer of its steps, with β_i = 1 − ᾱ_i/ᾱ_prev.
 
         Args:
-          respacing: as `respace` has it, or "logsnrN": N steps evenly spaced in log(SNR), for
-            solvers whose error is in it.
+          respacing: a form of `respace`, or "logsnrN": N steps evenly spaced in log(SNR), for
+            solvers whose error depends on that.
 
         Raises:
-          ValueError: a respacing that this process does not have.
+          ValueError: an unknown form, or one that does not fit this process.
         """
         if str(respacing).startswith("logsnr"):
             kept = respace_by_snr(self.snr, str(respacing))
@@ -139,12 +140,12 @@ class NoiseSchedule:
 
     @property
     def num_steps(self) -> int:
-        """Steps of this, possibly respaced, process."""
+        """The number of steps of this process, respaced or not."""
         return len(self.betas)
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """ᾱ_i."""
+        """ᾱ_i, the product of 1 − β up to index i."""
         return np.cumprod(1 - self.betas)
 
     @cached_property
@@ -159,26 +160,26 @@ class NoiseSchedule:
 
     @cached_property
     def snr(self) -> np.ndarray:
-        """ᾱ/(1 − ᾱ)."""
+        """The signal-to-noise ratio ᾱ_i/(1 − ᾱ_i)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
-        """Variance of q(x_{i−1} | x_i, x_0) (DDPM eq. 7)."""
+        """The variance of q(x_{i−1} | x_i, x_0) (DDPM eq. 7)."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Its logarithm, index 0 taking index 1's variance, since its own is 0."""
+        """log of `posterior_variance`, index 0 with index 1's variance, since its own is 0."""
         second = min(1, self.num_steps - 1)
         return np.log(np.append(self.posterior_variance[second], self.posterior_variance[1:]))
 
     @cached_property
     def posterior_mean_coef1(self) -> np.ndarray:
-        """Weight of x_0 in the posterior mean (DDPM eq. 7)."""
+        """The weight of x_0 in the posterior mean (DDPM eq. 7)."""
         return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_mean_coef2(self) -> np.ndarray:
-        """Weight of x_i in the posterior mean (DDPM eq. 7)."""
+        """The weight of x_i in the posterior mean (DDPM eq. 7)."""
         return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)

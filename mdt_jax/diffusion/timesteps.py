@@ -1,8 +1,8 @@
-"""How training draws timesteps: uniformly, or by each timestep's recent losses.
+"""Drawing the timesteps of training: uniformly, or by each timestep's recent losses.
 
-The loss-aware draw is Improved DDPM's (§3.3): probability in proportion to √E[loss²] over the last
-losses of a timestep, uniform until every timestep has a full history. Its state is a pytree that
-lives in the train state; the uniform draw's is empty.
+The loss-aware draw is Improved DDPM's (§3.3): a timestep's probability is proportional to √E[loss²]
+over its last losses; it is uniform until every timestep has a full history. The history is a pytree
+in the train state; the uniform draw has none.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ from jaxtyping import Array, Float, Int
 
 TIMESTEP_SAMPLERS = ("uniform", "loss_second_moment")
 HISTORY_LENGTH = 10
-UNIFORM_SHARE = 0.001  # of the probability, so that no timestep is ever starved
+UNIFORM_SHARE = 0.001  # share of the probability that is uniform, so that each timestep is drawn
 
 
 class LossHistory(NamedTuple):
-    """The last losses of each timestep, oldest first, and how many there are."""
+    """The last losses of each timestep, oldest first, and their number."""
 
     losses: Float[Array, "steps history"]
     counts: Int[Array, " steps"]
 
 
 def init_history(sampler: str, num_steps: int) -> LossHistory | None:
-    """The state of a sampler at the start; raises ValueError for an unknown one."""
+    """The history of a timestep sampler at the start: empty, or None for the uniform one.
+
+    Args:
+      sampler: one of `TIMESTEP_SAMPLERS`.
+      num_steps: the number of timesteps.
+
+    Raises:
+      ValueError: an unknown sampler.
+    """
     if sampler not in TIMESTEP_SAMPLERS:
         known = ", ".join(TIMESTEP_SAMPLERS)
         raise ValueError(f"timestep sampler {sampler!r} is unknown; known: {known}")
@@ -37,7 +45,7 @@ def init_history(sampler: str, num_steps: int) -> LossHistory | None:
 
 
 def probabilities(history: LossHistory | None, num_steps: int) -> Float[Array, " steps"]:
-    """Probability of drawing each timestep."""
+    """The probability of drawing each timestep; uniform for a history of None."""
     uniform = jnp.full(num_steps, 1 / num_steps, jnp.float32)
     if history is None:
         return uniform
@@ -49,10 +57,13 @@ def probabilities(history: LossHistory | None, num_steps: int) -> Float[Array, "
     return jnp.where(ready, aware, uniform)
 
 
-def draw(
+def draw_timesteps(
     history: LossHistory | None, num_steps: int, uniforms: Float[Array, " batch"]
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """Timesteps from U(0, 1) draws by inversion, and the weights 1/(T·p) that undo the bias."""
+    """Timesteps from U(0, 1) draws by inversion, and their losses' weights 1/(T·p).
+
+    The weights make the mean loss unbiased.
+    """
     if history is None:
         t = jnp.minimum((uniforms * num_steps).astype(jnp.int32), num_steps - 1)
         return t, jnp.ones(uniforms.shape, jnp.float32)
@@ -66,11 +77,11 @@ def draw(
 def update_history(
     history: LossHistory | None, t: Int[Array, " batch"], losses: Float[Array, " batch"]
 ) -> LossHistory | None:
-    """Appends a batch's losses in sample order, the oldest beyond HISTORY_LENGTH falling out."""
+    """Appends a batch's losses in sample order; only the last HISTORY_LENGTH of each are kept."""
     if history is None:
         return None
     num_steps = history.counts.shape[0]
-    # A sample's losses go behind its timestep's old ones and those of earlier samples of the batch.
+    # A sample's loss follows its timestep's old losses and those of earlier samples of the batch.
     earlier = jnp.tril(t[:, None] == t[None, :], k=-1).sum(axis=1)
     arrivals = jnp.zeros(num_steps, jnp.int32).at[t].add(1)
     overflow = jnp.maximum(history.counts + arrivals - HISTORY_LENGTH, 0)

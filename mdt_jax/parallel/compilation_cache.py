@@ -1,7 +1,7 @@
-"""Programs compiled once are kept on disk: the second start of a command compiles next to nothing.
+"""Compiled programs are kept on disk, so that a command's second start compiles almost nothing.
 
-JAX's own persistent cache, on by default here. Its keys are of the program, the flags and versions
-of XLA, and the devices; process 0 alone writes.
+This is JAX's own persistent cache, turned on by default. Its keys depend on the program, XLA's
+flags and version, and the devices. Process 0 alone writes it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import jax
 from absl import logging
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-MIN_COMPILE_SECONDS = 0.2  # what compiles faster than it is read is not kept
+MIN_COMPILE_SECONDS = 0.2  # programs that compile in less are not kept: reading takes as long
 
 
 def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
-    """Keeps compiled programs in `cache_folder()`.
+    """Keeps compiled programs in `cache_folder()`, or in the folder of JAX_COMPILATION_CACHE_DIR.
 
-    JAX_COMPILATION_CACHE_DIR names another; set to "", it turns the cache off. To be called after
-    `initialize_distributed`, before the first compilation. Several processes on CPUs, which only
-    tests run, keep none: what one found there and another compiled would have to be the same to the
-    last bit.
+    Set to "", the variable turns the cache off. Call this after `initialize_distributed` and before
+    the first compilation. Several processes on CPUs, which only tests run, keep no programs: one
+    that a process reads and one that another compiles may differ in the last bit.
+
+    Args:
+      environment: the environment variables.
     """
     on_cpus = jax.default_backend() == "cpu" and jax.process_count() > 1
     if environment.get(VARIABLE) == "" or on_cpus:
@@ -41,17 +43,20 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """~/.cache/mdt_jax/xla/PROCESSOR, or under XDG_CACHE_HOME.
+    """The folder of compiled programs: ~/.cache/mdt_jax/xla/PROCESSOR, or under XDG_CACHE_HOME.
 
-    Programs for CPUs are machine code for the very processor, of which JAX's keys say only "cpu":
-    in a home that several machines share, each kind has a folder of its own.
+    Programs for CPUs are machine code for one kind of processor, and JAX's keys say only "cpu". So
+    each kind has its own folder, where several machines share a home.
+
+    Raises:
+      RuntimeError: there is no home folder.
     """
     home = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "mdt_jax" / "xla" / processor_digest()
 
 
 def processor_digest(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
-    """A short name for this kind of processor: of its architecture and instruction sets."""
+    """A short name for this kind of processor, from its architecture and instruction sets."""
     try:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:  # not Linux

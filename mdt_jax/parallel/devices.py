@@ -1,4 +1,4 @@
-"""What a device holds and can do: memory, peak FLOP/s, and how much of it is used."""
+"""A device's memory and its peak FLOP/s, and how much of them is used."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import jax
 
 
 def device_memory() -> dict[str, int]:
-    """Bytes in use on this process's first device, now and at most; nothing where it cannot say."""
+    """Bytes in use on this process's first device, now and at most; {} if it does not tell."""
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
     return {name: stats[key] for key, name in names.items() if key in stats}
 
 
 # Dense peak FLOP/s of one JAX device, by `jax.Device.device_kind`, of matrix multiplications in
-# bfloat16 and in float32. float32 is IEEE's, which matmul precision `highest` asks for: a GPU's
-# CUDA cores, not TF32; Google documents none for TPUs, which split it into bfloat16 passes. NVIDIA
-# prints tensor-core rates with 2:4 sparsity, twice the dense ones given here. A slice of a GPU
-# (MIG) has a name of its own, and is not here.
+# bfloat16 and in float32. float32 is IEEE's, which matmul precision `highest` asks for: on a GPU
+# the rate of CUDA cores, not TF32's; Google documents none for TPUs, which split a product into
+# bfloat16 passes. NVIDIA prints tensor-core rates with 2:4 sparsity, twice the dense ones given
+# here. A slice of a GPU (MIG) has a name of its own, and is not listed.
 _PEAK_FLOPS: dict[str, dict[str, float]] = {
     # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e: "peak compute per chip"; on these
     # generations a chip is one JAX device.
@@ -47,14 +47,14 @@ _PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Dense peak FLOP/s of one device, in matrix multiplications of `dtype`.
+    """The dense peak FLOP/s of one device in matrix multiplications of `dtype`.
 
     Args:
       device_kind: JAX's name for the device, `jax.devices()[0].device_kind`.
-      dtype: "bfloat16" or "float32", what the model computes in.
+      dtype: "bfloat16" or "float32", the model's compute dtype.
 
     Returns:
-      FLOP/s, a multiply-add being two; None where no published number is known (CPUs, unlisted
+      FLOP/s, a multiply-add counted as two; None if no published number is known (CPUs, unlisted
       accelerators, float32 on TPUs).
 
     Raises:
@@ -75,15 +75,15 @@ def mfu(
     """Model FLOP/s utilisation (PaLM, arXiv:2204.02311, appendix B).
 
     Args:
-      flops_per_step: FLOPs the model's forward and backward passes need for one step over the
-        whole global batch, without rematerialisation; a multiply-add is two.
+      flops_per_step: FLOPs of the model's forward and backward passes over the whole global batch,
+        without rematerialisation; a multiply-add counts as two.
       seconds_per_step: wall-clock seconds, above 0.
-      num_devices: devices of the whole run, over all processes.
+      num_devices: devices of the run, over all processes.
       device_kind: `jax.devices()[0].device_kind`.
       dtype: "bfloat16" or "float32".
 
     Returns:
-      A fraction, 1 being every device at its peak; None where `peak_flops` knows none.
+      A fraction, 1 for every device at its peak; None if `peak_flops` is not known.
 
     Raises:
       ValueError: `dtype` is neither.

@@ -1,7 +1,7 @@
 """The processes of a job: joining them, agreeing among them, and ending all when one fails.
 
-JAX ends every process within `HEARTBEAT_TIMEOUT` of one falling silent. Here is what it leaves to
-its users: that a process which fails, but could say why, says so to the others.
+JAX ends every process within `HEARTBEAT_TIMEOUT` of one falling silent. This module adds what JAX
+leaves to its users: a process that fails and can say why tells the others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from orbax.checkpoint import multihost
 
 # Seconds after which a silent peer counts as dead; JAX's default of 100 is slow to notice one.
 HEARTBEAT_TIMEOUT = 30
-_GATHER_TIMEOUT_MS = 20 * 60 * 1000  # One process may verify a large checkpoint meanwhile.
-_FAILURE = "mdt_jax/failure"  # The key under which the first process to fail says why.
+_GATHER_TIMEOUT_MS = 20 * 60 * 1000  # one process may verify a large checkpoint meanwhile
+_FAILURE = "mdt_jax/failure"  # the key under which the first process to fail says why
 _WATCH_SECONDS = 1.0
-_WAIT_MS = 2 * 60 * 60 * 1000  # of the others, while process 0 reads or joins tens of gigabytes
+_WAIT_MS = 2 * 60 * 60 * 1000  # the others' wait while process 0 reads or joins tens of gigabytes
 _MEETINGS = itertools.count()
-_gathers = Counter()  # How often each name was used: a key can be written once.
+_gathers = Counter()  # how often each name was used, since a key can be written only once
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
@@ -39,24 +39,24 @@ def is_cluster(environment: Mapping[str, str]) -> bool:
     for variable in ("OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
         if int(environment.get(variable) or 1) > 1:
             return True
-    # Inside an allocation, but not started by srun, a command is alone.
+    # A command in an allocation that srun did not start is alone.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1:
         return True
-    # Cloud TPU slices of several hosts, single or several slices.
+    # One or several Cloud TPU slices of several hosts.
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
 
 
 def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
-    """Calls `jax.distributed.initialize` where there is a cluster; every command's first call.
+    """Joins the processes of a job with `jax.distributed.initialize`; does nothing if alone.
 
-    SLURM, Open MPI and TPU slices are recognised by JAX itself. Elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
+    It is every command's first call. JAX recognises SLURM, Open MPI and TPU slices. Elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the job.
 
     Raises:
       ValueError: JAX_NUM_PROCESSES without the two others.
     """
-    # At absl's INFO level it would tell at length which accelerators are not there.
+    # At absl's INFO level this logger lists at length the accelerators that are not there.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     if not is_cluster(environment):
         return
@@ -74,11 +74,15 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
     _start_watching()
 
 
-def gather(name: str, value: Any) -> list[Any]:
-    """Every process's `value` (JSON), in the processes' order; `[value]` if there is only one.
+def gather_json(name: str, value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order; `[value]` if there is one process.
 
-    All processes call it with the same name, equally often. It meets at JAX's coordination
-    service: nothing is compiled, and any thread may wait here.
+    All processes call it with the same name, equally often, and wait for each other. The values
+    travel through JAX's coordination service: nothing is compiled, and any thread may call it.
+
+    Args:
+      name: names the exchange.
+      value: this process's JSON value.
     """
     if jax.process_count() == 1:
         return [value]
@@ -92,12 +96,12 @@ def gather(name: str, value: Any) -> list[Any]:
 
 
 def check_agreement(value: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, processes of one job that would not train the same.
+    """Refuses, with ValueError, processes of one job that have different values.
 
     Args:
-      value: what must be equal everywhere, JSON; nested mappings are compared key by key.
+      value: this process's JSON values by key; nested mappings are compared key by key.
     """
-    first, *others = gather("agreement", _flat(value))
+    first, *others = gather_json("agreement", _flat(value))
     differences = [
         f"{key} is {_short(other.get(key))} on process {process}, {_short(first.get(key))} on "
         "process 0"
@@ -115,15 +119,15 @@ def check_agreement(value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """The body of a command: in a job of several processes, an error on one ends them all.
+    """A context for the body of a command: in a job, an error on one process ends all of them.
 
-    The others may be waiting for it in a collective, which nothing could interrupt, and it would
-    wait for them to leave: so it tells them why, and goes at once, with status 1.
+    The others may wait for the failed process in a collective that nothing can interrupt, and on
+    leaving it would wait for them. So it tells them why, and exits at once, with status 1.
     """
     try:
         yield
     except BaseException as error:
-        # `sys.exit()` and `sys.exit(0)` are no failure.
+        # `sys.exit()` and `sys.exit(0)` are not failures.
         if not _joined() or (isinstance(error, SystemExit) and not error.code):
             raise
         if isinstance(error, SystemExit):
@@ -135,7 +139,7 @@ def ending_together() -> Iterator[None]:
 
 
 def leave() -> NoReturn:
-    """Ends this process with status 0, from any thread, once all the others are here as well."""
+    """Ends this process with status 0, from any thread, once all processes have called it."""
     if _joined():
         jax.distributed.shutdown()
     _exit(0)
@@ -146,7 +150,7 @@ def _joined() -> bool:
 
 
 def _client() -> Any:
-    """JAX's client of its coordination service, which has no public name."""
+    """JAX's client of its coordination service, for which JAX has no public name."""
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -155,7 +159,7 @@ def _client() -> Any:
 def _fail(message: str) -> NoReturn:
     me, others = jax.process_index(), jax.process_count() - 1
     if _is_about_a_peer(message):
-        # What made the peer go may be on its way here; the watching thread then ends us.
+        # The peer's reason may be on its way here; then the watching thread ends this process.
         time.sleep(3 * _WATCH_SECONDS)
         message = f"lost another process of the job, which died or failed before ({message})"
     with contextlib.suppress(Exception):  # another was first, or the service is gone
@@ -168,7 +172,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _is_about_a_peer(message: str) -> bool:
-    """Whether an error tells that another process went away, as far as its text can say."""
+    """Whether an error's text says that another process went away."""
     signs = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "UNAVAILAB")
     return any(sign in message for sign in signs)
 
@@ -189,7 +193,7 @@ def _start_watching() -> None:
 
 
 def _end_with_the_others(done: threading.Event) -> None:
-    # A waiting read would be simpler, but nothing can end it when this process is to end.
+    # A blocking read would be simpler, but nothing can interrupt it when this process ends.
     while not done.wait(_WATCH_SECONDS):
         try:
             failure = _client().key_value_try_get(_FAILURE)
@@ -205,7 +209,7 @@ def _end_with_the_others(done: threading.Event) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Without waiting for threads or for other processes, as `sys.exit` would."""
+    """Ends this process without waiting for threads or other processes, unlike `sys.exit`."""
     absl_logging.flush()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -227,9 +231,15 @@ def _short(value: Any) -> str:
 
 
 def by_first_process(work: Callable[[], Any]) -> Any:
-    """What `work`, done by process 0 alone, returns (JSON); its error is every process's.
+    """Has process 0 do work, and returns its result on every process.
 
     All processes call this in the same order, and wait for process 0.
+
+    Args:
+      work: returns a JSON value.
+
+    Raises:
+      ValueError: `work` failed; process 0 raises the error itself.
     """
     if jax.process_count() == 1:
         return work()
@@ -241,7 +251,7 @@ def by_first_process(work: Callable[[], Any]) -> Any:
             outcome, failure = {"error": str(error)}, error
     wait = multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
     wait(key=f"by_first_process {next(_MEETINGS)}", timeout_ms=_WAIT_MS)
-    outcome = gather("by_first_process", outcome)[0]
+    outcome = gather_json("by_first_process", outcome)[0]
     if failure is not None:
         raise failure
     if "error" in outcome:

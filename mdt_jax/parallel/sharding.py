@@ -1,7 +1,7 @@
-"""The device mesh, and the one table that maps logical axis names to its axes.
+"""The device mesh, and the table that maps parameters' logical axis names to its axes.
 
 Mesh axes: `data` splits the batch, `fsdp` splits the batch and every large parameter, `tensor`
-splits heads and hidden units. `jax.jit` with these shardings does the rest.
+splits heads and hidden units. `jax.jit` divides the computation by these shardings.
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ def create_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh (data, fsdp, tensor) over the devices, -1 on one axis standing for the rest.
+    """The mesh (data, fsdp, tensor) over the devices.
+
+    Args:
+      data: devices along this axis; -1 on one axis stands for all devices that are left.
+      fsdp: devices along this axis.
+      tensor: devices along this axis.
+      devices: all devices of the job by default.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices, or axes other than `data`
-        across TPU slices, saying what would do.
+      ValueError: the sizes do not multiply to the number of devices, or an axis other than `data`
+        would cross TPU slices; the message says which sizes would do.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
@@ -68,15 +74,15 @@ def create_mesh(
 
 
 def arrange_devices(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array of a mesh's shape, neighbours in it near each other in the network.
+    """The devices as an array of a mesh's shape, its neighbours near each other in the network.
 
-    TPU slices are joined by a slow network, so only the first axis crosses them. (GPUs of all nodes
-    are ordered by node, and any axis may cross those.)
+    A slow network joins TPU slices, so only the first axis crosses them. GPUs are ordered by node,
+    and any axis may cross nodes.
 
     Raises:
-      ValueError: slices of different sizes, or a first axis that they do not divide.
+      ValueError: the slices differ in size, or their number does not divide the first axis.
     """
-    # A torus' axis is cut between two axes of a mesh only where nothing else fits.
+    # An axis of a torus is cut between two axes of the mesh only if nothing else fits.
     arrange = partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
     is_tpu = devices[0].platform == "tpu"
     slices = Counter(getattr(device, "slice_index", 0) for device in devices if is_tpu)
@@ -102,23 +108,23 @@ def arrange_devices(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.n
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch is cut into."""
+    """The number of parts that a batch is cut into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the batch."""
+    """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """Which parts of a global batch this process holds, in order, and how many parts there are.
+    """The parts of a global batch that this process holds, in order, and the number of all parts.
 
-    A process's chips are a square of a TPU's torus, and so not always next to each other in the
-    mesh. Processes of one tensor-parallel group hold, and so read, the same parts.
+    A process's chips are a square of a TPU's torus, so their parts are not always consecutive.
+    Processes of one tensor-parallel group hold, and so read, the same parts.
 
     Raises:
-      ValueError: a mesh in which a part is shared by processes that do not share all of theirs.
+      ValueError: two processes share some of their parts, but not all.
     """
     shards, sharding_ = batch_shards(mesh), batch_sharding(mesh)
     held: dict[int, set[int]] = {}
@@ -133,7 +139,7 @@ def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
                 "multiple of them"
             )
     parts = sorted(mine)
-    # As few parts as can be, so that as much as can be is read at once.
+    # The fewest parts possible, so that each read is as large as possible.
     for size in range(len(parts), 1, -1):
         firsts = parts[::size]
         whole = [first + i for first in firsts for i in range(size)]
@@ -143,15 +149,17 @@ def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Arrays that every device holds whole."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of an abstract tree whose leaves carry logical axis names; others are replicated.
+    """The shardings of an abstract tree's leaves by their logical axis names.
+
+    Leaves without names are replicated.
 
     Raises:
-      ValueError: a mesh axis that does not divide a parameter's, naming both.
+      ValueError: a mesh axis does not divide a parameter's axis; the message names both.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
@@ -170,7 +178,7 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def abstract_tree(mesh: Mesh, boxed: Any) -> Any:
-    """The tree's ShapeDtypeStructs with their shardings, logical axis names taken off."""
+    """The tree's ShapeDtypeStructs with their shardings, without logical axis names."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         nn.unbox(boxed),
@@ -186,7 +194,7 @@ def abstract_parameters(mesh: Mesh, model: Any) -> Any:
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:
-    """Refuses, with ValueError, a tensor axis that would cut through an attention head."""
+    """Refuses, with ValueError, a mesh whose tensor axis would cut an attention head."""
     tensor = mesh.shape["tensor"]
     if num_heads % tensor:
         fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
@@ -196,18 +204,18 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
         )
 
 
-def constrain_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
-    """Shards an array inside a jitted function by its batch axis, the others whole."""
+def shard_batch(mesh: Mesh, x: jax.Array, axis: int = 0) -> jax.Array:
+    """Shards an array in a jitted function over its batch axis alone."""
     spec = PartitionSpec(*(None,) * axis, BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 @contextlib.contextmanager
 def activations(mesh: Mesh) -> Iterator[None]:
-    """Puts the mesh's placement of the models' arrays in force; for the body of a jitted function.
+    """A context for the body of a jitted function, in which models place their arrays on the mesh.
 
-    Batches are divided over `data` and `fsdp`. Parameters are gathered over `fsdp`, not over
-    `tensor`, whose devices compute each with its own part.
+    Batches are divided over `data` and `fsdp`. Parameters are gathered over `fsdp`, but not over
+    `tensor`: each of its devices computes with its own part.
     """
     rules = dict(RULES) | {"batch": BATCH_AXES, None: None}
     whole = rules | {axis: None for axis, to in RULES if to == "fsdp"}
@@ -227,10 +235,10 @@ def activations(mesh: Mesh) -> Iterator[None]:
         summed = {axis for axis in BATCH_AXES if mesh.shape[axis] > 1}
 
         def add(part: jax.Array) -> jax.Array:
-            # First among those that divide the parameter, so that only its parts go on over `data`,
-            # which may cross slices or nodes. By hand, as the TPU's partitioner would sum whole
-            # gradients and then cut them: twice the bytes. Its compiler still does where fsdp is
-            # all of the mesh, and on v6e.
+            # Summed first over `fsdp`, which divides the parameter, so that only its parts travel
+            # over `data`, which may cross slices or nodes. This is done by hand, since the TPU's
+            # partitioner would sum whole gradients and then cut them: twice the bytes. Its compiler
+            # still does so where fsdp is all of the mesh, and on v6e.
             part, remaining = part.squeeze(0), summed
             if cut is not None and "fsdp" in summed:
                 part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=cut, tiled=True)
@@ -243,7 +251,7 @@ def activations(mesh: Mesh) -> Iterator[None]:
 
     token = placement.current.set(
         Placement(
-            batch=partial(constrain_batch, mesh),
+            batch=partial(shard_batch, mesh),
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
             add_up=add_up,
@@ -260,24 +268,24 @@ def activations(mesh: Mesh) -> Iterator[None]:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler of a mesh's devices is told beyond its defaults.
+    """Options of the compiler for a mesh's devices; None for its defaults.
 
-    The TPU's would turn a product whose result is to be divided into a ring of small products, one
-    for each device's part, that read their operands from copies: slower than the whole product,
-    beside which the other kernels' results travel anyway. And it lets one product use 16 MiB of a
-    core's vector memory, where 24 make larger tiles (docs/performance.md).
+    By default the TPU's compiler turns a product whose result is divided into a ring of small
+    products, one for each device's part, that read their operands from copies. The whole product is
+    faster, and the results of other kernels travel during it anyway. And it lets a product use 16
+    MiB of a core's vector memory, where 24 allow larger tiles (docs/performance.md).
     """
     if mesh.devices.flat[0].platform != "tpu":
         return None
     return {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-        # A v4 core has 16 MiB; its compiler takes this and makes the same program.
+        # A v4 core has 16 MiB; its compiler accepts the option and makes the same program.
         "xla_tpu_scoped_vmem_limit_kib": "24576",
     }
 
 
 def bytes_per_device(abstract: Any) -> int:
-    """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+    """The bytes on one device of a tree of ShapeDtypeStructs with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(abstract)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.distributed import gather
+from mdt_jax.parallel.distributed import gather_json
 
 # A larger batch keeps no device busier, and the progress bar and a killed job wait for all of it.
 MOST_PER_DEVICE = 256
@@ -36,7 +36,7 @@ def fitting(network: LatentTransformer, params: Any, mesh: Mesh, guided: bool) -
     """
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     limit = min((each["bytes_limit"] for each in stats if "bytes_limit" in each), default=0)
-    limit = min(gather("memory of the devices", limit))
+    limit = min(gather_json("memory of the devices", limit))
     if not limit:
         return UNKNOWN
     room = SHARE * (limit - parameter_bytes(network, params))

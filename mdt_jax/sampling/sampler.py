@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from mdt_jax.diffusion import guided, run_steps, start
+from mdt_jax.diffusion import guided, initial_state, run_steps
 from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState
 from mdt_jax.parallel import sharding
@@ -307,7 +307,7 @@ class CompiledSampler(CompiledBatch):
                     **self._step_settings(),
                 )
 
-        self._start, self._chunk = self._compile(chunk, self.num_steps, initial=start)
+        self._start, self._chunk = self._compile(chunk, self.num_steps, initial=initial_state)
         self._run: Callable = self._chunk
 
     def warm_up(self, params: Any) -> None:

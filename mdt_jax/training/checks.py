@@ -1,4 +1,4 @@
-"""Checks before a run: its settings, and whether its data fit model, classes and earlier steps."""
+"""Checks before a run: its settings, its data, its processes, and the run that it continues."""
 
 from __future__ import annotations
 
@@ -19,13 +19,32 @@ from mdt_jax.parallel.distributed import check_agreement
 
 
 def autoencoder_digest(source: Source) -> str | None:
-    """The digest of the encoder that made a cache of latents, None for other sources."""
+    """The digest of the autoencoder that made a cache of latents; None for other sources."""
     return getattr(getattr(source.records, "description", None), "vae_digest", None)
 
 
-def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
-    """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
-    if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows
+def data_record(source: Source) -> dict[str, Any]:
+    """The part of a checkpoint's meta data that says which data the run was trained on.
+
+    `check_data_unchanged` compares it when the run goes on.
+    """
+    return {
+        "class_names": list(source.class_names),
+        "num_examples": len(source),
+        "autoencoder": autoencoder_digest(source),
+    }
+
+
+def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) -> None:
+    """Refuses, with ValueError, to go on with other classes or another autoencoder's latents.
+
+    Args:
+      meta: meta data of the checkpoint to go on from, with `data_record` of its run; {} for a fresh
+        run.
+      source: the data now.
+      workdir: the run's folder, for the message.
+    """
+    if not meta or "weights" in meta:  # a fresh run, or converted weights, whose data are not known
         return
     way_out = "give the data it was trained on as data.path, or another --workdir"
     names = zip_longest(meta["class_names"], source.class_names)
@@ -51,10 +70,10 @@ def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
         )
 
 
-def check_processes(config: ConfigDict, source: Source) -> None:
-    """Refuses, with ValueError, processes of one job that would train on different things.
+def check_processes_agree(config: ConfigDict, source: Source) -> None:
+    """Refuses, with ValueError, processes of one job with different settings, classes or data.
 
-    Each may find the data at a path of its own, and read with as many workers as it likes.
+    Each process may have its own `data.path`, `data.num_workers` and `data.read_ahead`.
     """
     settings = config_lib.to_json(config)
     for key in ("path", "num_workers", "read_ahead"):
@@ -64,19 +83,19 @@ def check_processes(config: ConfigDict, source: Source) -> None:
 
 
 def image_size(config: ConfigDict, source: Source) -> int | None:
-    """What images are cropped to; latents are not."""
+    """The side in pixels that images are cropped to; None for latents, which are not cropped."""
     return None if source.latents else config.model.input_size
 
 
-def count_classes(config: ConfigDict) -> ConfigDict:
-    """The config with its data's number of classes, if it asks for that."""
+def with_classes_of_data(config: ConfigDict) -> ConfigDict:
+    """The config with the data's number of classes where model.num_classes is -1."""
     if config.model.num_classes != -1:
         return config
-    return config_lib.resolve_classes(config, create_source(config.data).class_names)
+    return config_lib.with_classes(config, create_source(config.data).class_names)
 
 
-def check_source(config: ConfigDict, source: Source) -> None:
-    """Refuses data that the model does not take, with ValueError."""
+def check_data(config: ConfigDict, source: Source) -> None:
+    """Refuses, with ValueError, data whose shape or classes do not fit the model."""
     size, channels = config.model.input_size, config.model.in_channels
     wanted, given = (size, size, channels), tuple(source.image_shape)
     # Images are cropped to size, latents are not.
@@ -101,7 +120,10 @@ EVALUATORS = ("auto", "inception", "classifier")
 
 
 def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Refuses, with ValueError, counts that cannot work together, saying which would."""
+    """Refuses, with ValueError, settings out of range, unknown choices and batches that do not fit.
+
+    The message names the key and says which values would do.
+    """
     for key in ("num_steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every",
                 "keep_last"):  # fmt: skip
         if config[key] < 1:

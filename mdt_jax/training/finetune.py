@@ -1,4 +1,4 @@
-"""Fine-tuning: what a run starts with when `config.init_from` names another's weights."""
+"""Fine-tuning: the parameters that a run starts with when `config.init_from` names weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax.convert.adapt import adapt
-from mdt_jax.convert.architecture import KNOWN_HEADS
 from mdt_jax.models import LatentTransformer
 from mdt_jax.weights import pretrained
 
@@ -24,29 +23,25 @@ def initial_parameters(
     create_parameters: Callable[[], Any],
     autoencoder: str | None = None,
 ) -> Any:
-    """The parameters of `config.init_from`, fitted to a model; logs what became of each.
+    """The parameters of `config.init_from`, fitted to a model; logs how each was fitted.
 
     Args:
-      config: the run's.
-      model: its network, of the source's family and width; classes, resolution and an MDT v1's
-        decoder depth may differ.
-      create_parameters: initialises the model's own, of which some may be needed. All processes
-        call it alike.
+      config: the run's settings.
+      model: the run's network, of the source's family and width; classes, resolution and an MDT
+        v1's decoder depth may differ.
+      create_parameters: initialises all parameters of the model, some of which replace those that
+        do not fit. It runs on all processes or on none.
       autoencoder: digest of the encoder whose latents are to be trained on, None if not known.
 
     Returns:
       A tree of NumPy arrays in the source's dtypes.
 
     Raises:
-      WeightsError, UnknownWeights, CheckpointError: a source that cannot be read.
-      ValueError: one that does not fit the model, naming the setting.
+      WeightsError, UnknownWeights, CheckpointError: the source cannot be read.
+      ValueError: the source does not fit the model; the message names the setting.
     """
     ours = pretrained.architecture_of(model)
-    # What a PyTorch file does not show is taken to be as it is here.
-    shown: dict[str, Any] = {"num_heads": KNOWN_HEADS.get(ours.hidden_size, ours.num_heads)}
-    if ours.family == "MDT":
-        shown["decode_layers"] = ours.decoder_depth
-    found = pretrained.read_pretrained(config.init_from, **shown)
+    found = pretrained.read_pretrained(config.init_from, **ours.hints())
     before = found.autoencoder
     if before and autoencoder and before != autoencoder:
         raise ValueError(
@@ -69,7 +64,7 @@ def initial_parameters(
 
 
 def _whole(array: jax.Array) -> np.ndarray:
-    """All of an array on the host, whichever processes hold its shards."""
+    """A whole array on the host, whichever processes hold its shards."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,8 +1,8 @@
-"""What a run reports while it trains: logged metrics and a progress bar.
+"""A run's output while it trains: logged metrics, the clock behind them, and a progress bar.
 
-`WORKDIR/metrics.jsonl` is the record: one JSON object per logged step, and one per judgement of
-samples, which survives kills and resumes without gaps or duplicates. `WORKDIR/tensorboard` holds
-the same numbers, and images, for looking at.
+`WORKDIR/metrics.jsonl` is the record: one JSON object per logged step and one per judgement of
+samples. Kills and resumes leave no gaps or duplicates in it. `WORKDIR/tensorboard` holds the same
+numbers, and images, for TensorBoard.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from tqdm import tqdm
 from mdt_jax.atomic import whole_file
 
 Number = float | int
-FILE = "metrics.jsonl"  # in the workdir
-# Metrics that the clock and the machine decide: all others are the same in every run of a config.
+METRICS_FILE = "metrics.jsonl"  # in the workdir
+# Metrics that depend on clock and machine. All others are the same in every run of a config.
 CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
          "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
          "device_memory_bytes", "device_memory_peak_bytes", "mfu")  # fmt: skip
@@ -34,11 +34,10 @@ class MetricsWriter:
     """Writes metrics to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`, from process 0 only.
 
     On the other processes of a run every method does nothing. A line of metrics.jsonl holds "step"
-    and then the metrics in the order given; steps never go down, and lines of different metrics may
-    share one; floats read back to the same bits, and non-finite ones,
-    which JSON cannot hold, are the strings "nan", "inf" and "-inf" (`float` reads all three).
-    Every `write` has reached the operating system when it returns; TensorBoard's events, which a
-    thread writes, follow within a second.
+    and then the metrics in the order given. Steps never decrease; lines of different metrics may
+    have the same step. Floats read back to the same bits. JSON cannot hold non-finite ones: they
+    are the strings "nan", "inf" and "-inf", which `float` reads. A line has reached the operating
+    system when `write` returns; a thread writes TensorBoard's events within a second.
     """
 
     def __init__(
@@ -49,15 +48,15 @@ class MetricsWriter:
         resume_step: int = 0,
         start_message: str = "Training",
     ):
-        """Opens both files, and takes back what a killed run logged after its last checkpoint.
+        """Opens both files, and removes what a killed run logged after its last checkpoint.
 
         Args:
           workdir: the run's directory on a local or mounted file system; created if missing.
           total_steps: the last step of the run.
-          resume_step: steps already done, 0..total_steps: those of the checkpoint restored from.
-            Lines of later steps, which this run will write again, and a torn last line are
-            removed from metrics.jsonl, and hidden in TensorBoard.
-          start_message: what the line logged here starts with.
+          resume_step: steps done at the checkpoint restored from, 0..total_steps. Lines of later
+            steps, which this run will write again, and an incomplete last line are removed from
+            metrics.jsonl and hidden in TensorBoard.
+          start_message: the beginning of the line logged here.
 
         Raises:
           ValueError: `resume_step` is outside 0..total_steps, or `workdir` is a URL.
@@ -78,15 +77,15 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         os.makedirs(workdir, exist_ok=True)
-        path = os.path.join(workdir, FILE)
+        path = os.path.join(workdir, METRICS_FILE)
         kept, dropped = _keep_until(path, resume_step)
         self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._events = SummaryWriter(
             os.path.join(workdir, "tensorboard"),
             # TensorBoard hides earlier events whose step is at least this one.
             purge_step=resume_step + 1,
-            # Names are made of whole seconds and opened for overwriting, so without this a run
-            # resumed within a second would erase its predecessor's file.
+            # TensorBoard names files by the second and overwrites them: without a suffix a run
+            # resumed within a second would erase the file of the run before.
             filename_suffix=f".{time.time_ns()}",
             flush_secs=1,
         )
@@ -106,12 +105,12 @@ class MetricsWriter:
         metrics: Mapping[str, ScalarLike],
         texts: Mapping[str, str] | None = None,
     ) -> None:
-        """Logs `metrics` of `step`, as one line and as TensorBoard scalars.
+        """Logs the metrics of a step, as one line and as TensorBoard scalars.
 
         Args:
-          step: number of steps done, 1 after the first, and no less than the last call's.
+          step: number of steps done, 1 after the first, and no less than at the last call.
           metrics: names and scalars (Python's, NumPy's or JAX's), written as float64.
-          texts: what the line says beside, last, for metrics.jsonl alone.
+          texts: names and strings that end the line, in metrics.jsonl alone.
 
         Raises:
           ValueError: a metric is called "step".
@@ -134,14 +133,14 @@ class MetricsWriter:
 
         Args:
           step: number of steps done.
-          name: its TensorBoard tag.
+          name: the image's TensorBoard tag.
           image: (H, W, C) in 0..255, C 1 (grey) or 3 (RGB); `images.image_grid` makes one.
         """
         if self._events is not None:
             self._events.add_image(name, image, int(step), dataformats="HWC")
 
     def close(self) -> None:
-        """Writes what is pending and closes both files; closing twice is harmless."""
+        """Writes pending events and closes both files; may be called twice."""
         if self._lines is not None:
             self._lines.close()
             self._events.close()
@@ -149,7 +148,7 @@ class MetricsWriter:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl; one that cannot be read, as the torn last one, is left out.
+    """The lines of a metrics.jsonl, without those that cannot be parsed, as an incomplete last one.
 
     Raises:
       OSError: the file is not there, or cannot be read.
@@ -165,7 +164,7 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
 
 
 def steps_with(path: str | os.PathLike, metric: str) -> set[int]:
-    """Steps at which a metrics.jsonl has a metric; none where there is no file."""
+    """The steps whose lines in a metrics.jsonl hold a metric; empty if there is no file."""
     try:
         return {line["step"] for line in read_lines(path) if metric in line}
     except FileNotFoundError:
@@ -173,9 +172,9 @@ def steps_with(path: str | os.PathLike, metric: str) -> set[int]:
 
 
 def _keep_until(path: str, last_step: int) -> tuple[int, int]:
-    """Removes from a metrics file the lines after `last_step`, and lines that cannot be read.
+    """Removes from a metrics file the lines after `last_step`, and lines that cannot be parsed.
 
-    The new file replaces the old one at once, so being killed here loses nothing.
+    The new file replaces the old one in one step, so that a kill during the call loses nothing.
 
     Returns:
       The number of lines kept and dropped; (0, 0) when there is no file.
@@ -189,12 +188,12 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            # No proper prefix of a JSON object parses, so a line that does is not torn, even the
-            # last one without its newline.
+            # No proper prefix of a JSON object parses: a line that parses is complete, even if it
+            # is the last one and lacks its newline.
             keep = json.loads(line)["step"] <= last_step
         except (ValueError, KeyError, TypeError):
             keep = False
-            if number < len(lines):  # only the last can be torn: this one was damaged otherwise
+            if number < len(lines):  # a kill leaves only the last line incomplete
                 logging.warning("%s:%d is not a metrics line, removed: %r", path, number, line)
         if keep:
             kept.append(line)
@@ -206,16 +205,16 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
 
 
 def _json_number(value: float) -> float | str:
-    """`value`, or its name when it is not finite; `float` of the result is `value` again."""
+    """`value`, or its name if it is not finite; `float` of the result gives `value` back."""
     return value if math.isfinite(value) else str(value)
 
 
 class Window:
     """Means of per-step metrics over the steps between two log lines.
 
-    NaN means "no value at this step" and is skipped (the loss of a timestep quartile that no sample
-    fell in), so a mean is over the steps that had one. A loss that is NaN itself shows as NaN only
-    once no step of a window has a finite one.
+    NaN means "no value at this step" (the loss of a timestep quartile without samples) and is
+    skipped: a mean is over the steps that have a value. A loss that is itself NaN gives a mean of
+    NaN only if no step of the window has a finite one.
 
     A checkpoint in the middle of a window saves `state()`, so that the means logged after a resume
     have the same bits as without the interruption.
@@ -234,7 +233,7 @@ class Window:
             self._counts[name] = self._counts.get(name, 0) + present
 
     def means(self) -> dict[str, float]:
-        """The mean of every metric added since the last reset; NaN for one that was always NaN."""
+        """The mean of every metric added since the last reset; NaN if all its values were NaN."""
         return {
             name: total / self._counts[name] if self._counts[name] else math.nan
             for name, total in self._sums.items()
@@ -246,7 +245,7 @@ class Window:
         self._counts.clear()
 
     def state(self) -> dict[str, list]:
-        """The window as JSON holds it: {"metrics": [[name, sum, count], ...]}, in logging order."""
+        """The window as JSON values: {"metrics": [[name, sum, count], ...]}, in logging order."""
         return {
             "metrics": [
                 [name, _json_number(total), self._counts[name]]
@@ -256,7 +255,7 @@ class Window:
 
     @classmethod
     def from_state(cls, state: Mapping[str, list]) -> "Window":
-        """The window whose `state()` this was, bit for bit, also after a pass through JSON."""
+        """The window, bit for bit, whose `state()` is given, also after a pass through JSON."""
         window = cls()
         for name, total, count in state["metrics"]:
             window._sums[name] = float(total)
@@ -265,21 +264,21 @@ class Window:
 
 
 class Stopwatch:
-    """Seconds of wall-clock time, without those spent in `paused`; it runs from construction."""
+    """Seconds of wall-clock time since construction, without those spent in `paused`."""
 
     def __init__(self, seconds: float = 0.0):
-        """seconds: what is on it already."""
+        """Starts the watch, which shows `seconds` at first."""
         self._seconds, self._since = seconds, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """What is on it now, or was when the pause began."""
+        """The seconds it shows; in a pause those when the pause began."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._seconds + running
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops it while the context is open."""
+        """Stops the watch while the context is open."""
         self._seconds, self._since = self.seconds, None
         try:
             yield
@@ -290,12 +289,12 @@ class Stopwatch:
 class StepTimes:
     """Seconds of single steps, and of waiting for their input, between two log lines.
 
-    They are the host's: what passed between one step's metrics arriving there and the next's. While
-    the devices are what takes the time, that is how long they took for a step.
+    A step's time is measured on the host, from the arrival there of one step's metrics to that of
+    the next. While the devices limit the speed, that is how long they took for a step.
     """
 
     def __init__(self, watch: Stopwatch):
-        """watch: what is measured by; steps may not straddle its pauses."""
+        """Measures by a watch that is paused only between steps."""
         self._watch = watch
         self.reset()
         self._since = watch.seconds
@@ -306,20 +305,20 @@ class StepTimes:
         self._waited = 0.0
 
     def step(self) -> None:
-        """A step's metrics have arrived."""
+        """Records that a step's metrics have arrived."""
         now = self._watch.seconds
         self._steps.append(now - self._since)
         self._since = now
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around taking the next batch."""
+        """A context for taking the next batch, whose time counts as waiting for input."""
         began = self._watch.seconds
         yield
         self._waited += self._watch.seconds - began
 
     def metrics(self) -> dict[str, float]:
-        """Median and 99th percentile of the window's steps, and the mean wait for input."""
+        """Median and 99th percentile of the steps' seconds, and the mean wait for input."""
         if not self._steps:
             return {}
         median, slow = np.percentile(self._steps, (50, 99))
@@ -330,19 +329,19 @@ class StepTimes:
         }
 
 
-class Progress:
-    """How far a run is and when it will be done: a bar on a terminal, log lines elsewhere.
+class RunProgress:
+    """Shows how far a run is and when it will be done: a bar on a terminal, log lines elsewhere.
 
-    The bar is on standard error, and only where that is a terminal; otherwise each `log` is one
-    INFO line. Processes other than 0 show nothing. The time left is counted from the rate since
-    construction: make it after the steps are compiled.
+    The bar is on standard error, where that is a terminal; elsewhere each `log` is one INFO line.
+    Processes other than 0 show nothing. The time left is estimated from the speed since
+    construction: construct it after the steps are compiled.
     """
 
     def __init__(self, total_steps: int, *, first_step: int = 0):
         """
         Args:
           total_steps: the last step of the run.
-          first_step: steps already done, when the run is a resumed one.
+          first_step: steps already done, in a resumed run.
         """
         is_shown = jax.process_index() == 0
         is_terminal = sys.stderr.isatty()
@@ -363,7 +362,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def log(self, step: int, *, loss: Number, images_per_second: Number) -> None:
-        """Shows the loss and the speed at `step`: beside the bar, or as one log line."""
+        """Shows the loss and the speed at `step`, beside the bar or as one log line."""
         self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:,.1f} images/s")
         if self._logs_lines:
             done = step - self._first_step
@@ -379,5 +378,5 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the bar, which stays on the screen."""
         self._bar.close()

@@ -14,7 +14,7 @@ OPTIMIZERS = ("adamw", "adam", "adan")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
-def create_schedule(
+def learning_rate_schedule(
     name: str,
     peak: float,
     num_steps: int,
@@ -23,14 +23,19 @@ def create_schedule(
     boundaries: Sequence[int] = (),
     factor: float = 0.1,
 ) -> optax.Schedule:
-    """Learning rate by step (0-based), after a linear warm-up from 0 over `warmup_steps`.
+    """The learning rate as a function of the step, after a linear warm-up from 0.
 
     Args:
       name: "constant"; "linear" to 0 at num_steps (the authors' annealing); "cosine" to 0 at
         num_steps; "step": times `factor` at each of `boundaries`.
       peak: the learning rate after the warm-up.
       num_steps: length of the run.
-      warmup_steps, boundaries: counted from the start of the run.
+      warmup_steps: length of the warm-up.
+      boundaries: steps of "step", counted from the start of the run.
+      factor: see `name`.
+
+    Returns:
+      A function from the step, 0 at the start of the run, to the learning rate.
 
     Raises:
       ValueError: an unknown name, or a warm-up longer than the run.
@@ -56,9 +61,15 @@ def create_schedule(
 
 
 class AdanState(NamedTuple):
-    """Adan's moments: of gradients m, of their differences v, of the squared look-ahead n.
+    """Adan's state.
 
-    `count` is of the moments' updates, `step` the learning rate's place in its schedule.
+    Attributes:
+      count: how often the moments were updated.
+      step: the step at which the learning rate's schedule is.
+      m: moving average of the gradients.
+      v: moving average of the gradients' differences.
+      n: moving average of the squared look-ahead.
+      previous: the last gradient.
     """
 
     count: jax.Array
@@ -82,8 +93,8 @@ def adan(
     n ← b3·n + (1−b3)·(g + b2·d)², and
     θ ← (θ − lr·(m̂ + b2·v̂)/(√n̂ + eps)) / (1 + lr·weight_decay), hats for bias correction.
 
-    `optax.adan` scales the difference by (1 − b2) where the authors scale it by b2, and so is
-    another optimiser. Clipping comes before, as its own transformation.
+    `optax.adan` is another optimiser: it scales the difference by (1 − b2), the authors' code by
+    b2. Clipping is a transformation of its own, applied before.
     """
     b1, b2, b3 = betas
 
@@ -119,13 +130,13 @@ def adan(
 def create_optimizer(
     settings: Mapping[str, Any], schedule: optax.Schedule, frozen: Sequence[str] = ()
 ) -> optax.GradientTransformation:
-    """The optimiser of a run, clipping to the true global norm first.
+    """The optimiser of a run; it first clips the gradient to a global norm.
 
     Args:
       settings: `config.optimizer`: name, weight_decay, clip_norm (None for no clipping), betas
         (None for the optimiser's own) and eps.
       schedule: learning rate by step.
-      frozen: top-level parameters that training leaves alone: never decayed.
+      frozen: top-level parameters that are neither updated nor decayed.
 
     Raises:
       ValueError: an unknown name or a wrong number of betas.
@@ -138,7 +149,7 @@ def create_optimizer(
     if len(betas) != len(default_betas):
         raise ValueError(f"optimizer.betas {betas}: {name} takes {len(default_betas)}")
 
-    # Always the same parts, idle ones too: clipping or decay can be turned on for a saved run.
+    # The parts are always the same, so that a saved run can turn clipping or decay on.
     if name == "adan":
         transform = adan(schedule, betas=betas, eps=settings["eps"], weight_decay=decay)
     else:
@@ -154,9 +165,9 @@ def create_optimizer(
 
 
 def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
-    """The state with its learning rate's schedule at a step; moments and their count stay.
+    """An optimiser's state whose learning-rate schedule stands at a step; moments are kept.
 
-    For weights that come from somewhere in a run without its optimiser's state.
+    For weights taken from the middle of a run without its optimiser's state.
     """
 
     def move(state: Any) -> Any:
@@ -183,10 +194,10 @@ def freeze(
     return optax.GradientTransformation(transform.init, update)
 
 
-def schedule_of(config: ConfigDict) -> Any:
-    """The learning rate by step."""
+def learning_rate_of(config: ConfigDict) -> optax.Schedule:
+    """The learning rate of a run as a function of the step, 0 at its start."""
     s = config.schedule
-    return create_schedule(
+    return learning_rate_schedule(
         s.name,
         config.optimizer.learning_rate,
         config.num_steps,

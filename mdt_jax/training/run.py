@@ -1,4 +1,4 @@
-"""A training run: the parts of its step, its compiled steps, its saved and restored state."""
+"""A training run: the parts of its step, its compiled steps, saving and restoring its state."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import Source, example_spec
 from mdt_jax.models import flops
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.devices import mfu
 from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
-from mdt_jax.training.optimizers import schedule_of
-from mdt_jax.training.step import Trainer, TrainState
+from mdt_jax.training.optimizers import learning_rate_of
+from mdt_jax.training.step import Trainer, TrainState, draw_latents
 from mdt_jax.weights import pretrained
 
 
 def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
-    """The training step's parts from a config; ValueError for what cannot work."""
+    """The training step of a config on a mesh; raises ValueError for settings that cannot work."""
     check_settings(config, mesh)
     model = config_lib.create_network(config)
     sharding.check_heads(mesh, model.num_heads)
-    schedule = schedule_of(config)
+    schedule = learning_rate_of(config)
     return Trainer(
         model=model,
         diffusion=config_lib.create_diffusion(config),
@@ -51,7 +52,19 @@ def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
 
 
 class Run:
-    """One training run: its parts, built and checked in the order in which they can fail."""
+    """One training run: a config's step, mesh and state, in a workdir.
+
+    Attributes:
+      config: the settings.
+      workdir: the run's folder.
+      mesh: the device mesh.
+      trainer: the training step.
+      model: the network.
+      counts: numbers of tokens that masked passes keep.
+      probabilities: how often each is drawn.
+      abstract: shapes, dtypes and shardings of the state.
+      rates: the averages' rates as text, which are their names in the state.
+    """
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
         self.config, self.workdir = config, Path(workdir)
@@ -64,7 +77,7 @@ class Run:
         self.rates = [str(rate) for rate in config.ema_rates]
 
     def describe(self) -> str:
-        """Parameters, memory and work of the run, for a person."""
+        """The run's parameters, memory and work, in lines for a person."""
         c, model = self.config, self.model
         trained = {k: v for k, v in self.abstract.params.items() if k not in model.frozen}
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
@@ -87,28 +100,45 @@ class Run:
         """Model FLOPs of a step, at the mean number of kept tokens."""
         return flops.train_step_flops(self.model, self.config.batch_size, self.kept_tokens.mean)
 
+    def utilisation(self, seconds_per_step: float) -> float | None:
+        """Model FLOP/s utilisation at a speed; None where the devices' peak is not known."""
+        device = self.mesh.devices.flat[0].device_kind
+        dtype = np.dtype(self.model.dtype).name
+        return mfu(self.step_flops(), seconds_per_step, self.mesh.size, device, dtype)
+
+    def sampled(self, state: TrainState) -> Any:
+        """The parameters of a state that are sampled and evaluated: the first average."""
+        return state.ema[self.rates[0]]
+
     def kept(self, step: int) -> int | None:
         """How many tokens the masked pass of a step keeps, None without one."""
         return self.kept_tokens.draw(self.config.seed, step)
 
     def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:
-        """The compiled step of every number of kept tokens, so that none is compiled later.
+        """Compiles the step for every number of kept tokens, so that none is compiled later.
 
-        They take what the pipeline makes of a source's examples; without one, the model's inputs.
+        Args:
+          source: the data, whose batches the steps take; None for batches of model inputs.
+
+        Returns:
+          The compiled step by number of kept tokens.
         """
         spec = {
             "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
+        trainer = self.trainer
         if source is not None:
             spec = example_spec(source, checks.image_size(self.config, source))
+            if source.latents:
+                trainer = dataclasses.replace(trainer, inputs_fn=draw_latents)
         batch, size = sharding.batch_sharding(self.mesh), self.config.batch_size
         abstract_batch = {
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
             for name, one in spec.items()
         }
         counts = self.kept_tokens.programs
-        lowered = [self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in counts]
+        lowered = [trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in counts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = pool.map(lambda step: step.compile(), lowered)
             return dict(zip(counts, compiled, strict=True))
@@ -116,15 +146,19 @@ class Run:
     def restore(
         self, store: Checkpoints, autoencoder: str | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint that verifies, or a fresh state and empty meta data.
+        """The state and meta data to train from.
+
+        They are those of the newest checkpoint that verifies; without a checkpoint, a fresh state
+        and {}.
 
         Args:
           store: the run's checkpoints.
           autoencoder: digest of the encoder whose latents are trained on, None if not known.
 
         Raises:
-          ValueError: a checkpoint of a run with other settings, or weights of `init_from` that do
-            not fit.
+          ValueError: the checkpoint is of a run with other settings, or the weights of `init_from`
+            do not fit.
+          CheckpointError: no checkpoint can be used.
         """
         if store.latest_step() is None:
             return self._fresh_state(autoencoder), {}
@@ -132,17 +166,19 @@ class Run:
         try:
             return self._restore_items(store, items)
         except CheckpointError:
-            # The newest may have been damaged and set aside, and the one before it converted.
+            # The newest may have been damaged and set aside. The one before may be of converted
+            # weights, and hold other items.
             if (before := self._saved_items(store)) == items:
                 raise
             return self._restore_items(store, before)
 
     def _saved_items(self, store: Checkpoints) -> list[str]:
-        """What the newest checkpoint holds of a state, once its settings are found to be ours."""
-        # Before any array: those of another model would not fit. Damage is `store.restore`'s.
+        """The items of the newest checkpoint that hold a state; checks its settings first."""
+        # Settings come before arrays: those of another model would not fit. `store.restore` reports
+        # damage.
         with contextlib.suppress(CheckpointError):
             meta = checkpoints.read_meta(self.workdir, store.latest_step())[1]
-            self._check_settings(meta)
+            self._check_same_run(meta)
             if "weights" in meta:
                 return meta["weights"]["items"]
         return ["state"]
@@ -154,14 +190,14 @@ class Run:
             return self._restore_weights(store, items)
         averages = {f"ema_{rate}": self.abstract.ema[rate] for rate in self.rates}
         _, restored, meta = store.restore({"state": self.abstract.replace(ema={}), **averages})
-        self._check_settings(meta)
+        self._check_same_run(meta)
         ema = {rate: restored[f"ema_{rate}"] for rate in self.rates}
         return restored["state"].replace(ema=ema), meta
 
     def _restore_weights(
         self, store: Checkpoints, items: list[str]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state that converted weights start with: they came without an optimiser's."""
+        """The state that starts with converted weights, which have no optimiser state."""
         step, restored, meta = store.restore(dict.fromkeys(sorted(items), self.abstract.params))
         (average,) = (item for item in items if item.startswith("ema_"))
         params = restored.get("params", restored[average])
@@ -176,11 +212,11 @@ class Run:
         params = initial_parameters(self.config, self.model, create, autoencoder)
         return self.trainer.start_from(pretrained.place_parameters(params, self.abstract.params))
 
-    def _check_settings(self, meta: dict[str, Any]) -> None:
-        """Refuses, with ValueError, to go on with what is another run."""
-        # Through a config of today's, so that a setting newer than the run is not a difference.
+    def _check_same_run(self, meta: dict[str, Any]) -> None:
+        """Refuses, with ValueError, to go on with a checkpoint of another run."""
+        # A config of today has defaults for settings newer than the run, which are no difference.
         saved = config_lib.from_json(meta["config"])
-        if "weights" in meta:  # converted: of its settings only the network and process are known
+        if "weights" in meta:  # converted weights: only their network and process are known
             changed = self._other_model(saved)
             rates = [str(rate) for rate in saved.ema_rates]
             if "state" in meta["weights"]["items"]:
@@ -203,13 +239,13 @@ class Run:
             )
 
     def _warn_of_other_optimizer(self, saved: ConfigDict) -> None:
-        """A moved run's settings are known, but the config's are what is used from here on."""
+        """Warns where a moved run's optimiser had other settings than the config, which is used."""
         for key, before in saved.optimizer.items():
             if (now := self.config.optimizer[key]) != before and None not in (now, before):
                 logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
-        """How the network and the process differ from those of a config, in words."""
+        """Changes of network and process since a saved config, as "key: old, now new"."""
         ours = dataclasses.asdict(pretrained.architecture_of(self.model))
         theirs = pretrained.architecture_of(config_lib.create_network(saved))
         theirs = dataclasses.asdict(theirs)
@@ -221,6 +257,6 @@ class Run:
         return [f"{key}: {before}, now {now}" for key, before, now in pairs if before != now]
 
     def save(self, store: Checkpoints, state: TrainState, step: int, meta: dict) -> None:
-        """Starts saving a state whose loss was seen finite; the averages are items of their own."""
+        """Starts saving a state; its averages are checkpoint items of their own."""
         averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
         store.save(step, {"state": state.replace(ema={}), **averages}, meta)

@@ -1,9 +1,8 @@
 """Judging a run while it trains: EMA samples against real images, the same way for every model.
 
-`config.eval_every` says how often and `config.eval` how. The metrics are those of
-`mdt_jax.evaluate`, in Inception's features or in those of a small classifier of the training
-images. All that can be wrong shows before the first step, and all that is compiled is compiled
-there.
+`config.eval_every` says how often, `config.eval` how. The metrics are those of `mdt_jax.evaluate`,
+in the features of Inception or of a small classifier of the training images. Errors show before the
+first step, and everything is compiled before it.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from mdt_jax.training.step import TrainState
 from mdt_jax.weights import inception
 from mdt_jax.weights.autoencoder import Autoencoder
 
-# Training images that the classifier learns from and that are the reference beside it.
+# Training images that the classifier learns from, and that are its reference by default.
 REAL_IMAGES = 10_000
 CLASSIFIER_FILE = "eval_classifier.npy"  # in the workdir
-BATCH_SIZE = 64  # images through the extractor at a time
+EXTRACTED_AT_ONCE = 64  # images through the extractor at a time
 DECODED_AT_ONCE = 16  # latents, over all devices
 TOLD = {
     "eval_fid": "Fréchet distance {:.4g}",
@@ -48,21 +47,21 @@ TOLD = {
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What an evaluation found.
+    """The result of judging a run's samples.
 
     Attributes:
       metrics: "eval_fid", the Fréchet distance in the evaluator's features (with Inception the
         FID), and the others of `evaluator.METRICS`, "eval_" before each, as far as evaluator and
-        reference have them; "eval_samples", how many were drawn; "eval_seconds".
-      evaluator: what computed the features, and the digest of its weights: numbers of different
-        ones cannot be compared.
+        reference have them; "eval_samples", the number of samples; "eval_seconds".
+      evaluator: the name of the network that computed the features, and the digest of its weights.
+        Numbers of different evaluators cannot be compared.
     """
 
     metrics: dict[str, float]
     evaluator: str
 
     def describe(self) -> str:
-        """One line for the log."""
+        """The metrics in one line for the log."""
         m = self.metrics
         told = [text.format(m[name]) for name, text in TOLD.items() if name in m]
         count, seconds = int(m["eval_samples"]), m["eval_seconds"]
@@ -70,17 +69,17 @@ class Judgement:
         return ", ".join(told)
 
 
-def check(config: ConfigDict, source: Source) -> None:
-    """Refuses, with ValueError, what would stop the evaluation; reads no more than headers.
+def check_evaluation(config: ConfigDict, source: Source) -> None:
+    """Checks the settings and files of the evaluation; reads no more of the files than headers.
 
     Raises:
-      ValueError: settings or files that cannot work, in one line.
-      FileNotFoundError: no such reference.
+      ValueError: settings or files that cannot work; the message is one line.
+      FileNotFoundError: the reference is not there.
     """
     if not config.eval_every:
         return
     _options(sampling.DiffusionModel.from_config(config), config)
-    kind, e = choose(config, source), config.eval
+    kind, e = evaluator_kind(config, source), config.eval
     if source.latents and not e.vae:
         raise ValueError(
             "eval.vae is missing: samples are latents, and are decoded to be judged; 'ema' decodes "
@@ -96,25 +95,25 @@ def check(config: ConfigDict, source: Source) -> None:
         _check_reference(e.reference, None if source.latents else config.model.input_size)
 
 
-def is_due(config: ConfigDict, step: int) -> bool:
-    """Whether samples are judged after a step: at each multiple of eval_every, and the last."""
+def judgement_is_due(config: ConfigDict, step: int) -> bool:
+    """Whether samples are judged after a step: at multiples of eval_every and at the last step."""
     every = config.eval_every
     return every > 0 and (step % every == 0 or step == config.num_steps)
 
 
-def is_owed(config: ConfigDict, workdir: Path, step: int) -> bool:
-    """Whether a run resumed at a step has yet to be judged there: it was stopped meanwhile."""
-    if not 0 < step <= config.num_steps or not is_due(config, step):
+def judgement_is_owed(config: ConfigDict, workdir: Path, step: int) -> bool:
+    """Whether the judgement due at the step of a resumed run is missing: it was cut short."""
+    if not 0 < step <= config.num_steps or not judgement_is_due(config, step):
         return False
-    path = workdir / metrics.FILE
+    path = workdir / metrics.METRICS_FILE
     return by_first_process(lambda: step not in metrics.steps_with(path, "eval_fid"))
 
 
-def choose(config: ConfigDict, source: Source) -> str:
-    """ "inception" or "classifier".
+def evaluator_kind(config: ConfigDict, source: Source) -> str:
+    """The network that judges samples: "inception" or "classifier".
 
     Raises:
-      ValueError: a classifier is asked for where there can be none, or there is neither.
+      ValueError: a classifier is asked for, and cannot be made of these data.
     """
     wanted = config.eval.evaluator
     if wanted == "inception" or (wanted == "auto" and config.eval.inception):
@@ -152,7 +151,7 @@ def _check_inception(config: ConfigDict) -> None:
 
 
 def _check_reference(place: str, side: int | None) -> None:
-    """Looks at a reference's names and size; the samples are squares of `side` pixels."""
+    """Checks a reference's names and image size; samples are `side` × `side` pixels."""
     path = Path(place)
     if not path.exists():
         raise FileNotFoundError(
@@ -179,18 +178,18 @@ def _check_size(place: str, size: tuple[int, int] | None, side: int | None) -> N
 
 
 class RunEvaluator:
-    """Draws EMA samples of a run every so often and judges them; made before training starts.
+    """Draws EMA samples of a run and compares them with real images.
 
-    Every process makes one, and takes part in every judgement.
+    Every process makes one before training starts, and takes part in every judgement.
     """
 
     def __init__(self, run: Run, source: Source):
-        """Loads what there is to load and describes the reference; `compile` does the rest.
+        """Loads the networks and computes the reference's statistics; `compile` does the rest.
 
         Raises:
-          ValueError, OSError: as `check`, or files that turn out to be damaged.
+          ValueError, OSError: as in `check_evaluation`, or a file is damaged.
         """
-        check(run.config, source)
+        check_evaluation(run.config, source)
         c, e = run.config, run.config.eval
         self._run, self._count = run, e.num_samples
         model = sampling.DiffusionModel.from_config(c, source.class_names)
@@ -206,22 +205,20 @@ class RunEvaluator:
 
     @property
     def evaluator(self) -> str:
-        """What computes the features, and the digest of its weights."""
+        """The name of the network that computes the features, and the digest of its weights."""
         return f"{self._extractor.name} {self._extractor.digest[:12]}"
 
     def compile(self) -> None:
         """Compiles all that a judgement needs, before the first step."""
-        self._sampler.warm_up(self._run.abstract.ema[self._run.rates[0]])
+        self._sampler.warm_up(self._run.sampled(self._run.abstract))
         self._decode(np.zeros((1, *self._sampler.shape[1:]), np.float32))
-        # What processes send each other is compiled for its size: as many as there will be.
-        count = self._count if jax.process_count() > 1 else min(self._count, BATCH_SIZE)
+        # Exchanges between processes are compiled for a size: that of a real judgement.
+        count = self._count if jax.process_count() > 1 else min(self._count, EXTRACTED_AT_ONCE)
         mine = share(count, jax.process_index(), jax.process_count())
         black = np.zeros((len(mine), *self._shape), np.uint8)
-        evaluator.describe(_Share(black, mine, count, None), self._extractor, batch_size=BATCH_SIZE)
-
-    def due(self, step: int) -> bool:
-        """Whether samples are judged after a step."""
-        return is_due(self._run.config, step)
+        evaluator.describe(
+            _Share(black, mine, count, None), self._extractor, batch_size=EXTRACTED_AT_ONCE
+        )
 
     def judge(
         self, state: TrainState, should_stop: Callable[[], bool] = lambda: False
@@ -229,8 +226,11 @@ class RunEvaluator:
         """Draws samples of the first EMA and compares them with the reference.
 
         Args:
-          state: after the step to be judged.
-          should_stop: asked between batches, with one answer on all processes; gives it up.
+          state: the state after the step to be judged.
+          should_stop: asked between batches; it gives one answer on all processes.
+
+        Returns:
+          The judgement, whose metrics are complete on process 0 alone; None if asked to stop.
         """
         began = time.perf_counter()
         drawn = self._draw(state, should_stop)
@@ -242,7 +242,7 @@ class RunEvaluator:
             logging.warning("%d samples hold NaN: they are not judged", num_bad)
         else:
             described = self._describe(samples)
-            if jax.process_index() == 0:  # the others have their next step to wait in
+            if jax.process_index() == 0:  # the others wait in their next step
                 report = evaluator.evaluate(self._reference, described)
                 found = {f"eval_{name}": value for name, value in report.metrics.items()}
         seconds = time.perf_counter() - began
@@ -254,33 +254,34 @@ class RunEvaluator:
         return self._autoencoder.module.downsampling if self._autoencoder else 1
 
     def _find_reference(self, source: Source) -> tuple[Extractor, evaluator.Description]:
-        """The extractor, and what it sees in the reference."""
+        """The extractor, and its statistics of the reference."""
         run, e = self._run, self._run.config.eval
-        if choose(run.config, source) == "inception":
-            extractor = load_inception(e.inception, BATCH_SIZE)
+        if evaluator_kind(run.config, source) == "inception":
+            extractor = load_inception(e.inception, EXTRACTED_AT_ONCE)
         else:
             real = real_images(source, run.config)
             extractor = classifier.load_or_train(
                 run.workdir / CLASSIFIER_FILE, real.images, real.labels, len(source.class_names)
             )
             if not e.reference:
-                return extractor, evaluator.describe(real, extractor, batch_size=BATCH_SIZE)
+                return extractor, evaluator.describe(real, extractor, batch_size=EXTRACTED_AT_ONCE)
         logging.info("describing the reference %s", e.reference)
-        found = evaluator.describe_reference(e.reference, extractor, batch_size=BATCH_SIZE)
+        found = evaluator.describe_reference(e.reference, extractor, batch_size=EXTRACTED_AT_ONCE)
         return extractor, found
 
     def _draw(
         self, state: TrainState, should_stop: Callable[[], bool]
     ) -> tuple[Images, int] | None:
-        """This process's share of the samples as uint8 images, and how many of all hold NaN.
+        """Draws the samples, of which this process keeps its share as uint8 images.
 
-        None if asked to stop.
+        Returns:
+          The share, and how many of all samples hold NaN; None if asked to stop.
         """
         mine = share(self._count, jax.process_index(), jax.process_count())
         kept = np.zeros((len(mine), *self._shape), np.uint8)
         batches = sampling.in_batches(
             self._sampler,
-            state.ema[self._run.rates[0]],
+            self._run.sampled(state),
             self._count,
             lambda rows: (self._labels[rows],),
             key=self._run.config.eval.seed,
@@ -308,13 +309,13 @@ class RunEvaluator:
 
     def _describe(self, drawn: Images) -> evaluator.Description:
         return evaluator.describe(
-            drawn, self._extractor, batch_size=BATCH_SIZE, progress=sys.stderr.isatty()
+            drawn, self._extractor, batch_size=EXTRACTED_AT_ONCE, progress=sys.stderr.isatty()
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Share:
-    """As `batches.Images`, of which this process holds its share alone."""
+    """Images as `batches.Images`, of which this process holds its share alone."""
 
     images: np.ndarray
     mine: range
@@ -323,19 +324,19 @@ class _Share:
     name: str = "samples"
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`, from the share."""
+        """Batches of images start to stop, as `Images.read`; all must be of the share."""
         for first in range(start, stop, batch_size):
             last = min(first + batch_size, stop)
             yield self.images[first - self.mine.start : last - self.mine.start]
 
 
 def real_images(source: Source, config: ConfigDict) -> ArrayImages:
-    """Training images and their labels, at most `REAL_IMAGES`, spread evenly over the source.
+    """At most `REAL_IMAGES` training images with labels, spread evenly over the source.
 
-    Cropped to their centre as the run's images are, and never mirrored.
+    They are cropped to the centre at the run's size, and not mirrored.
 
     Raises:
-      BadImage: one that cannot be used, unless data.on_bad_image skips them.
+      BadImage: an image cannot be used, and data.on_bad_image is "error".
     """
     indices = np.linspace(0, len(source) - 1, min(len(source), REAL_IMAGES)).astype(int)
     pixels, labels = [], []
@@ -352,7 +353,7 @@ def real_images(source: Source, config: ConfigDict) -> ArrayImages:
 
 
 def _options(model: sampling.DiffusionModel, config: ConfigDict) -> sampling.SamplerOptions:
-    """How samples are drawn to be judged; ValueError for what cannot be."""
+    """The options of `config.eval` for drawing samples; raises ValueError for unusable ones."""
     try:
         return sampling.resolve_options(model, **sampling.judging_options(config))
     except ValueError as error:

@@ -1,7 +1,7 @@
 """One training step as a pure function: both passes, the optimiser and the EMAs.
 
 Every random draw of a step comes from `draw_randomness`, keyed by (seed, step, sample index) alone,
-so that 1 device, 8 devices or 4 processes train the same model. A test replaces it by its own.
+so that 1 device, 8 devices or 4 processes train the same model. Tests replace it to inject draws.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: steps done, int32.
       params: float32 parameters.
-      opt_state: the optimiser's.
+      opt_state: the optimiser's state.
       ema: averages of the parameters by rate, "0.9999" and so on.
-      loss_history: of the loss-aware timestep sampler, None for the uniform one.
+      loss_history: the loss-aware timestep sampler's state; None for the uniform sampler.
 
-    As any pytree it also comes with shapes, shardings or names for leaves, hence no array types.
+    The fields have no array types, since the leaves may also be shapes, shardings or names.
     """
 
     step: Any
@@ -50,7 +50,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class Draws(NamedTuple):
-    """The randomness of one step, per sample: uniforms on [0, 1) and standard normals."""
+    """The random numbers of one step, per sample: noises are standard normal, others in [0, 1)."""
 
     timestep: Float[Array, " batch"]
     full_noise: Float[Array, "batch h w c"]
@@ -69,10 +69,15 @@ def draw_randomness(
     shape: tuple[int, ...],
     num_tokens: int,
 ) -> Draws:
-    """Draws of a step for a global batch of `shape` (B, H, W, C); sample i's by (seed, step, i).
+    """Draws the random numbers of a step; those of sample i depend on (seed, step, i) alone.
 
-    Timestep and mask are shared by what they serve; the full and the masked pass have their own
-    noise and label dropout.
+    The full and the masked pass share the timestep; each has its own noise and label dropout.
+
+    Args:
+      seed: the run's seed.
+      step: steps done before.
+      shape: (B, H, W, C) of the global batch.
+      num_tokens: patch tokens of a sample.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -91,11 +96,11 @@ def draw_randomness(
 
 
 def scale_pixels(pixels: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """Pixels 0 ... 255 as float32 in [-1, 1]: the bits of x / 127.5 - 1, as ADM scales on the host.
+    """Pixels 0 ... 255 as float32 in [-1, 1]: bit for bit x / 127.5 - 1, as ADM scales on the host.
 
-    XLA makes of that division a product with the rounded 1 / 127.5, which differs in the last bit
-    of most levels. 1 / 127.5 = 257/2¹⁵·(1 + 2⁻¹⁶ + ...): the first term's product with a level is
-    exact, the second's makes up for the rest, whether or not the sum is fused with it.
+    XLA would replace the division by a product with the rounded 1 / 127.5, which differs in the
+    last bit of most levels. 1 / 127.5 = 257/2¹⁵·(1 + 2⁻¹⁶ + ...): the first term's product with a
+    level is exact, and the second's supplies the rest, whether or not XLA fuses the sum with it.
     """
     x = pixels.astype(jnp.float32)
     return x * (257 / 2**15) + x * (1 / 127.5 / 2**16) - 1
@@ -104,11 +109,12 @@ def scale_pixels(pixels: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
 def draw_latents(
     seed: int, step: Int[Array, ""], posteriors: Float[Array, "batch h w moments"]
 ) -> Float[Array, "batch h w c"]:
-    """Latents of encoded images: (mean + std·noise)·0.18215, sample i's noise by (seed, step, i).
+    """Draws latents of encoded images: (mean + std·noise)·0.18215.
 
     Args:
-      seed, step: of the run.
-      posteriors: of the autoencoder, the mean's channels before the standard deviation's.
+      seed: the run's seed.
+      step: steps done before; sample i's noise depends on (seed, step, i) alone.
+      posteriors: the autoencoder's outputs, the mean's channels before the standard deviation's.
     """
     mean, std = jnp.split(posteriors.astype(jnp.float32), 2, axis=-1)
     key = jax.random.fold_in(jax.random.key(seed), step)
@@ -121,35 +127,37 @@ def draw_latents(
     return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
 
 
-def model_inputs(
-    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"], channels: int
-) -> Float[Array, "batch h w {channels}"]:
-    """What a model of so many channels is given, made of a batch's images.
+def scale_images(
+    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w c"]
+) -> Float[Array, "batch h w c"]:
+    """Model inputs from images: uint8 pixels are scaled to [-1, 1], floats are inputs already.
 
-    Pixels, in uint8, are scaled to [-1, 1]. Of twice the channels are posteriors of latents, and
-    the step draws its own. Others are inputs already.
+    It draws nothing: seed and step are there for its like, `draw_latents`.
     """
-    if images.dtype == jnp.uint8:
-        return scale_pixels(images)
-    if images.shape[-1] == 2 * channels:
-        return draw_latents(seed, step, images)
-    return images
+    del seed, step
+    return scale_pixels(images) if images.dtype == jnp.uint8 else images
+
+
+InputsFn = Callable[[int, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """What a step is made of; its methods are pure functions of their arguments.
+    """The training step and its parts; its methods are pure functions of their arguments.
 
     Attributes:
-      model, diffusion: network and process.
+      model: the network.
+      diffusion: the diffusion process and its losses.
       optimizer: an optax transformation.
-      schedule: learning rate by step, for the metrics; the optimiser has its own.
+      schedule: learning rate by step, for the metrics alone: the optimiser holds a copy.
       mesh: the device mesh.
       ema_rates: decay of each average.
-      label_dropout: probability of replacing a label by the null class, in either pass.
-      accumulation_steps: microbatches whose mean gradient is one step's.
+      label_dropout: probability of replacing a label by the null class, in each pass.
+      accumulation_steps: microbatches of a step, whose mean gradient it takes.
       timestep_sampler: one of `timesteps.TIMESTEP_SAMPLERS`.
-      seed: of every draw.
+      seed: the seed of every draw.
+      inputs_fn: (seed, step, images of a batch) → the model's inputs; `draw_latents` where the data
+        are posteriors of latents.
       draw_fn: (seed, step, batch shape, number of tokens) → Draws.
     """
 
@@ -163,10 +171,11 @@ class Trainer:
     accumulation_steps: int = 1
     timestep_sampler: str = "uniform"
     seed: int = 0
+    inputs_fn: InputsFn = scale_images
     draw_fn: DrawFn = draw_randomness
 
     def init(self, key: Array) -> TrainState:
-        """The state at step 0, still labelled with logical axes (`nn.unbox` takes them off)."""
+        """The state at step 0, its leaves labelled with logical axes (`nn.unbox` removes them)."""
         x = jnp.zeros((1, *self.model.image_shape))
         zero = jnp.zeros(1, jnp.int32)
         params = self.model.init(key, x, zero, zero)["params"]
@@ -174,7 +183,7 @@ class Trainer:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(params),
-            # Buffers of their own: the step donates its state, and a buffer can be given only once.
+            # Copies, since the step donates its state, and a buffer can be donated only once.
             ema={str(rate): jax.tree.map(jnp.copy, params) for rate in self.ema_rates},
             loss_history=timesteps.init_history(self.timestep_sampler, self.diffusion.num_steps),
         )
@@ -184,25 +193,25 @@ class Trainer:
         return sharding.abstract_tree(self.mesh, jax.eval_shape(self.init, jax.random.key(0)))
 
     def create_state(self) -> TrainState:
-        """The state at step 0, made in its shards."""
+        """The state at step 0, sharded."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         init = jax.jit(lambda key: nn.unbox(self.init(key)), out_shardings=shardings)
         return init(jax.random.key(self.seed))
 
     def create_parameters(self) -> Params:
-        """The parameters that `create_state` makes."""
+        """The parameters at step 0, sharded: those of `create_state`."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().params)
         init = jax.jit(lambda key: nn.unbox(self.init(key).params), out_shardings=shardings)
         return init(jax.random.key(self.seed))
 
     def start_from(self, params: Params, ema: Params | None = None, step: int = 0) -> TrainState:
-        """The state of a run that starts with given parameters, in their shards.
+        """The state of a run that starts with given parameters and a fresh optimiser, sharded.
 
         Args:
-          params: as in `abstract_state`.
-          ema: what every average starts with; the parameters by default.
-          step: steps behind them: draws and the learning rate go on from there. The optimiser's
-            moments start afresh.
+          params: parameters of the shapes and shardings of `abstract_state`.
+          ema: the initial value of every average; the parameters by default.
+          step: steps that the parameters were trained for; draws and the learning rate continue
+            from there.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
@@ -220,7 +229,7 @@ class Trainer:
         return jax.jit(start, out_shardings=shardings)(params, params if ema is None else ema)
 
     def jit_step(self, num_kept: int | None) -> Callable[[TrainState, dict], tuple]:
-        """The jitted step for a number of kept tokens, its state donated; None: no masked pass."""
+        """Jits `step` for a number of kept tokens, None for no masked pass; donates its state."""
         state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         batch = sharding.batch_sharding(self.mesh)
         return jax.jit(
@@ -234,17 +243,23 @@ class Trainer:
     def step(
         self, state: TrainState, batch: dict[str, Array], *, num_kept: int | None
     ) -> tuple[TrainState, Metrics]:
-        """One step on a global batch {"image": (B, H, W, C), "label": (B,)}.
+        """Takes one step on a global batch.
 
-        The images are what `model_inputs` takes.
+        Args:
+          state: the state before.
+          batch: {"image": (B, H, W, C), "label": (B,)}, the images as `inputs_fn` takes them.
+          num_kept: tokens that the masked pass keeps; None for no masked pass.
+
+        Returns:
+          The state after the step, and its metrics, scalars by name.
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            images = model_inputs(self.seed, state.step, images, self.model.in_channels)
-            images = sharding.constrain_batch(self.mesh, images)
+            images = self.inputs_fn(self.seed, state.step, images)
+            images = sharding.shard_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
-            draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
-            t, weights = timesteps.draw(
+            draws = jax.tree.map(partial(sharding.shard_batch, self.mesh), draws)
+            t, weights = timesteps.draw_timesteps(
                 state.loss_history, self.diffusion.num_steps, draws.timestep
             )
             grads, losses = self._gradients(
@@ -278,9 +293,14 @@ class Trainer:
         samples: tuple[Array, Array, Array, Array, Draws],
         num_kept: int | None,
     ) -> tuple[Float[Array, ""], dict[str, dict[str, Float[Array, " batch"]]]]:
-        """mean(w·full) + mean(w·masked), and the per-sample terms of each pass.
+        """The loss of a batch, mean(w·full) + mean(w·masked), and each pass's terms per sample.
 
         Both passes share the timesteps; each has its own noise and label dropout (MDT §3.4).
+
+        Args:
+          params: the parameters.
+          samples: model inputs, labels, timesteps, weights w of the samples, and the draws.
+          num_kept: tokens that the masked pass keeps; None for no masked pass.
         """
         images, labels, t, weights, draws = samples
 
@@ -307,16 +327,16 @@ class Trainer:
     def _gradients(
         self, params: Params, samples: Any, num_kept: int | None
     ) -> tuple[Params, dict[str, dict[str, Array]]]:
-        """Mean gradient over the microbatches, and every sample's terms in batch order."""
+        """The mean gradient over the microbatches, and each sample's loss terms in batch order."""
         gradient = jax.grad(self.loss, has_aux=True)
         n = self.accumulation_steps
         if n == 1:
             return gradient(params, samples, num_kept)
 
-        # Microbatch k takes every n-th sample from k on: each device's samples stay on it.
+        # Microbatch k takes every n-th sample from k on, so that samples stay on their devices.
         def split(x: Array) -> Array:
             x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            return sharding.constrain_batch(self.mesh, x, axis=1)
+            return sharding.shard_batch(self.mesh, x, axis=1)
 
         def accumulate(total: Params, micro: Any) -> tuple[Params, Any]:
             grads, losses = gradient(params, micro, num_kept)
@@ -329,10 +349,11 @@ class Trainer:
 
 
 def _update_ema(rate: float, ema: Params, params: Params, frozen: tuple[str, ...]) -> Params:
-    """rate·average + (1 − rate)·value of every parameter that is trained."""
+    """The averages after a step, rate·average + (1 − rate)·value; frozen parameters keep theirs."""
 
-    # A step moves an average by a few units in the last place, so it matters that compilers, which
-    # fuse the first product with the sum, round the second, rate·average, as the authors' code.
+    # A step moves an average by a few units in the last place, so rounding matters. Compilers fuse
+    # the first product with the sum and round the second: it is rate·average, which the authors'
+    # code rounds as well.
     def average(a: Array, value: Array) -> Array:
         return (1 - rate) * value + rate * a
 
@@ -345,7 +366,10 @@ def _update_ema(rate: float, ema: Params, params: Params, frozen: tuple[str, ...
 def _summarize(
     losses: dict[str, dict[str, Array]], t: Array, weights: Array, num_steps: int
 ) -> Metrics:
-    """Weighted means of each pass's terms; its loss by quartile of t, NaN where none was drawn."""
+    """Metrics of a step: weighted means of each pass's terms, and of its loss by quartile of t.
+
+    A quartile of the timesteps in which no sample fell is NaN.
+    """
     metrics = {"loss": sum(jnp.mean(weights * terms["loss"]) for terms in losses.values())}
     quartile = 4 * t // num_steps
     for name, terms in losses.items():

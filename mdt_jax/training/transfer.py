@@ -1,4 +1,4 @@
-"""Moving weights and whole runs: PyTorch files into a workdir, a workdir into a PyTorch file."""
+"""Moving weights and whole runs: PyTorch files to a workdir, a workdir to PyTorch weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mdt_jax.convert.optimizers import Moments, moments_from_torch
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.convert.trees import LazyArray
 from mdt_jax.training import metrics, optimizers
-from mdt_jax.training.optimizers import schedule_of
+from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.step import TrainState
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import pretrained
@@ -38,17 +38,21 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 def read_moments(source: str | Path, model: Pretrained) -> Moments:
-    """The optimiser's state of a model's run, from an optNNNNNN.pt or DiT's file of everything.
+    """The optimiser's moments of a model's run, from a PyTorch file.
+
+    Args:
+      source: the authors' optNNNNNN.pt, or DiT's file, which holds weights and optimiser.
+      model: the weights that the optimiser trained.
 
     Raises:
-      WeightsError: not an AdamW's or Adan's state of this model.
+      WeightsError: the file holds no AdamW or Adan state of this model.
     """
     state = weight_files.read_object(source)
     if isinstance(state, dict) and "opt" in state:
         state = state["opt"]
     try:
         return moments_from_torch(state, parameter_shapes(model.architecture), model.step)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a pickle holds
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a pickle may hold anything
         reason = error if isinstance(error, ValueError) else f"not an optimiser's state ({error!r})"
         raise WeightsError(f"{source}: {reason}") from error
 
@@ -68,14 +72,14 @@ def to_workdir(
 
     Args:
       output: a folder that does not exist yet, or is empty.
-      model: the weights; with `ema`, the raw ones.
-      ema: their average, of the same architecture.
-      ema_rate: its rate.
+      model: the weights; the raw ones if `ema` is given.
+      ema: the average of the weights, of the same architecture.
+      ema_rate: the rate of the average.
       moments: the optimiser's state; without it training starts with a fresh one.
-      step: training steps behind the weights; the model's by default.
+      step: steps that the weights were trained for; the model's by default.
 
     Raises:
-      WeightsError: the two are of different models, the folder holds something, or it cannot be
+      WeightsError: the average is of another model, the folder is not empty, or it cannot be
         written.
     """
     if ema is not None and ema.architecture != model.architecture:
@@ -120,9 +124,10 @@ def export_ema(
     """Writes a workdir with one average of a run's parameters and nothing else.
 
     Args:
-      workdir, step: the run, and which checkpoint; the newest by default.
+      workdir: the run.
       output: a folder that does not exist yet, or is empty.
-      ema_rate: which average; the config's first by default.
+      ema_rate: rate of the average; the config's first by default.
+      step: step of the checkpoint; the newest by default.
       dtype: a key of `DTYPES`; as saved by default.
     """
     step, meta = checkpoints.read_meta(workdir, step)
@@ -132,7 +137,7 @@ def export_ema(
     params = checkpoints.lazy_item(workdir, item, step=step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: LazyArray(lambda: _cast(leaf, DTYPES[dtype])), params)
-    # Where layers of several types were stacked, their own are known by name.
+    # A stack has one type. Where its layers had several, the meta data give them by name.
     kept = {} if dtype else meta.get("weights", {}).get("dtypes", {}).get("ema", {})
     weights = {"source": Path(workdir).name, "items": [item], "same": False}
     weights["dtypes"] = {"ema": kept}
@@ -151,9 +156,10 @@ def to_state_dict(
     """A checkpoint as the authors' `state_dict()`, for `load_state_dict(strict=True)`.
 
     Args:
-      workdir, step: the run, and which checkpoint; the newest by default.
+      workdir: the run.
       params: "ema" or "raw".
-      ema_rate: which average; the config's first by default.
+      ema_rate: rate of the average; the config's first by default.
+      step: step of the checkpoint; the newest by default.
       dtype: a key of `DTYPES`; as saved by default, which for converted weights is the source's.
 
     Returns:
@@ -161,8 +167,8 @@ def to_state_dict(
       file.
 
     Raises:
-      CheckpointError: no sound checkpoint there.
-      ValueError: an average or raw parameters that the run does not keep.
+      CheckpointError: the workdir has no sound checkpoint.
+      ValueError: the run does not keep this average, or raw parameters.
     """
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
@@ -188,7 +194,7 @@ def to_state_dict(
 def _find_item(
     workdir: str | Path, config: ConfigDict, meta: dict[str, Any], params: str, rate: float | None
 ) -> tuple[str, str | None]:
-    """The checkpoint item of the average or the raw parameters, and which part of it they are."""
+    """The checkpoint item that holds the average or the raw parameters, and their part of it."""
     average = pretrained.average_item(workdir, config, rate)
     if params == "ema":
         return average, None
@@ -203,7 +209,7 @@ def _find_item(
 
 
 def _warn_of_other_process(config: ConfigDict) -> None:
-    """The authors' code knows one process; weights of another would sample noise there."""
+    """Warns of another diffusion process than the authors' code has: it would sample noise."""
     authors = {"schedule": "linear", "num_timesteps": 1000, "prediction": "epsilon"}
     for key, value in authors.items():
         if config.diffusion[key] != value:
@@ -226,7 +232,7 @@ def _differences(one: Pretrained, other: Pretrained) -> str:
 
 
 def _set_optimizer(config: Any, moments: Moments) -> None:
-    """The optimiser that the moments are of, with its settings."""
+    """Sets a config's optimiser to the one that the moments are of, with its settings."""
     names = {"lr": "learning_rate", "max_grad_norm": "clip_norm"}
     config.optimizer.name = moments.optimizer
     for key, value in moments.settings.items():
@@ -236,9 +242,9 @@ def _set_optimizer(config: Any, moments: Moments) -> None:
 
 
 def _train_state(model: Pretrained, config: Any, moments: Moments, step: int) -> TrainState:
-    """The training state with an optimiser's moments in their places."""
+    """The training state of a model with an optimiser's moments, without averages."""
     network = config_lib.create_network(config)
-    schedule = schedule_of(config)
+    schedule = learning_rate_of(config)
     optimizer = optimizers.create_optimizer(dict(config.optimizer), schedule, network.frozen)
     trees = {
         moment: pretrained.parameter_tree(arrays, model.architecture)
@@ -263,14 +269,14 @@ def _write_workdir(output: str | Path, step: int, items: Any, meta: dict[str, An
 
 
 def check_new_folder(output: Path) -> None:
-    """Raises WeightsError if there is anything at a path but an empty folder."""
+    """Raises WeightsError if a path exists, unless it is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise WeightsError(f"--output {output} is there already; give a new folder, or remove it")
 
 
 @contextlib.contextmanager
 def _aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when all is written, and goes if it is not."""
+    """A folder beside `output`, renamed to it once all is written, and removed after an error."""
     check_new_folder(output)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -282,7 +288,7 @@ def _aside(output: Path) -> Iterator[Path]:
     except WeightsError:
         raise
     except (OSError, ValueError, checkpoints.CheckpointError) as error:
-        # TensorStore, whose errors are ValueErrors, names three files of its own before the reason.
+        # TensorStore raises ValueErrors that name three of its own files before the reason.
         reason = " ".join(str(error).split()).rpartition('": ')[2].partition(" [os_error_code")[0]
         hint = "; is the disk full?" if is_full_disk(error) else ""
         raise WeightsError(f"{output} could not be written: {reason}{hint}") from error
