@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
 
 def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
     config = run.config
-    state, meta = run.restore(store, checks.autoencoder_digest(source))
+    state, meta = run.restore(store, source.autoencoder_digest)
     checks.check_same(meta, source, run.workdir)
     first = int(state.step)
     owed = run_evaluation.is_owed(config, run.workdir, first)
@@ -134,7 +134,7 @@ def _train(run: Run, source: Any, store: Checkpoints, stop: Stop) -> TrainState:
                     "config": config_lib.to_json(config),
                     "class_names": list(source.class_names),
                     "num_examples": len(source),
-                    "autoencoder": checks.autoencoder_digest(source),
+                    "autoencoder": source.autoencoder_digest,
                     "position": position,
                     "window": window.state(),
                     "train_seconds": log.watch.seconds,

@@ -505,9 +505,11 @@ def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencod
     )
     shape = (BATCH, *trainer.model.image_shape)
 
+    of_posteriors = make_trainer("dit", examples=latents.kind)
+
     @jax.jit
     def on_posteriors(state, batch):
-        return trainer.step(state, batch, num_kept=None)[1]
+        return of_posteriors.step(state, batch, num_kept=None)[1]
 
     @jax.jit
     def encoding_in_the_step(state, batch):

@@ -11,6 +11,7 @@ from mdt_jax.data.pipeline import (
 )
 from mdt_jax.data.sources import (
     BadImage,
+    ExampleKind,
     Source,
     arrays,
     create_source,
@@ -32,6 +33,7 @@ __all__ = [
     "BadImage",
     "BatchIterator",
     "DevicePrefetcher",
+    "ExampleKind",
     "ExampleStream",
     "Source",
     "arrays",

@@ -122,6 +122,16 @@ class LatentCache:
         self._ends = np.cumsum(images)
         self._readers = _Readers(folder, [file for file, *_ in told])
 
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The type of the stored numbers, which `read_posteriors` gives."""
+        return np.dtype(self.description.dtype)
+
+    @property
+    def autoencoder_digest(self) -> str:
+        """The digest of the encoder's weights."""
+        return self.description.vae_digest
+
     @classmethod
     def open(cls, folder: str | Path) -> LatentCache:
         """Raises FileNotFoundError or ValueError, with one line, for what is no finished cache."""

@@ -245,8 +245,7 @@ def example_spec(source: Source, image_size: int | None) -> dict[str, jax.ShapeD
     """Shape and type of an example of the pipeline's, of images cropped to `image_size`."""
     height, width, channels = source.image_shape
     if source.latents:
-        stored = getattr(source.records, "description", None)
-        dtype = np.dtype(np.float32 if stored is None else stored.dtype)
+        dtype = getattr(source.records, "stored_dtype", np.dtype(np.float32))
         shape = (height, width, 2 * channels)
     else:
         dtype = np.dtype(np.uint8)

@@ -6,6 +6,7 @@ batches or processes: those are the pipeline's. A new dataset is one function th
 """
 
 import dataclasses
+import enum
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from mdt_jax.data.latent_cache import LatentCache
 
 __all__ = [
     "BadImage",
+    "ExampleKind",
     "Records",
     "Source",
     "arrays",
@@ -35,14 +37,36 @@ __all__ = [
 ]
 
 
+class ExampleKind(enum.Enum):
+    """The content of a batch's "image" array, and so how the training step makes inputs of it.
+
+    Attributes:
+      PIXELS: uint8 (B, H, W, C), which the step scales to [-1, 1].
+      POSTERIORS: floating-point (B, h, w, 2c), an autoencoder's means before its standard
+        deviations; the step draws latents from them.
+      INPUTS: floating-point (B, H, W, C), the model's inputs themselves. No source gives them;
+        benchmarks and compilers do.
+    """
+
+    PIXELS = "pixels"
+    POSTERIORS = "posteriors of latents"
+    INPUTS = "the model's inputs"
+
+
 @runtime_checkable
 class Records(Protocol):
-    """What a `Source` reads from. It must pickle, to travel to the pipeline's worker processes.
+    """The examples that a `Source` reads, by index. They pickle, to travel to worker processes.
 
-    Records that are faster to read many at a time also have `__getitems__`, of a sequence of
-    indices, which returns a list of what `__getitem__` would; those that are stored encoded have
-    `pictures`, which returns Pillow's instead of arrays. Records that can tell cheaply which they
-    are have a `digest`, a short string of their number, order, names and labels.
+    Records may also have any of these:
+
+    - `__getitems__(indices)`, a list of what `__getitem__` gives for each index, where reading
+      many at a time is faster;
+    - `pictures(indices)`, the same with Pillow's pictures in place of arrays, where images are
+      stored encoded;
+    - `digest`, a short string of their number, order, names and labels, where it is cheap to tell.
+
+    Posteriors that are stored in shards also have `read_posteriors(indices, mirror)`, `mirrored`,
+    `stored_dtype` and `autoencoder_digest` (see `LatentCache`).
     """
 
     def __len__(self) -> int: ...
@@ -62,9 +86,8 @@ class Source:
         are None where they vary, and the pipeline then needs an `image_size`.
       class_names: the name of each label, in order; empty for an unconditional dataset, whose
         labels are all 0.
-      latents: False for pixels, uint8. True for an autoencoder's latents: an example's "image"
-        is then the posterior, float32 of shape (height, width, 2 * channels), the mean's
-        channels before the standard deviation's, and the pipeline draws a latent from it.
+      kind: the content of an example's "image": pixels, uint8, or an autoencoder's posterior,
+        float32 of shape (height, width, 2 * channels).
       note: how the classes were found, where that was a guess; for `describe`.
     """
 
@@ -72,12 +95,22 @@ class Source:
     records: Records
     image_shape: tuple[int | None, int | None, int]
     class_names: tuple[str, ...] = ()
-    latents: bool = False
+    kind: ExampleKind = ExampleKind.PIXELS
     note: str = ""
 
     def __post_init__(self):
         if len(self.records) == 0:
             raise ValueError(f"{self.name}: holds no examples; a source needs at least one")
+
+    @property
+    def latents(self) -> bool:
+        """Whether a model of these examples works on an autoencoder's latents, not on pixels."""
+        return self.kind is ExampleKind.POSTERIORS
+
+    @property
+    def autoencoder_digest(self) -> str | None:
+        """The digest of the encoder's weights that made the latents; None where it is not known."""
+        return getattr(self.records, "autoencoder_digest", None)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -134,12 +167,11 @@ class Source:
         names = ""
         if self.class_names:
             names = f"{len(self.class_names)} ({_short_digest(*self.class_names)})"
-        cache = self.records if isinstance(self.records, LatentCache) else None
         return {
             "examples": str(len(self)),
             "classes": names,
             "records": getattr(self.records, "digest", ""),
-            "autoencoder": cache.description.vae_digest[:16] if cache else "",
+            "autoencoder": (self.autoencoder_digest or "")[:16],
         }
 
     def describe(self) -> str:
@@ -276,7 +308,12 @@ def latents_source(path: str | Path) -> Source:
     cache = LatentCache.open(path)
     d = cache.description
     return Source(
-        str(cache.folder), cache, d.latent_shape, d.class_names, latents=True, note=cache.describe()
+        str(cache.folder),
+        cache,
+        d.latent_shape,
+        d.class_names,
+        ExampleKind.POSTERIORS,
+        note=cache.describe(),
     )
 
 
@@ -600,7 +637,7 @@ def _from_arrays(
         records=_ArrayRecords(images if read_from is None else read_from, labels),
         image_shape=(*size, channels // 2 if latents else channels),
         class_names=tuple(class_names),
-        latents=latents,
+        kind=ExampleKind.POSTERIORS if latents else ExampleKind.PIXELS,
     )
 
 

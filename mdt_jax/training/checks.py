@@ -18,11 +18,6 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
 
 
-def autoencoder_digest(source: Source) -> str | None:
-    """The digest of the encoder that made a cache of latents, None for other sources."""
-    return getattr(getattr(source.records, "description", None), "vae_digest", None)
-
-
 def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
     """Refuses, with ValueError, to go on with other classes or another autoencoder's latents."""
     if not meta or "weights" in meta:  # a fresh run, or weights whose data nobody knows
@@ -35,7 +30,7 @@ def check_same(meta: dict[str, Any], source: Source, workdir: Path) -> None:
                 f"{source.name}: class {label} is {now!r}, and was {before!r} when {workdir} was "
                 f"trained; {way_out}"
             )
-    before, now = meta.get("autoencoder"), autoencoder_digest(source)
+    before, now = meta.get("autoencoder"), source.autoencoder_digest
     if before and now and before != now:
         raise ValueError(
             f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "

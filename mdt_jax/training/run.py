@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
-from mdt_jax.data import Source, example_spec
+from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops, masking
 from mdt_jax.parallel import sharding
 from mdt_jax.training import checks, optimizers
@@ -103,6 +103,8 @@ class Run:
 
         They take what the pipeline makes of a source's examples; without one, the model's inputs.
         """
+        kind = ExampleKind.INPUTS if source is None else source.kind
+        trainer = dataclasses.replace(self.trainer, examples=kind)
         spec = {
             "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
@@ -114,9 +116,7 @@ class Run:
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
             for name, one in spec.items()
         }
-        lowered = [
-            self.trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts
-        ]
+        lowered = [trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in self.counts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = pool.map(lambda step: step.compile(), lowered)
             return dict(zip(self.counts, compiled, strict=True))

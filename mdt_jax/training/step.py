@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
-from mdt_jax.data.transforms import LATENT_SCALE
+from mdt_jax.data import LATENT_SCALE, ExampleKind
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
 from mdt_jax.models import LatentTransformer, Pass, masking
 from mdt_jax.parallel import sharding
@@ -122,16 +122,20 @@ def draw_latents(
 
 
 def model_inputs(
-    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"], channels: int
-) -> Float[Array, "batch h w {channels}"]:
-    """What a model of so many channels is given, made of a batch's images.
+    examples: ExampleKind, seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"]
+) -> Float[Array, "batch h w c"]:
+    """The model's inputs of a step, made of a batch's images as their kind says.
 
-    Pixels, in uint8, are scaled to [-1, 1]. Of twice the channels are posteriors of latents, and
-    the step draws its own. Others are inputs already.
+    Pixels are scaled to [-1, 1]; of posteriors the step draws its own latents.
+
+    Raises:
+      ValueError: uint8 images of another kind than pixels, or pixels of another type.
     """
-    if images.dtype == jnp.uint8:
+    if (images.dtype == jnp.uint8) != (examples is ExampleKind.PIXELS):
+        raise ValueError(f"the step takes {examples.value}, the batch holds {images.dtype} images")
+    if examples is ExampleKind.PIXELS:
         return scale_pixels(images)
-    if images.shape[-1] == 2 * channels:
+    if examples is ExampleKind.POSTERIORS:
         return draw_latents(seed, step, images)
     return images
 
@@ -145,6 +149,8 @@ class Trainer:
       optimizer: an optax transformation.
       schedule: learning rate by step, for the metrics; the optimiser has its own.
       mesh: the device mesh.
+      examples: the content of a batch's images, a source's `kind`. By default the model's inputs,
+        which benchmarks and compilers give.
       ema_rates: decay of each average.
       label_dropout: probability of replacing a label by the null class, in either pass.
       accumulation_steps: microbatches whose mean gradient is one step's.
@@ -158,6 +164,7 @@ class Trainer:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+    examples: ExampleKind = ExampleKind.INPUTS
     ema_rates: tuple[float, ...] = (0.9999,)
     label_dropout: float = 0.1
     accumulation_steps: int = 1
@@ -236,11 +243,11 @@ class Trainer:
     ) -> tuple[TrainState, Metrics]:
         """One step on a global batch {"image": (B, H, W, C), "label": (B,)}.
 
-        The images are what `model_inputs` takes.
+        The images are of the kind `examples`.
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            images = model_inputs(self.seed, state.step, images, self.model.in_channels)
+            images = model_inputs(self.examples, self.seed, state.step, images)
             images = sharding.constrain_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.constrain_batch, self.mesh), draws)
