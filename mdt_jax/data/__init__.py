@@ -1,6 +1,9 @@
 """Data: random-access sources, what happens to an example, and the pipeline to the devices."""
 
-from mdt_jax.data.decoding import decode_image
+from mdt_jax.data.array_sources import arrays, digits, npy_directory
+from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.data.folders import folder_source
+from mdt_jax.data.latent_cache import latents_source
 from mdt_jax.data.pipeline import (
     BatchIterator,
     DevicePrefetcher,
@@ -9,18 +12,9 @@ from mdt_jax.data.pipeline import (
     example_spec,
     prefetch_to_device,
 )
-from mdt_jax.data.sources import (
-    BadImage,
-    ExampleKind,
-    Source,
-    arrays,
-    create_source,
-    digits,
-    folder_source,
-    latents_source,
-    npy_directory,
-    tfds_source,
-)
+from mdt_jax.data.source import ExampleKind, Source
+from mdt_jax.data.sources import create_source
+from mdt_jax.data.tfds import tfds_source
 from mdt_jax.data.transforms import (
     LATENT_SCALE,
     center_crop,

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
+from mdt_jax.data.source import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")
@@ -120,6 +121,16 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
     files = [file for name in classes for file in inside[name]]
     names = [name for name in classes for _ in inside[name]]
     return _label(folder, files, names, "sub-folders", class_order)
+
+
+def folder_source(path: str | Path, class_order: str = "string", labels: str = "auto") -> Source:
+    """The image files in a folder, decoded when they are asked for.
+
+    Images become RGB of their own size (see `decoding.decode_image`). Arguments and errors are
+    those of `read_folder`, which recognises the layout, and so the classes.
+    """
+    folder = read_folder(path, class_order, labels)
+    return Source(str(folder.path), folder, (None, None, 3), folder.class_names, note=folder.layout)
 
 
 def _label(

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
+from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.transforms import LATENT_SCALE
 
 MANIFEST = "manifest.json"
@@ -277,6 +278,21 @@ class LatentCache:
     def _damaged(self, shard: int, place: int) -> ValueError:
         path = self.folder / self.description.shard_name(shard)
         return ValueError(f"{path}: record {place} is damaged; {_again(self.folder)}")
+
+
+def latents_source(path: str | Path) -> Source:
+    """The posteriors of a finished cache.
+
+    Raises:
+      FileNotFoundError: no such folder, or not one that the tool finished.
+      ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
+    """
+    cache = LatentCache.open(path)
+    d = cache.description
+    kind = ExampleKind.POSTERIORS
+    return Source(
+        str(cache.folder), cache, d.latent_shape, d.class_names, kind, note=cache.describe()
+    )
 
 
 class _Readers:

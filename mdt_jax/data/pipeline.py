@@ -37,7 +37,7 @@ from absl import flags, logging
 from jaxtyping import Int64, UInt8
 
 from mdt_jax.data.decoding import BadImage
-from mdt_jax.data.sources import Source
+from mdt_jax.data.source import Source
 from mdt_jax.data.transforms import center_crop, random_crop
 
 # Philox is keyed by (seed, purpose), so that the draws for one purpose never meet another's.
