@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from mdt_jax import data
 from mdt_jax.data import sources
-from mdt_jax.data.pipeline import epoch_order
+from mdt_jax.data.stream import epoch_order
 from mdt_jax.data.tfds import _TfdsRecords
 from mdt_jax.training.step import scale_pixels
 

@@ -50,7 +50,7 @@ from mdt_jax.data import (
     to_unit_range,
 )
 from mdt_jax.data.latent_cache import Description
-from mdt_jax.data.pipeline import check_bad_fraction
+from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.parallel import sharding
 from mdt_jax.weights.autoencoder import Autoencoder
 

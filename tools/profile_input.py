@@ -55,7 +55,7 @@ from mdt_jax.data import (
 )
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
-from mdt_jax.data.pipeline import CROPS, epoch_order
+from mdt_jax.data.stream import CROPS, epoch_order
 from mdt_jax.models import create_model, flops, masking
 from mdt_jax.parallel.devices import peak_flops
 

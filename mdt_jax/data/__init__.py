@@ -2,18 +2,13 @@
 
 from mdt_jax.data.array_sources import arrays, digits, npy_directory
 from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.data.device_prefetch import DevicePrefetcher, prefetch_to_device
 from mdt_jax.data.folders import folder_source
 from mdt_jax.data.latent_cache import latents_source
-from mdt_jax.data.pipeline import (
-    BatchIterator,
-    DevicePrefetcher,
-    ExampleStream,
-    create_batches,
-    example_spec,
-    prefetch_to_device,
-)
+from mdt_jax.data.pipeline import BatchIterator, create_batches
 from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.sources import create_source
+from mdt_jax.data.stream import ExampleStream, example_spec
 from mdt_jax.data.tfds import tfds_source
 from mdt_jax.data.transforms import (
     LATENT_SCALE,

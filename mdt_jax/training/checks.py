@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax.data import Source, create_source
-from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
+from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
