@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.evaluation import manifold
-from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 
 
 def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -72,13 +72,13 @@ def _anonymous_bytes() -> int:
 
 def moments(features: np.ndarray) -> Gaussian:
     """Mean and covariance, in batches as images come."""
-    found = Moments(features.shape[1])
+    found = FeatureMoments(features.shape[1])
     for first in range(0, len(features), 64):
         found.update(features[first : first + 64])
     return found.gaussian()
 
 
-def benchmark(samples: int, references: list[int], size: int) -> list[dict]:
+def benchmark_metrics(samples: int, references: list[int], size: int) -> list[dict]:
     """One row for each part."""
     rows: list[dict] = []
     generated = random_features(samples, size, seed=1, shift=0.01)
@@ -93,7 +93,7 @@ def benchmark(samples: int, references: list[int], size: int) -> list[dict]:
         with measured(
             rows, part="precision and recall", samples=samples, reference=count, features=size
         ) as row:
-            found = manifold.compare(known, generated)
+            found = manifold.compare_manifolds(known, generated)
             row["value"] = [found.precision, found.recall]
     return rows
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
-    rows = benchmark(args.samples, args.references, args.features)
+    rows = benchmark_metrics(args.samples, args.references, args.features)
     print("| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6)
     for row in rows:
         reference = f"{row['reference']:,}" if "reference" in row else ""

@@ -27,7 +27,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 @runtime_checkable
-class Images(Protocol):
+class ImageSet(Protocol):
     """Images of one size, in an order, with or without labels.
 
     Attributes:
@@ -58,7 +58,7 @@ class ArrayImages:
         return len(self.images)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`."""
+        """As `ImageSet.read`."""
         for first in range(start, stop, batch_size):
             yield self.images[first : min(first + batch_size, stop)]
 
@@ -119,7 +119,7 @@ class NpzImages:
         return self.shape[0]
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`.
+        """As `ImageSet.read`.
 
         Raises:
           ValueError: the file is damaged.
@@ -167,7 +167,7 @@ class FolderImages:
         return len(self.files)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`, always RGB.
+        """As `ImageSet.read`, always RGB.
 
         Raises:
           BadImage: a file that cannot be decoded.
@@ -197,7 +197,7 @@ class FolderImages:
 class JoinedImages:
     """Several of them, one after the other."""
 
-    parts: Sequence[Images]
+    parts: Sequence[ImageSet]
     name: str
 
     @property
@@ -212,7 +212,7 @@ class JoinedImages:
         return None if any(part is None for part in labels) else np.concatenate(labels)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`; a batch does not reach from one part into the next."""
+        """As `ImageSet.read`; a batch does not reach from one part into the next."""
         before = 0
         for part in self.parts:
             first, last = max(start - before, 0), min(stop - before, part.count)
@@ -221,7 +221,7 @@ class JoinedImages:
             before += part.count
 
 
-def open_images(place: str | Path) -> Images:
+def open_images(place: str | Path) -> ImageSet:
     """The images that a path names.
 
     Args:
@@ -247,7 +247,7 @@ def open_images(place: str | Path) -> Images:
     return NpzImages.open(path)
 
 
-def _joined(paths: Sequence[Path], name: str) -> Images:
+def _joined(paths: Sequence[Path], name: str) -> ImageSet:
     parts = [NpzImages.open(path) for path in paths]
     for part in parts:
         if part.shape[1:] != parts[0].shape[1:]:
@@ -286,6 +286,25 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
             return arrays[name]
     except (*_DAMAGE, ValueError) as error:  # ValueError: a pickle, or a damaged header
         raise _damaged(Path(path), error) from error
+
+
+def read_ahead(images: ImageSet, mine: range, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches with the index of their first image, one read while the one before is used."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size} is below 1")
+    batches = images.read(mine.start, mine.stop, batch_size)
+    first = mine.start
+    with ThreadPoolExecutor(1) as reading:
+        following = reading.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = reading.submit(next, batches, None)
+            if first == 0 and batch.max() <= 1 and batch.any():
+                raise ValueError(
+                    f"{images.name}: the first {len(batch)} images hold only 0 and 1; images are "
+                    "0 ... 255: these seem to be floats in [0, 1] that were cast to uint8"
+                )
+            yield first, batch
+            first += len(batch)
 
 
 def share(count: int, index: int, processes: int) -> range:

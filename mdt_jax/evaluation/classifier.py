@@ -19,13 +19,13 @@ from jaxtyping import Float32, Integer, UInt8
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.evaluation.extractors import Features, digest
-from mdt_jax.evaluation.processes import gather
+from mdt_jax.evaluation.processes import gather_arrays
 from mdt_jax.parallel.distributed import by_first_process
 
 MAX_SIDE = 64  # pixels: the first layer sees all of them at once
 HIDDEN_SIZES = (256, 64)
 MAX_EPOCHS = 30
-BATCH_SIZE = 64
+MINIBATCH_SIZE = 64
 # L2. A tenth of it lets the classes of the training images drift apart from those of others.
 WEIGHT_DECAY = 0.1
 
@@ -34,7 +34,7 @@ Layer = tuple[Float32[np.ndarray, "_i _o"], Float32[np.ndarray, "_o"]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelClassifier:
-    """An `Extractor` for images of one shape; `train` makes one.
+    """An `Extractor` for images of one shape; `train_classifier` makes one.
 
     Attributes:
       layers: weights and biases, the last layer's outputs being logits.
@@ -73,7 +73,7 @@ class PixelClassifier:
         )
 
 
-def train(
+def train_classifier(
     images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, "n"], num_classes: int
 ) -> PixelClassifier:
     """The classifier of images: the same bits for the same images, on one kind of machine.
@@ -96,7 +96,7 @@ def train(
     network = MLPClassifier(
         HIDDEN_SIZES,
         alpha=WEIGHT_DECAY,
-        batch_size=min(BATCH_SIZE, len(images)),
+        batch_size=min(MINIBATCH_SIZE, len(images)),
         max_iter=MAX_EPOCHS,
         random_state=0,
     )
@@ -122,13 +122,14 @@ def load_or_train(
     labels: Integer[np.ndarray, "n"],
     num_classes: int,
 ) -> PixelClassifier:
-    """The classifier that a file holds, or else `train`'s, which is then written there.
+    """The classifier that a file holds, or else `train_classifier`'s, which is then written there.
 
     A resumed run goes on with the one it began with, on whatever machine. All processes get process
     0's, which alone touches the file.
 
     Raises:
-      ValueError: a file that cannot be read, or of images of another shape; or what `train` raises.
+      ValueError: a file that cannot be read, or of images of another shape; or what
+        `train_classifier` raises.
     """
     sizes = (int(np.prod(images.shape[1:])), *HIDDEN_SIZES, num_classes)
     count = sum((before + 1) * after for before, after in zip(sizes, sizes[1:], strict=False))
@@ -138,13 +139,13 @@ def load_or_train(
         if path.exists():
             flat[:] = _read(path, count)
             return
-        trained = train(images, labels, num_classes)
+        trained = train_classifier(images, labels, num_classes)
         flat[:] = np.concatenate([part.ravel() for layer in trained.layers for part in layer])
         with whole_file(path) as file:
             np.save(file, flat)
 
     by_first_process(find)
-    return PixelClassifier(_layers(gather(flat)[0], sizes), images.shape[1:])
+    return PixelClassifier(_layers(gather_arrays(flat)[0], sizes), images.shape[1:])
 
 
 def _read(path: Path, count: int) -> Float32[np.ndarray, "{count}"]:

@@ -50,6 +50,17 @@ class Extractor(Protocol):
         """Features of a batch, each row one image's."""
 
 
+def check_finite(found: Features, name: str, first: int) -> None:
+    """Refuses features that are not finite, with ValueError; `first` is the batch's first image."""
+    for part in (found.pool, found.spatial, found.probabilities):
+        finite = True if part is None else np.isfinite(part).all(axis=1)
+        if not np.all(finite):
+            raise ValueError(
+                f"{name}: image {first + int(np.argmin(finite))} has features that are not finite: "
+                "the extractor's weights are damaged, or not of this network"
+            )
+
+
 # A network's pass: parameters and uint8 images to pool, spatial and probabilities (or None).
 Apply = Callable[[Any, Array], tuple[Array, Array | None, Array | None]]
 

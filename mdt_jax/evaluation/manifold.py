@@ -20,13 +20,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Integer
 
 NEIGHBOURS = 3
-BLOCK_ROWS = 2048
+ROWS_PER_BLOCK = 2048
 # Candidates kept beyond the k-th, whose order float32 may have wrong.
 _SPARE = 4
 # Bound of the rounding of a squared distance, in eps of the squared norms that it is made of.
 _ROUNDING = 64
-
-Progress = Callable[[int], None]  # told how many pairs of points are done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +51,17 @@ class Manifolds:
 
 
 def num_pairs(num_reference: int, num_samples: int) -> int:
-    """Pairs of points that `compare` looks at, for a progress bar."""
+    """Pairs of points that `compare_manifolds` looks at, for a progress bar."""
     return num_reference**2 + num_samples**2 + num_reference * num_samples
 
 
-def compare(
+def compare_manifolds(
     reference: Float[np.ndarray, "m d"],
     samples: Float[np.ndarray, "n e"],
     k: int = NEIGHBOURS,
     *,
-    block_rows: int = BLOCK_ROWS,
-    progress: Progress = lambda _: None,
+    block_rows: int = ROWS_PER_BLOCK,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Manifolds:
     """Each set's points against the manifold of the other.
 
@@ -97,7 +95,7 @@ def compare(
 
 
 def squared_radii(
-    features: Float[np.ndarray, "n d"], k: int = NEIGHBOURS, *, block_rows: int = BLOCK_ROWS
+    features: Float[np.ndarray, "n d"], k: int = NEIGHBOURS, *, block_rows: int = ROWS_PER_BLOCK
 ) -> Float64[np.ndarray, "n"]:
     """Squared distance of each row to its k-th nearest other row.
 
@@ -141,10 +139,10 @@ def _precision(reference: np.ndarray, samples: np.ndarray, k: int) -> float:
     """Precision alone, which asks nothing of the number of samples."""
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _Points(reference, centre), _Points(samples, centre)
-    radii = _squared_radii(a, k, BLOCK_ROWS, lambda _: None)
+    radii = _squared_radii(a, k, ROWS_PER_BLOCK, lambda _: None)
     inside = np.zeros(len(b), bool)
-    for i in _blocks(len(a), BLOCK_ROWS):
-        for j in _blocks(len(b), BLOCK_ROWS):
+    for i in _blocks(len(a), ROWS_PER_BLOCK):
+        for j in _blocks(len(b), ROWS_PER_BLOCK):
             distances, rounding = _squared_distances(a.single[i], b.single[j])
             inside[j] |= _covered(a, i, radii[i], b, j, distances, rounding)
     return float(inside.mean())
@@ -184,13 +182,15 @@ def _squared_distances(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]
 def _exact(a: _Points, i: np.ndarray, b: _Points, j: np.ndarray) -> np.ndarray:
     """Squared distances of the pairs i[n], j[n], by differences in float64."""
     found = np.empty(len(i))
-    for part in _blocks(len(i), BLOCK_ROWS):
+    for part in _blocks(len(i), ROWS_PER_BLOCK):
         difference = a.given[i[part]].astype(np.float64) - b.given[j[part]]
         found[part] = np.einsum("nd,nd->n", difference, difference)
     return found
 
 
-def _squared_radii(points: _Points, k: int, block_rows: int, progress: Progress) -> np.ndarray:
+def _squared_radii(
+    points: _Points, k: int, block_rows: int, progress: Callable[[int], None]
+) -> np.ndarray:
     count = len(points)
     if count < k + 1:
         raise ValueError(f"a neighbour number {k} needs {k + 1} images at least, there are {count}")

@@ -12,7 +12,7 @@ from mdt_jax.evaluation.batches import share
 GATHER_ROWS = 8192
 
 
-def gather(array: np.ndarray) -> list[np.ndarray]:
+def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
     """The array of every process, in their order; all of one shape and type.
 
     It travels as bytes: without 64-bit mode JAX would round float64 to float32.
@@ -33,7 +33,8 @@ def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
     padded = np.zeros((max(sizes), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     parts = [
-        gather(padded[first : first + GATHER_ROWS]) for first in range(0, len(padded), GATHER_ROWS)
+        gather_arrays(padded[first : first + GATHER_ROWS])
+        for first in range(0, len(padded), GATHER_ROWS)
     ]
     of_process = [np.concatenate(parts_) for parts_ in zip(*parts, strict=True)]
     return np.concatenate([part[:size] for part, size in zip(of_process, sizes, strict=True)])

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 
 # Rows that are folded into the moments together, however they arrive: a covariance costs memory
 # traffic of its whole size each time, and the same blocks give the same bits at any batch size.
-BLOCK_ROWS = 1024
+ROWS_PER_FOLD = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     return float(difference @ difference + traces - 2 * root)
 
 
-class Moments:
+class FeatureMoments:
     """Running mean and covariance of rows, merged block by block (Chan, Golub & LeVeque 1983).
 
     Each block is centred by its own mean, so that features far from zero lose no digits.
@@ -93,21 +93,21 @@ class Moments:
         self.count = 0
         self._mean = np.zeros(size)
         self._scatter = np.zeros((size, size))  # sum of (x − mean)(x − mean)ᵀ
-        self._waiting = np.empty((BLOCK_ROWS, size))
+        self._waiting = np.empty((ROWS_PER_FOLD, size))
         self._num_waiting = 0
 
     def update(self, rows: Float[np.ndarray, "n d"]) -> None:
         """Adds rows; how they are cut into calls does not change a bit of the result."""
         start = 0
         while start < len(rows):
-            taken = rows[start : start + BLOCK_ROWS - self._num_waiting]
+            taken = rows[start : start + ROWS_PER_FOLD - self._num_waiting]
             self._waiting[self._num_waiting : self._num_waiting + len(taken)] = taken
             self._num_waiting += len(taken)
             start += len(taken)
-            if self._num_waiting == BLOCK_ROWS:
+            if self._num_waiting == ROWS_PER_FOLD:
                 self._fold()
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: FeatureMoments) -> None:
         """Adds the rows that another one has seen."""
         other._fold()
         self._fold()
@@ -119,7 +119,7 @@ class Moments:
         return self.count, self._mean, self._scatter
 
     @classmethod
-    def from_state(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> Moments:
+    def from_state(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> FeatureMoments:
         """What `state` gave."""
         moments = cls(len(mean))
         moments._combine(int(count), mean, scatter)

@@ -23,7 +23,12 @@ from ml_collections import ConfigDict
 from mdt_jax import sampling
 from mdt_jax.data import BadImage, Source, center_crop
 from mdt_jax.evaluation import classifier, evaluator
-from mdt_jax.evaluation.batches import ArrayImages, Images, NpzImages, npz_members, share
+from mdt_jax.evaluation.batches import ArrayImages, ImageSet, NpzImages, npz_members, share
+from mdt_jax.evaluation.descriptions import (
+    ImageSetDescription,
+    describe_images,
+    describe_reference,
+)
 from mdt_jax.evaluation.extractors import Extractor, load_inception
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling import images
@@ -52,8 +57,8 @@ class Judgement:
 
     Attributes:
       metrics: "eval_fid", the Fréchet distance in the evaluator's features (with Inception the
-        FID), and the others of `evaluator.METRICS`, "eval_" before each, as far as evaluator and
-        reference have them; "eval_samples", how many were drawn; "eval_seconds".
+        FID), and the others of `evaluator.EVALUATION_METRICS`, "eval_" before each, as far as
+        evaluator and reference have them; "eval_samples", how many were drawn; "eval_seconds".
       evaluator: what computed the features, and the digest of its weights: numbers of different
         ones cannot be compared.
     """
@@ -218,7 +223,7 @@ class RunEvaluator:
         count = self._count if jax.process_count() > 1 else min(self._count, BATCH_SIZE)
         mine = share(count, jax.process_index(), jax.process_count())
         black = np.zeros((len(mine), *self._shape), np.uint8)
-        evaluator.describe(_Share(black, mine, count, None), self._extractor, batch_size=BATCH_SIZE)
+        describe_images(_Share(black, mine, count, None), self._extractor, batch_size=BATCH_SIZE)
 
     def due(self, step: int) -> bool:
         """Whether samples are judged after a step."""
@@ -254,7 +259,7 @@ class RunEvaluator:
     def _downsampling(self) -> int:
         return self._autoencoder.module.downsampling if self._autoencoder else 1
 
-    def _find_reference(self, source: Source) -> tuple[Extractor, evaluator.Description]:
+    def _find_reference(self, source: Source) -> tuple[Extractor, ImageSetDescription]:
         """The extractor, and what it sees in the reference."""
         run, e = self._run, self._run.config.eval
         if choose(run.config, source) == "inception":
@@ -265,14 +270,14 @@ class RunEvaluator:
                 run.workdir / CLASSIFIER_FILE, real.images, real.labels, len(source.class_names)
             )
             if not e.reference:
-                return extractor, evaluator.describe(real, extractor, batch_size=BATCH_SIZE)
+                return extractor, describe_images(real, extractor, batch_size=BATCH_SIZE)
         logging.info("describing the reference %s", e.reference)
-        found = evaluator.describe_reference(e.reference, extractor, batch_size=BATCH_SIZE)
+        found = describe_reference(e.reference, extractor, batch_size=BATCH_SIZE)
         return extractor, found
 
     def _draw(
         self, state: TrainState, should_stop: Callable[[], bool]
-    ) -> tuple[Images, int] | None:
+    ) -> tuple[ImageSet, int] | None:
         """This process's share of the samples as uint8 images, and how many of all hold NaN.
 
         None if asked to stop.
@@ -309,15 +314,15 @@ class RunEvaluator:
         padded = np.pad(samples, [(0, size - len(samples)), (0, 0), (0, 0), (0, 0)])
         return self._autoencoder.decode(padded, DECODED_AT_ONCE)[: len(samples)]
 
-    def _describe(self, drawn: Images) -> evaluator.Description:
-        return evaluator.describe(
+    def _describe(self, drawn: ImageSet) -> ImageSetDescription:
+        return describe_images(
             drawn, self._extractor, batch_size=BATCH_SIZE, progress=sys.stderr.isatty()
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Share:
-    """As `batches.Images`, of which this process holds its share alone."""
+    """As `batches.ImageSet`, of which this process holds its share alone."""
 
     images: np.ndarray
     mine: range
@@ -326,7 +331,7 @@ class _Share:
     name: str = "samples"
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`, from the share."""
+        """As `ImageSet.read`, from the share."""
         for first in range(start, stop, batch_size):
             last = min(first + batch_size, stop)
             yield self.images[first - self.mine.start : last - self.mine.start]
