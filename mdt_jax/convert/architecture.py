@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mdt_jax.convert.inception import is_inception
-
-Shape = tuple[int, ...]
+from mdt_jax.convert.trees import Shape
 
 # Widths the authors trained, and the heads they gave them (DiT, table 1).
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}

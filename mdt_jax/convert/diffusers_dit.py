@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mdt_jax.convert.architecture import Shape, UnknownWeights, nearest
+from mdt_jax.convert.architecture import UnknownWeights, nearest
+from mdt_jax.convert.trees import Shape
 
 MARK = "transformer_blocks.0.norm1.linear.weight"  # no other layout has it
 _EMBEDDERS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.convert.architecture import Shape
+from mdt_jax.convert.trees import Shape
 
 # Our name of each moment, and PyTorch's.
 MOMENTS = {
