@@ -66,7 +66,7 @@ def copies(num_blocks: int) -> dict[str, list[str]]:
     }
 
 
-def check(shapes: Mapping[str, Shape], num_blocks: int) -> None:
+def check_shapes(shapes: Mapping[str, Shape], num_blocks: int) -> None:
     """Raises UnknownWeights for a missing or unknown name, or parts that cannot be joined."""
     joined, copied = sources(num_blocks), copies(num_blocks)
     expected = [name for names in (*joined.values(), *copied.values()) for name in names]

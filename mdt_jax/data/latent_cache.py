@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int32, Integer
 from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.transforms import LATENT_SCALE
 
-MANIFEST = "manifest.json"
+CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # in its place while a cache is being made
 VERSION = 1
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
@@ -37,7 +37,7 @@ _TOOL = "tools/encode_latents.py"
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class CacheDescription:
     """What a cache holds. Two caches hold the same if these agree.
 
     Attributes:
@@ -111,7 +111,9 @@ class LatentCache:
       digest: of all shards' bytes.
     """
 
-    def __init__(self, folder: Path, description: Description, shards: Sequence[dict[str, Any]]):
+    def __init__(
+        self, folder: Path, description: CacheDescription, shards: Sequence[dict[str, Any]]
+    ):
         self.folder, self.description = folder, description
         self.mirrored = description.mirror
         told = [(shard["file"], shard["records"], shard["sha256"]) for shard in shards]
@@ -141,13 +143,13 @@ class LatentCache:
             raise FileNotFoundError(
                 f"{folder}: no such folder; data.path must name one that {_TOOL} made"
             )
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
             raise FileNotFoundError(f"{folder}: {_why_no_manifest(folder)}")
         if manifest.get("version") != VERSION:
             raise ValueError(
-                f"{folder / MANIFEST}: is of version {manifest.get('version')}, this program reads "
-                f"{VERSION}; encode the images again with {_TOOL}"
+                f"{folder / CACHE_MANIFEST}: is of version {manifest.get('version')}, this program "
+                f"reads {VERSION}; encode the images again with {_TOOL}"
             )
         cache = cls._from_manifest(folder, manifest)
         if cache.description.scale != LATENT_SCALE:
@@ -172,9 +174,11 @@ class LatentCache:
         try:
             # Caches from before there was a source's digest have none.
             known = manifest | {"source_digest": manifest.get("source_digest", "")}
-            fields = {field.name: known[field.name] for field in dataclasses.fields(Description)}
+            fields = {
+                field.name: known[field.name] for field in dataclasses.fields(CacheDescription)
+            }
             fields |= {key: tuple(fields[key]) for key in ("class_names", "latent_shape")}
-            description = Description(**fields)
+            description = CacheDescription(**fields)
             found = [(shard["file"], shard["bytes"] + 0) for shard in manifest["shards"]]
             wanted = [description.shard_name(shard) for shard in range(description.num_shards)]
             if [file for file, _ in found] != wanted:
@@ -184,9 +188,9 @@ class LatentCache:
                 raise ValueError(f"{cache._ends[-1]:,} of {description.num_images:,} images")
             _ = description.record_type
         except KeyError as error:
-            raise _unusable(folder / MANIFEST, f"lacks {error}") from error
+            raise _unusable(folder / CACHE_MANIFEST, f"lacks {error}") from error
         except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-            raise _unusable(folder / MANIFEST, " ".join(str(error).split())) from error
+            raise _unusable(folder / CACHE_MANIFEST, " ".join(str(error).split())) from error
         return cache
 
     def __len__(self) -> int:
@@ -371,7 +375,7 @@ def _why_no_manifest(folder: Path) -> str:
         return f"is not finished; run the {_TOOL} command that began it again, and it goes on"
     if (folder / "latents.npy").exists():
         return "holds latents.npy, which data.name 'npy' reads"
-    return f"holds no {MANIFEST}; data.path must name a folder that {_TOOL} made"
+    return f"holds no {CACHE_MANIFEST}; data.path must name a folder that {_TOOL} made"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -392,7 +396,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unusable(path: Path, why: str) -> ValueError:
-    if path.name in (MANIFEST, ENCODING):
+    if path.name in (CACHE_MANIFEST, ENCODING):
         way_out = f"restore it from a copy, or remove the folder and run {_TOOL} again"
     else:
         way_out = f"remove it, and run the {_TOOL} command again, which makes that shard anew"

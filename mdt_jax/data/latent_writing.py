@@ -28,12 +28,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.data.latent_cache import ENCODING, MANIFEST, VERSION, Description, read_json
+from mdt_jax.data.latent_cache import CACHE_MANIFEST, ENCODING, VERSION, CacheDescription, read_json
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
 
 
-def begin(folder: Path, description: Description) -> None:
+def begin_cache(folder: Path, description: CacheDescription) -> None:
     """Makes a folder for a cache, or finds in it the beginning, or the whole, of the same one.
 
     Raises:
@@ -57,7 +57,9 @@ def begin(folder: Path, description: Description) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iterator[None]:
+def claim_shards(
+    folder: Path, description: CacheDescription, shards: Iterable[int]
+) -> Iterator[None]:
     """Holds shards for this process, to write them, while the context lasts.
 
     Raises:
@@ -73,7 +75,9 @@ def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iter
         yield
 
 
-def unfinished(folder: Path, description: Description, shards: Iterable[int]) -> list[int]:
+def unfinished_shards(
+    folder: Path, description: CacheDescription, shards: Iterable[int]
+) -> list[int]:
     """Those of a process's shards whose files do not have the bytes that is written of them.
 
     A manifest that counts one of them as finished is set aside.
@@ -87,7 +91,7 @@ def unfinished(folder: Path, description: Description, shards: Iterable[int]) ->
     return found
 
 
-def bytes_to_come(folder: Path, description: Description, shards: Iterable[int]) -> int:
+def bytes_to_come(folder: Path, description: CacheDescription, shards: Iterable[int]) -> int:
     """About what is still to be written: of these shards, and of those that other processes have
     not finished."""
     files = map(description.shard_name, range(description.num_shards))
@@ -100,7 +104,7 @@ def bytes_to_come(folder: Path, description: Description, shards: Iterable[int])
 
 
 def write_shard(
-    folder: Path, description: Description, shard: int, records: Iterable[np.ndarray]
+    folder: Path, description: CacheDescription, shard: int, records: Iterable[np.ndarray]
 ) -> dict[str, Any]:
     """Writes a shard of records, arrays of `record_type`, and returns its part of the manifest.
 
@@ -127,7 +131,7 @@ def write_shard(
     return entry
 
 
-def finish(folder: Path, description: Description) -> bool:
+def finish_cache(folder: Path, description: CacheDescription) -> bool:
     """Writes the manifest if every shard is there, and returns whether it is.
 
     Whichever process comes last does it; of several at once, one after the other.
@@ -140,7 +144,7 @@ def finish(folder: Path, description: Description) -> bool:
         values = _plain(description) | {key: found[key] for key in ("source", "vae")}  # at first
         values["records"] = sum(entry["records"] for entry in entries)
         values["left_out"] = description.num_images - values["records"] // description.versions
-        _write_json(folder / MANIFEST, values | {"shards": entries})
+        _write_json(folder / CACHE_MANIFEST, values | {"shards": entries})
         (folder / ENCODING).unlink(missing_ok=True)
         for shard in range(description.num_shards):
             _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
@@ -226,7 +230,7 @@ def _state_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:
     return _lock_file(folder / STATE_LOCK, lock)
 
 
-def _lock_shards(file: IO[str], description: Description, shards: Iterable[int]) -> bool:
+def _lock_shards(file: IO[str], description: CacheDescription, shards: Iterable[int]) -> bool:
     """Locks the byte of each shard."""
     for shard in shards:
         try:
@@ -282,10 +286,10 @@ def _say(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, 
 
 def _found(folder: Path) -> dict[str, Any] | None:
     """The cache's beginning, which stands even beside a manifest, or else the manifest."""
-    return read_json(folder / ENCODING) or read_json(folder / MANIFEST)
+    return read_json(folder / ENCODING) or read_json(folder / CACHE_MANIFEST)
 
 
-def _entries(folder: Path, description: Description) -> list[dict[str, Any] | None]:
+def _entries(folder: Path, description: CacheDescription) -> list[dict[str, Any] | None]:
     """What is written about each shard, beside it or in the manifest."""
     entries = list((_found(folder) or {}).get("shards") or [None] * description.num_shards)
     for shard in range(description.num_shards):
@@ -294,14 +298,14 @@ def _entries(folder: Path, description: Description) -> list[dict[str, Any] | No
     return entries
 
 
-def _forget(folder: Path, description: Description, shards: list[int]) -> None:
+def _forget(folder: Path, description: CacheDescription, shards: list[int]) -> None:
     """What is written about shards; the cache is unfinished from then on."""
     found = _found(folder)
     if "shards" in found:
         for shard in shards:
             found["shards"][shard] = None
         _write_json(folder / ENCODING, found)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / CACHE_MANIFEST).unlink(missing_ok=True)
     for shard in shards:
         _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
 
@@ -327,7 +331,7 @@ def _whole_name(partial: Path) -> str:
     return partial.name[1:].rsplit(".", 2)[0]
 
 
-def _plain(description: Description) -> dict[str, Any]:
+def _plain(description: CacheDescription) -> dict[str, Any]:
     """As JSON gives it back: tuples become lists."""
     return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(description)}))
 

@@ -1,7 +1,7 @@
 """Writes images as a data set that TensorFlow Datasets reads like its own, without TensorFlow.
 
 The records are ArrayRecord files of TFDS's examples, one record a group so that each is read alone,
-beside TFDS's own description of them. Whoever has images somewhere describes them as `Images`.
+beside TFDS's own description of them. Whoever has images somewhere describes them as `InputImages`.
 """
 
 import collections
@@ -26,12 +26,12 @@ from mdt_jax.data.decoding import BadImage, decode_image
 
 # What the decoders that TFDS uses without TensorFlow, OpenCV's and Pillow's, read alike.
 KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO is a JPEG with further pictures behind it
-NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?")
-SPLIT = re.compile(r"[a-z][a-z0-9_]*")
+DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?")
+SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class InputImage:
     """An image that is to be written.
 
     Attributes:
@@ -48,7 +48,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class InputImages:
     """The images that are to be written, in the order that they are to have.
 
     Attributes:
@@ -59,13 +59,13 @@ class Images:
     """
 
     place: str
-    records: Callable[[], Iterable[Record]]
+    records: Callable[[], Iterable[InputImage]]
     num_bytes: int
     class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """A data set that was written: its folder, and counts of what is in it."""
 
     folder: Path
@@ -76,8 +76,8 @@ class Prepared:
     skipped: int
 
 
-def prepare(
-    images: Images,
+def prepare_dataset(
+    images: InputImages,
     name: str,
     data_dir: str | Path,
     *,
@@ -85,7 +85,7 @@ def prepare(
     shard_bytes: int = 256 * 2**20,
     skip_bad: bool = False,
     progress: bool = False,
-) -> Prepared:
+) -> PreparedDataset:
     """Writes a data set whole or not at all.
 
     Every image is decoded once, to see that it can be. Its bytes are kept as they are if all of
@@ -113,7 +113,7 @@ def prepare(
         that can; or what `images.records` raises.
     """
     target = _target(name, Path(data_dir).expanduser(), images.class_names)
-    if not SPLIT.fullmatch(split):
+    if not SPLIT_NAME.fullmatch(split):
         raise ValueError(
             f"split {split!r}: must be of small letters, digits and _, such as 'train'"
         )
@@ -148,7 +148,9 @@ def prepare(
         lengths = shards.close()
         target.describe(folder, split, lengths, counts["num_bytes"], shards.paths)
     fields = ("examples", "num_bytes", "reencoded", "skipped")
-    return Prepared(target.folder, shards=len(lengths), **{key: counts[key] for key in fields})
+    return PreparedDataset(
+        target.folder, shards=len(lengths), **{key: counts[key] for key in fields}
+    )
 
 
 def storable(data: bytes, place: str) -> tuple[bytes, bool]:
@@ -182,11 +184,11 @@ def _is_kept(picture: Image.Image, data: bytes) -> bool:
 
 
 def _checked(
-    records: Iterable[Record],
-) -> Iterator[tuple[Record, Callable[[], tuple[bytes, bool]]]]:
+    records: Iterable[InputImage],
+) -> Iterator[tuple[InputImage, Callable[[], tuple[bytes, bool]]]]:
     """Records in their order, with what gives their bytes or raises `BadImage`."""
 
-    def check(record: Record) -> tuple[bytes, bool]:
+    def check(record: InputImage) -> tuple[bytes, bool]:
         data = record.data
         try:
             data = data if isinstance(data, bytes) else data.read_bytes()
@@ -196,7 +198,7 @@ def _checked(
 
     workers = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers)
-    pending: collections.deque[tuple[Record, Future]] = collections.deque()
+    pending: collections.deque[tuple[InputImage, Future]] = collections.deque()
     try:
         for record in records:
             pending.append((record, pool.submit(check, record)))
@@ -210,7 +212,7 @@ def _checked(
         pool.shutdown(cancel_futures=True)
 
 
-def _bar(images: Images, progress: bool) -> tqdm:
+def _bar(images: InputImages, progress: bool) -> tqdm:
     return tqdm(
         total=images.num_bytes, unit="B", unit_scale=True, smoothing=0.05, disable=not progress
     )
@@ -246,7 +248,7 @@ def _aside(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _check_space(folder: Path, images: Images) -> None:
+def _check_space(folder: Path, images: InputImages) -> None:
     free = shutil.disk_usage(folder).free
     if free < images.num_bytes:
         raise OSError(
@@ -325,7 +327,7 @@ class _Target:
     features: Any
     texts: tuple[str, ...]  # the features that hold a record's name
 
-    def serialize(self, record: Record, data: bytes) -> bytes:
+    def serialize(self, record: InputImage, data: bytes) -> bytes:
         example = dict.fromkeys(self.texts, record.name) | {"image": data}
         if "label" in self.features:
             example["label"] = record.label
@@ -363,7 +365,7 @@ def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
     """TFDS's own description of a data set that it knows, and a new one of any other."""
     import tensorflow_datasets as tfds  # takes seconds
 
-    if not NAME.fullmatch(name):
+    if not DATASET_NAME.fullmatch(name):
         raise ValueError(
             f"name {name!r}: must be of small letters, digits and _, and begin with a letter; one "
             "such name may follow a slash"
