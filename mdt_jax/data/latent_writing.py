@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.data.latent_cache import CACHE_MANIFEST, ENCODING, VERSION, CacheDescription, read_json
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
@@ -112,7 +113,9 @@ def write_shard(
       OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
-    # Of its own name, so that not even two processes with the same shard write one file.
+    # Not by `whole_file`: ArrayRecord's writer takes a path, and `claim_shards` and `bytes_to_come`
+    # find a shard's unfinished files by their names. Each has a name of its own, so that not even
+    # two processes with the same shard write one file.
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         images = _write_records(aside, records)
@@ -342,15 +345,10 @@ def _digest(path: Path) -> str:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all, with several processes at it."""
-    # Processes of other hosts, or containers, may have the same number.
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     try:
-        aside.rename(path)
-    except FileNotFoundError:  # another process has finished, and cleared away
+        with whole_file(path) as file:
+            file.write(text.encode())
+    except FileNotFoundError:  # another process has finished, and removed what was half written
         if not path.exists():
             raise
