@@ -1,4 +1,4 @@
-"""Data: random-access sources, what happens to an example, and the pipeline to the devices."""
+"""Data: random-access sources, crops and scaling, and the pipeline to the devices."""
 
 from mdt_jax.data.array_sources import arrays, digits, npy_directory
 from mdt_jax.data.decoding import BadImage, decode_image

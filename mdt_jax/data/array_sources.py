@@ -14,7 +14,7 @@ from mdt_jax.data.source import ExampleKind, Source, short_digest
 def digits(split: str = "train") -> Source:
     """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 gray, which need no download.
 
-    Its values 0 ... 16 become round(value * 255 / 16) in uint8, and round(pixel * 16 / 255) gives
+    Their values 0 ... 16 become round(value * 255 / 16) in uint8; round(pixel * 16 / 255) gives
     them back.
 
     Args:
@@ -60,7 +60,7 @@ def arrays(
 
 
 def npy_directory(path: str | Path) -> Source:
-    """Examples in a folder of NumPy files, memory-mapped: nothing is read before it is used.
+    """Examples in a folder of NumPy files, memory-mapped: images are read when they are used.
 
     Args:
       path: a folder with either `images.npy`, uint8 (n, h, w, c), or `latents.npy`, float16 or
@@ -150,7 +150,7 @@ def _from_arrays(
     class_names: Sequence[str],
     read_from: _MemoryMap | None = None,
 ) -> Source:
-    """The source of checked arrays; `read_from` is what to keep in place of `images`."""
+    """Checks arrays and makes a source of them, which reads `read_from` if given, or `images`."""
     if images.ndim != 4:
         raise ValueError(
             f"{place}: images of shape {images.shape}; they must be (count, height, width, "
@@ -187,8 +187,11 @@ def _from_arrays(
 def _check_labels(
     place: str, labels: np.ndarray, count: int, class_names: Sequence[str]
 ) -> Sequence[str]:
-    """The class names, or the labels' own numbers where there are none; refuses labels that do
-    not fit them or the `count` images."""
+    """The class names, or the labels' own numbers where there are none.
+
+    Raises:
+      ValueError: labels that do not fit the names or the `count` images.
+    """
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{place}: labels of shape {labels.shape} and type {labels.dtype} for {count} images; "

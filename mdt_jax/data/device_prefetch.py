@@ -18,21 +18,21 @@ def prefetch_to_device(
 ) -> DevicePrefetcher:
     """The batches as global arrays on the devices, copied there by a thread ahead of need.
 
-    The thread takes up to `depth` batches more than the caller has seen, so `batches.position`
-    is then no longer where the caller is. What belongs in a checkpoint is the position that the
-    caller counts: its start plus the global batch size for each step that it has consumed.
+    The thread takes up to `depth` batches more than the caller has seen, so `batches.position` runs
+    ahead of the caller. Save the position that the caller counts in a checkpoint: its start plus
+    the global batch size for each step that it has done.
 
     Args:
       batches: this process's rows of each global batch, arrays whose first axis is the batch's.
-      sharding: of every array in a batch, over its first axis, for instance
+      sharding: every array's sharding over its first axis, for instance
         `NamedSharding(mesh, PartitionSpec("data"))`. Rows keep their order when each process's
         devices hold the rows that `batches` gives it.
       depth: batches on the devices, or on their way, beside the one the caller works on.
 
     Returns:
-      An iterator of the same dictionaries, of `jax.Array`s. An exception in `batches` or in the
-      copying is raised from its `next`, after the batches before it. `close()`, or leaving its
-      `with` block, ends the thread.
+      An iterator of the same dictionaries, with `jax.Array`s. Its `next` raises an exception of
+      `batches`, or of the copying, after the batches before it. `close()`, or leaving its `with`
+      block, ends the thread.
 
     Raises:
       ValueError: `depth` is less than 1.
@@ -71,7 +71,7 @@ class DevicePrefetcher(Iterator[dict[str, jax.Array]]):
         return batch
 
     def close(self) -> None:
-        """Ends the thread, once it has finished the batch in hand. Safe to repeat."""
+        """Ends the thread after the batch in hand. May be called again."""
         self._finalizer()
         self._ending = self._ending or ValueError("this prefetch_to_device iterator is closed")
 
@@ -89,8 +89,10 @@ def _copy_to_device(
     ready: queue.SimpleQueue,
     stop: threading.Event,
 ) -> None:
-    """The thread: a slot, a batch, and (arrays, None) into `ready`; at the end (None, exception),
-    which is StopIteration where `batches` simply ended."""
+    """The thread: for each free slot it puts (arrays of the next batch, None) into `ready`.
+
+    At the end it puts (None, exception): StopIteration where `batches` simply ended.
+    """
     place = functools.partial(jax.make_array_from_process_local_data, sharding)
     try:
         while True:

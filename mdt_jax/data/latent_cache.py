@@ -1,11 +1,11 @@
-"""A data set's latents on disk: shards of posteriors, and the manifest that says what they are of.
+"""A data set's latents on disk: shards of posteriors, and a manifest that describes them.
 
 `tools/encode_latents.py` makes such a folder (`latent_writing`), `data.name=latents` reads it. It
-holds `latents-00000-of-00313.array_record` and so on, ArrayRecord files, and `manifest.json`: whose
-images they are, by which autoencoder, and every shard's size and SHA-256. A record is the bytes of
-one structured value (`record_type`), each a group of its own, uncompressed, so that one is read
-without another and the same records are the same bytes. An image's record is followed by that of
-its mirror image, where the cache has those.
+holds `latents-00000-of-00313.array_record` and so on, ArrayRecord files, and `manifest.json`: the
+data set, the autoencoder, and every shard's size and SHA-256. A record is the bytes of one
+structured value (`record_type`), each a group of its own, uncompressed, so that one is read without
+another and the same records are the same bytes. In a cache with mirror images, each image's record
+is followed by its mirror image's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.transforms import LATENT_SCALE
 
 CACHE_MANIFEST = "manifest.json"
-ENCODING = "encoding.json"  # in its place while a cache is being made
+ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
 VERSION = 1
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
 _HEAD = np.dtype([("index", "<i8"), ("label", "<i4"), ("mirrored", "<i4")])
@@ -38,22 +38,22 @@ _TOOL = "tools/encode_latents.py"
 
 @dataclasses.dataclass(frozen=True)
 class CacheDescription:
-    """What a cache holds. Two caches hold the same if these agree.
+    """The contents of a cache. Two caches hold the same if their descriptions agree.
 
     Attributes:
       source: the data set's name.
-      num_images: how many the data set has.
+      num_images: how many images the data set has.
       class_names: in the order of the labels; empty where there are no classes.
       image_size: pixels that the images were cropped to.
-      vae: how the autoencoder was asked for; what it is says the digest.
-      vae_digest: of the encoder's weights.
-      scale: what the autoencoder's latents are multiplied by for a diffusion model.
-      compute_dtype: what the autoencoder computed in.
+      vae: the name or path by which the autoencoder was asked for; the digest says which it is.
+      vae_digest: the digest of the encoder's weights.
+      scale: the factor by which a diffusion model multiplies the autoencoder's latents.
+      compute_dtype: the type that the autoencoder computed in.
       latent_shape: (height, width, channels) of a latent.
-      dtype: of the stored numbers, "float32" or "float16".
-      mirror: whether the mirror images are there, too.
-      images_per_shard: of every shard but the last.
-      source_digest: of which images the data set has, in what order, with which labels (see
+      dtype: the type of the stored numbers, "float32" or "float16".
+      mirror: whether the cache also has the mirror images.
+      images_per_shard: how many images every shard but the last is for.
+      source_digest: the digest of the data set's images, their order and labels (see
         `Source.identity`); empty in caches made before there was one.
     """
 
@@ -77,13 +77,15 @@ class CacheDescription:
 
     @property
     def versions(self) -> int:
-        """Records of an image."""
+        """How many records an image has: 2 with its mirror image's."""
         return 2 if self.mirror else 1
 
     @functools.cached_property
     def record_type(self) -> np.dtype:
-        """A record: its image's index in the data set and label, whether it is of the mirror
-        image, and the posterior, the mean's channels before the standard deviation's."""
+        """The type of a record: index in the data set, label, whether mirrored, and posterior.
+
+        The posterior has the mean's channels before the standard deviation's.
+        """
         height, width, channels = self.latent_shape
         posterior = ("posterior", _DTYPES[self.dtype], (height, width, 2 * channels))
         return np.dtype([*_HEAD.descr, posterior])
@@ -97,7 +99,7 @@ class CacheDescription:
         return range(first, min(first + self.images_per_shard, self.num_images))
 
     def shard_bytes(self, shard: int) -> int:
-        """About what a shard takes."""
+        """About how many bytes a shard takes."""
         records = len(self.shard_images(shard)) * self.versions
         return records * (self.record_type.itemsize + 128)
 
@@ -106,9 +108,10 @@ class LatentCache:
     """The records of a finished cache, for a `Source`: image i's posterior and label by i.
 
     Attributes:
-      folder, description: where and what it is.
-      mirrored: whether `read_posteriors` can give those of mirror images.
-      digest: of all shards' bytes.
+      folder: the cache's folder.
+      description: its contents.
+      mirrored: whether `read_posteriors` can give the mirror images' posteriors.
+      digest: a digest of all shards' bytes.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class LatentCache:
         told = [(shard["file"], shard["records"], shard["sha256"]) for shard in shards]
         self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         images = [records // description.versions for _, records, _ in told]
-        # Of its own images, a shard may lack some that could not be used.
+        # A shard may lack some of its images, which could not be used.
         wanted = [len(description.shard_images(shard)) for shard in range(len(shards))]
         self._left_out = np.array(wanted) - images
         self._ends = np.cumsum(images)
@@ -137,7 +140,12 @@ class LatentCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> LatentCache:
-        """Raises FileNotFoundError or ValueError, with one line, for what is no finished cache."""
+        """Opens a cache and checks its manifest and its files' sizes.
+
+        Raises:
+          FileNotFoundError: no such folder, or no finished cache in it.
+          ValueError: a damaged cache, or one that training cannot use.
+        """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -170,7 +178,11 @@ class LatentCache:
 
     @classmethod
     def _from_manifest(cls, folder: Path, manifest: dict[str, Any]) -> LatentCache:
-        """The cache that a manifest tells of; ValueError for one that a person has changed."""
+        """The cache of a manifest.
+
+        Raises:
+          ValueError: the manifest lacks something or contradicts itself, as one changed by hand.
+        """
         try:
             # Caches from before there was a source's digest have none.
             known = manifest | {"source_digest": manifest.get("source_digest", "")}
@@ -208,11 +220,11 @@ class LatentCache:
         indices: Integer[np.ndarray, "n"],
         mirror: Bool[np.ndarray, "n"] | None = None,
     ) -> tuple[Float[np.ndarray, "n h w moments"], Int32[np.ndarray, "n"]]:
-        """A block of images' posteriors, as they are stored, and labels.
+        """Some images' posteriors, in the type they are stored in, and their labels.
 
         Args:
-          indices: of the images.
-          mirror: whose mirror image is wanted instead; only where `mirrored`.
+          indices: the images' indices.
+          mirror: True for each image whose mirror image is wanted instead; only where `mirrored`.
 
         Raises:
           ValueError: a damaged shard, or a record of another image, by name.
@@ -226,8 +238,8 @@ class LatentCache:
         height, width, channels = d.latent_shape
         stored = np.dtype(_DTYPES[d.dtype])
         posteriors = np.empty((len(indices), height * width * 2 * channels), stored)
-        # One record a call: a call of several distributes them over threads of its own, which
-        # takes twice the time that it takes to read records of this size.
+        # One record a call: the reader distributes several over threads of its own, which takes
+        # twice as long as reading records of this size does.
         for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             record = self._read(shard, place)
             heads.append(record[: _HEAD.itemsize])
@@ -261,7 +273,7 @@ class LatentCache:
         images: Integer[np.ndarray, "n"],
         mirror: Bool[np.ndarray, "n"],
     ) -> None:
-        """Whether records are of the images that they were read for, by what they say."""
+        """Refuses, with ValueError, records that say they are of other images, or of no class."""
         d = self.description
         # Images that were left out come before, at most as many as the shard lacks.
         late = found["index"] - (shards * d.images_per_shard + images)
@@ -300,10 +312,10 @@ def latents_source(path: str | Path) -> Source:
 
 
 class _Readers:
-    """Shards' readers, which several threads can use, each opened when it is first needed.
+    """Readers of shards, for several threads, each opened when it is first needed.
 
-    So many are kept as leave half of the files that a process can have open to others; those that
-    were not used for longest make room. Dropped, a reader closes when the last thread is done.
+    They take up to half of the files that a process can have open. The reader that was not used for
+    longest makes room for a new one; it closes when the last thread is done with it.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]):
@@ -316,7 +328,7 @@ class _Readers:
         """A record's bytes.
 
         Raises:
-          RuntimeError, ValueError, IndexError: ArrayRecord's, of damage.
+          RuntimeError, ValueError, IndexError: ArrayRecord's errors for damage.
           OSError: this process has too many files open.
         """
         try:
@@ -328,7 +340,7 @@ class _Readers:
         return data
 
     def _read_alone(self, shard: int, place: int) -> bytes:
-        """After closing all other shards, of which others may need the files."""
+        """A record's bytes, read after all other shards' files were closed."""
         with self._lock:
             self._open.clear()
         try:
@@ -379,10 +391,10 @@ def _why_no_manifest(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object of one of a cache's .json files, None if there is no such file.
+    """The object in one of a cache's .json files, None if there is no such file.
 
     Raises:
-      ValueError: it is damaged; says what to do.
+      ValueError: it is damaged; the message says what to do.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
 """The input pipeline: endless batches for each process, read in parallel ahead of need.
 
-A run's examples and their order are an `ExampleStream`'s. The pipeline shares them out: a process's
-rows of a batch are read as one block, and Grain has blocks read in threads or worker processes. An
-iterator's whole state is one number, the global position: how many examples of the run all the
-processes have been given.
+An `ExampleStream` gives the run's examples. The pipeline divides them among the processes: each
+reads its rows of a batch as one block, and Grain reads blocks in threads or worker processes. The
+whole state of an iterator is one number, the global position: how many examples of the run all
+processes together have been given.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ def create_batches(
     run across the ends of epochs, and no example is left out.
 
     Args:
-      source: what to read.
+      source: the data set.
       global_batch_size: examples in a batch of all processes together.
-      seed: of order, crops and mirroring, 0 <= seed < 2**64.
-      process_index: which rows to read, 0 <= process_index < process_count, or several such
-        indices, in whose order the rows then are. Processes that hold the same rows (replicas,
-        or parts of one tensor-parallel group) pass the same.
-      process_count: into how many parts the rows are divided; with pure data parallelism
-        `jax.process_index()` and `jax.process_count()`.
+      seed: the seed of order, crops and mirroring, 0 <= seed < 2**64.
+      process_index: which part of the rows to read, 0 <= process_index < process_count, or several
+        parts, whose rows then come in that order. Processes that hold the same rows (replicas, or
+        parts of one tensor-parallel group) pass the same index.
+      process_count: into how many parts the rows are divided. With pure data parallelism the two
+        are `jax.process_index()` and `jax.process_count()`.
       flip: mirror each example with probability 1/2.
       image_size: crop and resize images to this height and width; None leaves them as they are.
-      position: the first example: 0, or what the run's last iterator had as `position`, whatever
-        its batch size and number of processes.
-      num_workers: reading processes; 0 reads with threads in this one, enough unless Python
-        code (decoding, cropping) is what takes the time. Each holds its own copy of a source
-        in memory. A program that uses them needs an `if __name__ == "__main__":` guard.
+      position: the first example: 0, or the `position` of the run's last iterator, which may have
+        had another batch size and number of processes.
+      num_workers: reading processes, each with its own copy of a source in memory. 0 reads with
+        threads in this process, which is enough unless Python code (decoding, cropping) takes most
+        of the time. A program with workers needs an `if __name__ == "__main__":` guard.
       read_ahead: batches prepared before they are asked for, and without workers also the
         number of threads that prepare them.
       crop, on_bad_image, max_bad_fraction: as `ExampleStream` has them.
@@ -102,13 +102,13 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     Each batch is {"image": (b, H, W, C), "label": int32 (b,)}, b being the global batch size over
     the number of processes: images uint8, or posteriors of latents, with twice the latent's
-    channels (see `ExampleStream.block`). Also a context manager, which closes it.
+    channels (see `ExampleStream.block`). It is also a context manager, which closes it.
 
     Attributes:
       stream: the run's examples.
-      num_skipped: how many times a bad image was passed over in the batches given since this was
-        made. May be read in any thread.
-      bad_records: what is wrong with each of those, by record.
+      num_skipped: how many times a bad image was passed over, in the batches given since the
+        iterator was made. Any thread may read it.
+      bad_records: the reason for each of those images, by record.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self._open_at = open_at
         self._position = position
         self._global_batch_size = global_batch_size
-        self._readers: list[grain.DatasetIterator] = []  # the one in use, or none
+        self._readers: list[grain.DatasetIterator] = []  # one while it reads, or none
         # Also at exit: Grain's workers end badly once the interpreter is half gone.
         weakref.finalize(self, _close_all, self._readers)
 
@@ -132,7 +132,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     def position(self) -> int:
         """How many examples of the run all processes together have been given, from its start.
 
-        What is read ahead does not count. `create_batches(..., position=...)` continues from here.
+        Examples that are only read ahead do not count. `create_batches(..., position=...)` goes on
+        from here.
         """
         return self._position
 
@@ -143,15 +144,15 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             batch = next(self._readers[0])
             self._report(batch.pop("bad", ()))
         except BaseException:
-            # Grain would go on with the batch after the one that failed; a caller that tries
-            # again must get the one that it was owed.
+            # Grain would go on with the batch after the one that failed; a caller that tries again
+            # must get the one that failed.
             self.close()
             raise
         self._position += self._global_batch_size
         return {name: _own_memory(rows) for name, rows in batch.items()}
 
     def _report(self, bad: Iterable[tuple[int, str]]) -> None:
-        """Counts bad images, and warns of each the first time that it is met."""
+        """Counts bad images, and warns of each when it is met for the first time."""
         for record, reason in bad:
             self.num_skipped += 1
             if record not in self.bad_records:
@@ -163,7 +164,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
                 )
 
     def close(self) -> None:
-        """Ends the reading threads and workers; a later `next` would start them at `position`."""
+        """Ends the reading threads and workers; a later `next` starts them again at `position`."""
         _close_all(self._readers)
 
     def __enter__(self) -> BatchIterator:
@@ -179,16 +180,19 @@ def _close_all(readers: list[grain.DatasetIterator]) -> None:
 
 
 def _own_memory(rows: np.ndarray) -> np.ndarray:
-    """`rows`, copied where a worker shared its memory: that would live as long as any reference to
-    it, a CPU device's arrays among them, and leak when the program ends."""
+    """`rows`, copied if they lie in a worker's shared memory.
+
+    That memory would live as long as any reference to it, such as a CPU device's array, and leak
+    when the program ends.
+    """
     return np.array(rows) if isinstance(rows, grain.multiprocessing.SharedMemoryArray) else rows
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """One process's rows of global batch k, by k: what Grain shares out to threads and workers.
+    """One process's rows of global batch k, by k. Grain reads them in its threads and workers.
 
-    A batch is of `parts` equal parts of `rows` rows, of which the process has those in `mine`.
+    A batch has `parts` equal parts of `rows` rows; the process reads those in `mine`.
     """
 
     stream: ExampleStream
@@ -211,11 +215,15 @@ class _Blocks:
 
 
 def _read(batches: grain.MapDataset, num_workers: int, read_ahead: int) -> grain.DatasetIterator:
-    """Iterates over `batches` with `read_ahead` threads, or that far ahead in worker processes."""
+    """An iterator over batches, read ahead.
+
+    Without workers `read_ahead` threads read one batch each; with workers they together read that
+    many batches ahead.
+    """
     if num_workers == 0:
         threads = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=read_ahead)
         return iter(batches.to_iter_dataset(threads))
-    if not flags.FLAGS.is_parsed():  # a notebook or a test: Grain's workers read its flags
+    if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain's workers read its flags
         flags.FLAGS.mark_as_parsed()
     no_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     workers = grain.MultiprocessingOptions(

@@ -1,7 +1,7 @@
 """A source of examples: the interface between a data set and the pipeline.
 
 A `Source` gives example i of a data set by its index, decoded when it is asked for. It knows
-nothing of order, epochs, batches or processes: those are the pipeline's.
+nothing of order, epochs, batches or processes, which the pipeline decides.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ class Source:
     """A dataset with random access: `source[i]` for 0 <= i < `len(source)`.
 
     Attributes:
-      name: how messages call it.
-      records: what is read, one record an example.
+      name: its name in messages.
+      records: the stored examples, one record each.
       image_shape: (height, width, channels) of an image as a model sees it; height and width
         are None where they vary, and the pipeline then needs an `image_size`.
       class_names: the name of each label, in order; empty for an unconditional dataset, whose
@@ -106,7 +106,7 @@ class Source:
         """`[self[i] for i in indices]`, read as one block where the records can be.
 
         Raises:
-          IndexError, BadImage, ValueError: as `self[i]` of the first that does.
+          IndexError, BadImage, ValueError: the error of the first `self[i]` that fails.
         """
         for index in indices:
             self._check_index(index)
@@ -116,9 +116,9 @@ class Source:
         return [self._example(i, *r) for i, r in zip(indices, read_block(indices), strict=True)]
 
     def pictures(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """`__getitems__`, but images that are stored encoded are Pillow's pictures.
+        """`__getitems__`, with Pillow's pictures where images are stored encoded.
 
-        To crop those takes less time than to crop their pixels.
+        Cropping a picture takes less time than cropping its pixels.
         """
         read_pictures = getattr(self.records, "pictures", None)
         if read_pictures is None:
@@ -129,11 +129,11 @@ class Source:
         return [{"image": picture, "label": self._label(i, n)} for i, (picture, n) in found]
 
     def identity(self) -> dict[str, str]:
-        """What the data are, to see whether two processes, or a run and its resumption, have the
-        same: short strings, empty where there is nothing to tell.
+        """Short strings that tell these data from others, empty where there is nothing to tell.
 
-        It takes a second for a million images: files are told apart by their names in the folder,
-        not by their contents, and arrays by some of their rows.
+        They agree where two processes, or a run and its resumption, have the same data. It takes a
+        second for a million images: files are told apart by their names in the folder, not by their
+        contents, and arrays by some of their rows.
 
         Returns:
           "examples", their number; "classes", their number and a digest of their names in order;
@@ -151,8 +151,10 @@ class Source:
         }
 
     def describe(self) -> str:
-        """One line for a log: how many examples, and the number of every class, or of the first
-        ten and the last."""
+        """One line for a log: how many examples, and which label each class has.
+
+        It lists the first ten and the last where there are more than twenty.
+        """
         names = [f"{label} = {name}" for label, name in enumerate(self.class_names)]
         if len(names) > 20:
             names[10:-1] = ["..."]
@@ -180,7 +182,10 @@ class Source:
 
 
 def short_digest(*parts: str | bytes) -> str:
-    """Of parts, one after the other, none of which holds the byte 0 where it is text."""
+    """The first 16 hexadecimal digits of the SHA-256 of some parts, each ended by a byte 0.
+
+    Text must not hold that byte: it would look like two parts.
+    """
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape"))

@@ -2,7 +2,7 @@
 
 A run is a sequence of examples i = 0, 1, 2, ..., and example i (which image, where cropped, whether
 mirrored) is a pure function of (seed, i). Batch size, processes, workers and restarts only decide
-which of them is computed where and when.
+where and when it is computed.
 
 Pixels stay in uint8 until the training step scales them: in float32 they would be four times as
 much to write, to pass between processes and to copy to a device.
@@ -31,7 +31,7 @@ from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.source import Source
 from mdt_jax.data.transforms import center_crop, random_crop
 
-# Philox is keyed by (seed, purpose), so that the draws for one purpose never meet another's.
+# Philox is keyed by (seed, purpose), so that draws for two purposes never coincide.
 _ORDER, _AUGMENTATION = 0, 1
 CROPS = {"center": lambda image, size, rng: center_crop(image, size), "random": random_crop}
 ON_BAD_IMAGE = ("error", "skip")
@@ -43,21 +43,21 @@ IMAGES_AT_ONCE = 16
 class ExampleStream:
     """A run's examples: `stream[i]` is example i of an endless sequence, a function of (seed, i).
 
-    Every `len(source)` consecutive examples from a multiple of `len(source)` on are one epoch:
-    each record once, in an order of its own.
+    Examples k * len(source) ... (k + 1) * len(source) - 1 are epoch k: each record once, in an
+    order of its own.
 
     Attributes:
-      source: what the examples are read from.
-      seed: 0 <= seed < 2**64.
+      source: the data set.
+      seed: the seed of order, crops and mirroring, 0 <= seed < 2**64.
       image_size: crop and resize images to this height and width; None leaves them as they are.
-      flip: mirror each example with probability 1/2. Encoded data of a cache with mirror images
-        give the posterior of the mirrored image; others the mirrored posterior, which is close
-        to it, but not the same.
+      flip: mirror each example with probability 1/2. A cache of latents with mirror images gives
+        the posterior of the mirrored image; other encoded data give the mirrored posterior, which
+        is close to it, but not the same.
       crop: "center" or "random", how images are cropped.
-      on_bad_image: what becomes of an image that cannot be used: "error", or "skip", which puts
-        the next record that can be used in its place, after the last the first.
+      on_bad_image: "error" stops at an image that cannot be used; "skip" takes the next record that
+        can be used in its place, the first after the last.
       max_bad_fraction: with "skip", stop when more than this part of all the source's records was
-        found bad: by one process, since its `BatchIterator` was made.
+        found bad by one process since its `BatchIterator` was made.
 
     Raises:
       ValueError: a seed or fraction out of range, an unknown `crop` or `on_bad_image`, or an
@@ -96,7 +96,7 @@ class ExampleStream:
             )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index`, a row of what `block` gives."""
+        """Example `index`, as one row of `block`."""
         block = self.block(index, 1)
         return {"image": block["image"][0], "label": block["label"][0]}
 
@@ -104,13 +104,13 @@ class ExampleStream:
         """Examples `first` ... `first + count - 1`, read at once.
 
         Returns:
-          {"image": uint8 (count, H, W, C), pixels, or posteriors of latents, of the stored type
-          and 2C channels, "label": int32 (count,)}; and "bad", pairs of a record that was passed
-          over and what is wrong with it, if bad images are skipped.
+          {"image": (count, H, W, C) uint8 pixels, or (count, h, w, 2c) posteriors of the stored
+          type, "label": int32 (count,)}. If bad images are skipped, also "bad", pairs of a record
+          that was passed over and the reason.
 
         Raises:
           BadImage: an image that cannot be used, or too many of them.
-          Exception: whatever else the source raises; what was being read ends its message.
+          Exception: any other error of the source; its message ends with what was being read.
         """
         indices = range(first, first + count)
         records = _records(self.seed, indices, len(self.source))
@@ -158,11 +158,12 @@ class ExampleStream:
     def _read_examples(
         self, records: list[int], indices: range, bad: list[tuple[int, str]]
     ) -> Iterator[dict[str, Any]]:
-        """The examples of records, or of those in their place; takes down the bad ones.
+        """The examples of records, or of others in place of bad ones, which go into `bad`.
 
-        A few at a time: hundreds of decoded images would not stay in the processor's cache.
+        They are read a few at a time: hundreds of decoded images would not stay in the processor's
+        cache.
         """
-        # Pictures are cropped before their pixels are looked at.
+        # Pictures are cropped before their pixels are copied into an array.
         read = self.source.__getitems__ if self.image_size is None else self.source.pictures
         at_once = IMAGES_AT_ONCE if hasattr(self.source.records, "__getitems__") else 1
         for first in range(0, len(records), at_once):
@@ -198,7 +199,7 @@ class ExampleStream:
 
     @contextlib.contextmanager
     def _located(self, what: str, indices: Sequence[int]) -> Iterator[None]:
-        """Adds to an exception's message what was being read."""
+        """Adds to an exception's message which examples were being read."""
         try:
             yield
         except Exception as error:
@@ -208,10 +209,10 @@ class ExampleStream:
 
 
 def _add_place(error: Exception, place: str) -> None:
-    """Ends an exception's message with a place: commands print the message alone, no notes."""
+    """Ends an exception's message with a place; not as a note, which commands do not print."""
     if isinstance(error, OSError) and error.strerror:
         error.strerror = f"{error.strerror} ({place})"
-        error.args = (error.errno, error.strerror)  # what travels from a worker
+        error.args = (error.errno, error.strerror)  # these travel from a worker
     elif len(error.args) == 1 and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]} ({place})",)
     else:
@@ -219,13 +220,22 @@ def _add_place(error: Exception, place: str) -> None:
 
 
 def _mirror(image: UInt8[np.ndarray, "h w c"], out: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes an image's mirror image. `out[:] = image[:, ::-1]` takes seven times as long."""
-    for channel in range(image.shape[2]):  # loops over all pixels, not over each one's channels
+    """Writes an image's mirror image into `out`, seven times as fast as `out[:] = image[:, ::-1]`.
+
+    NumPy's inner loop then goes over the pixels of a row, not over the channels of a pixel.
+    """
+    for channel in range(image.shape[2]):
         out[:, :, channel] = image[:, ::-1, channel]
 
 
 def check_bad_fraction(source: Source, max_fraction: float, bad: dict[int, str]) -> None:
-    """Raises BadImage if more records of a source are bad than that part of all."""
+    """Raises BadImage if all of a source's records are bad, or more than `max_fraction` of them.
+
+    Args:
+      source: the data set.
+      max_fraction: the part of all records that may be bad.
+      bad: the reason for each bad record found so far.
+    """
     if len(bad) > max_fraction * len(source) or len(bad) == len(source):
         raise BadImage(
             f"{source.name}: {len(bad):,} of {len(source):,} images cannot be used, more than "
@@ -234,7 +244,12 @@ def check_bad_fraction(source: Source, max_fraction: float, bad: dict[int, str])
 
 
 def example_spec(source: Source, image_size: int | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and type of an example of the pipeline's, of images cropped to `image_size`."""
+    """Shape and type of a batch's "image" and "label", without the batch axis.
+
+    Args:
+      source: the data set.
+      image_size: height and width that images are cropped to; None leaves them as they are.
+    """
     height, width, channels = source.image_shape
     if source.latents:
         dtype = getattr(source.records, "stored_dtype", np.dtype(np.float32))
@@ -249,7 +264,7 @@ def example_spec(source: Source, image_size: int | None) -> dict[str, jax.ShapeD
 
 
 def _records(seed: int, indices: range, count: int) -> Int64[np.ndarray, "n"]:
-    """The records of consecutive examples, which may run over ends of epochs."""
+    """The records of consecutive examples, which may belong to several epochs."""
     parts, first = [], indices.start
     while first < indices.stop:
         epoch, place = divmod(first, count)
@@ -259,26 +274,28 @@ def _records(seed: int, indices: range, count: int) -> Int64[np.ndarray, "n"]:
     return np.concatenate(parts)
 
 
-# 8 bytes a record, 10 MB for ImageNet: kept for the epochs that reading ahead and a second stream
-# (evaluation beside training) can touch at once.
+# 8 bytes a record, 10 MB for ImageNet. Four epochs are kept: reading ahead and a second stream
+# (evaluation beside training) can need as many at once.
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "{count}"]:
-    """The order of `count` records in an epoch: the argsort of uniform 64-bit draws, so that every
-    permutation is as likely as any other."""
+    """The order of `count` records in an epoch, every permutation as likely as any other.
+
+    It is the argsort of uniform 64-bit draws.
+    """
     draws = _philox(seed, _ORDER, epoch).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 def _philox(seed: int, purpose: int, index: int) -> np.random.Philox:
-    """Philox at block (0, 0, 0, index) of its counter: 2**192 blocks before it meets the next."""
+    """Philox at block (0, 0, 0, index) of its counter, 2**192 blocks before the next index's."""
     key = np.array([seed, purpose], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64))
 
 
 def _generators(seed: int, purpose: int, indices: Sequence[int]) -> Iterator[np.random.Generator]:
-    """The generator of each index in turn, of use until the next one is taken.
+    """The generator of each index in turn, valid until the next one is taken.
 
-    It is one object that is set anew: to make another takes seven times as long.
+    It is one object that is set anew: making another takes seven times as long.
     """
     bits = _philox(seed, purpose, 0)
     generator, state = np.random.Generator(bits), bits.state

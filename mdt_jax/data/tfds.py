@@ -15,22 +15,22 @@ from mdt_jax.data.source import Source, short_digest
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
     """A TensorFlow Datasets dataset, prepared on disk as ArrayRecord; needs no TensorFlow.
 
-    Its feature "image" is the image; its feature "label", where it is a `ClassLabel`, the label,
-    and otherwise the dataset is unconditional. What is on disk suffices: neither TFDS's code for
-    the dataset nor a network is needed.
+    Its feature "image" is the image, and its feature "label", if it is a `ClassLabel`, the label;
+    without one the dataset is unconditional. The files on disk suffice: neither TFDS's code for the
+    dataset nor a network is needed.
 
     Args:
       name: as TFDS writes it: "cifar10", "imagenet_resized/64x64", "name/config:version".
       split: as TFDS writes it: "train", "test", "train[:90%]".
-      data_dir: the folder that holds TFDS's datasets, its own default where None; or the very
-        folder of a prepared dataset, the one with dataset_info.json in it, which `name` must
-        then agree with or, empty, leaves open.
+      data_dir: the folder that holds TFDS's datasets, its own default where None; or the folder of
+        one prepared dataset, with dataset_info.json in it. `name` must then agree with it, or be
+        empty.
 
     Raises:
       FileNotFoundError: the dataset is not prepared in that folder.
       ValueError: it has no such split, no "image" of uint8, or a format without random access.
     """
-    import tensorflow_datasets as tfds  # only those who read such a dataset should wait for it
+    import tensorflow_datasets as tfds  # here, so that other sources do not wait for it
 
     builder = _find_prepared(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
     place = f"tfds:{name or builder.name}"
@@ -73,7 +73,12 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
 
 
 def _find_prepared(name: str, folder: Path) -> Any:
-    """TFDS's builder of a dataset on disk: in `folder`, or which `folder` is."""
+    """TFDS's builder of a dataset on disk, which is inside `folder` or is `folder` itself.
+
+    Raises:
+      FileNotFoundError: there is no such dataset.
+      ValueError: it cannot be read, or `folder` holds another one.
+    """
     from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core import read_only_builder, registered
 
@@ -119,13 +124,13 @@ def _prepare_command(name: str, folder: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
-    """The examples of a TFDS data source, decoded here."""
+    """The examples of a TFDS data source, decoded by `decode_picture` where that can."""
 
     name: str
-    examples: Any  # what `as_data_source` gives
+    examples: Any  # TFDS's data source
     labelled: bool
-    channels: int | None  # of the images, which arrive encoded; None: TFDS has decoded them
-    digest: str = ""  # of the files, for `Source.identity`
+    channels: int | None  # to decode images to; None where TFDS has decoded them
+    digest: str = ""  # the data set's, for `Source.identity`
 
     def __len__(self) -> int:
         return len(self.examples)
