@@ -1,4 +1,4 @@
-"""From images to a description: the features and sums that the metrics are computed from.
+"""Describing a set of images: the features and sums that the metrics are computed from.
 
 A description needs memory for the features of its images (8 kB each with Inception), never for the
 images.
@@ -35,19 +35,21 @@ DIGEST_KEY = "extractor_digest"  # in the metadata of a reference, see tools/ref
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSetDescription:
-    """All that the metrics need to know of a set of images.
+    """A set of images as the metrics need it. Without images it has the stored moments alone.
 
     Attributes:
-      name: where the images came from.
-      extractor, digest: what computed the features, and of which weights.
-      count: how many images were looked at; 0 for a reference that is statistics alone.
-      size: (height, width), None without images.
-      labels: (n,), None where there are none.
-      features: (n, d) for precision and recall, None without images.
-      pool, spatial: moments of the features, None where too few images or no such features.
+      name: the images' origin.
+      extractor: the name of the extractor that computed the features.
+      digest: the digest of its weights.
+      count: how many images were looked at; 0 without images.
+      size: (height, width); None without images.
+      labels: (n,); None where there are none.
+      features: (n, d) features for precision and recall; None without images.
+      pool: moments of the features for FID; None for fewer than two images.
+      spatial: moments of the features for sFID; None where there are none.
       inception_score: None where the extractor has no classes.
-      power: (rings,) mean radial power spectrum, None without images.
-      stored: whether the moments were stored with the reference, and not of these images.
+      power: (rings,) mean radial power spectrum; None without images.
+      stored: whether the moments were stored with the reference, and not computed from the images.
     """
 
     name: str
@@ -72,17 +74,19 @@ def describe_images(
     split_size: int = SPLIT_SIZE,
     progress: bool = False,
 ) -> ImageSetDescription:
-    """Looks at every image once, in several processes each at its share; all get the whole.
+    """Describes a set of images; every image is read once.
+
+    Each of several processes reads its share, and all get the description of the whole.
 
     Args:
-      images: of one size.
-      extractor: of this process's devices.
+      images: the set.
+      extractor: an extractor on this process's devices.
       batch_size: images read at a time.
-      split_size: of the Inception Score.
-      progress: whether to show a bar, on process 0.
+      split_size: images of a split of the Inception Score.
+      progress: whether process 0 shows a bar.
 
     Raises:
-      ValueError: features that are not finite, fewer images than processes, or what reading raises.
+      ValueError: features that are not finite, fewer images than processes, or an error of reading.
     """
     processes, index = jax.process_count(), jax.process_index()
     mine = share(images.count, index, processes)
@@ -99,7 +103,7 @@ def describe_images(
             features = extractor.extract(batch)
             if counted:
                 counted.result()
-            # Sums of this batch, while the devices have the next one.
+            # This batch is summed while the devices work on the next one.
             counted = counting.submit(collected.add, first, batch, features)
             bar.update(len(batch))
         if counted:
@@ -111,21 +115,21 @@ def describe_images(
 def describe_reference(
     place: str | Path, extractor: Extractor, *, recompute: bool = False, **settings
 ) -> ImageSetDescription:
-    """A reference in ADM's layout, or any images.
+    """Describes a reference: an npz of ADM's layout, or any images.
 
-    Stored `mu` and `sigma` (`mu_s` and `sigma_s` for sFID) take the place of the moments of its
-    images: ADM's references hold those of the whole training set, and images for precision and
-    recall. A reference without images gives Fréchet distances alone.
+    The `mu` and `sigma` (`mu_s` and `sigma_s` for sFID) of an npz take the place of the moments of
+    its images: ADM's references hold the moments of the whole training set, and images for
+    precision and recall. A reference without images gives Fréchet distances alone.
 
     Args:
-      place: as `open_images` takes it, or an npz of statistics alone.
-      extractor: must have the weights of the stored statistics.
-      recompute: whether stored statistics are to be passed over.
-      **settings: as `describe_images` takes them.
+      place: images as `open_images` takes them, or an npz of statistics alone.
+      extractor: an extractor with the weights of the stored statistics.
+      recompute: whether to ignore stored statistics.
+      **settings: the keywords of `describe_images`.
 
     Raises:
-      ValueError: statistics of other weights or of another number of features, or what reading
-        raises.
+      ValueError: statistics of other weights or of another number of features, or an error of
+        reading.
     """
     path = Path(place)
     members = npz_members(path) if path.suffix == ".npz" and path.exists() else []
@@ -174,7 +178,7 @@ class _Collected:
         self.pool = self.spatial = self.score = self.power = None
 
     def add(self, first: int, batch: np.ndarray, found: Features) -> None:
-        """A batch whose first image is `first` of all."""
+        """Adds a batch and its features; `first` is the index of its first image in the set."""
         check_finite(found, self.images.name, first)
         if self.features is None:
             self._begin(batch, found)
@@ -199,7 +203,7 @@ class _Collected:
         self.size = batch.shape[1:3]
 
     def join(self) -> None:
-        """Every process's sums, in the order of the processes."""
+        """Adds up all processes' sums, in the order of the processes."""
         if jax.process_count() == 1:
             return
         self.features = gather_rows(self.features, self.images.count)
@@ -211,7 +215,7 @@ class _Collected:
         self.power.count = self.images.count
 
     def description(self, extractor: Extractor) -> ImageSetDescription:
-        """What came of it."""
+        """The description of the images that were added."""
         enough = self.images.count > 1
         return ImageSetDescription(
             name=self.images.name,
@@ -238,7 +242,7 @@ def _joined(moments: FeatureMoments) -> FeatureMoments:
 
 
 def _check_digest(path: Path, members: list[str], extractor: Extractor) -> None:
-    """Refuses stored statistics that say that they are of other weights."""
+    """Refuses, with ValueError, statistics whose metadata name other weights."""
     if "metadata" not in members:
         return
     stored = json.loads(str(read_npz(path, "metadata"))).get(DIGEST_KEY)

@@ -1,4 +1,4 @@
-"""From two descriptions to a report: FID, sFID, Inception Score, precision, recall and the rest.
+"""Comparing two descriptions: FID, sFID, Inception Score, precision, recall and power spectra.
 
 The metrics are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py), which
 published numbers come from, and differ from it only in rounding: distances between features in
@@ -18,9 +18,9 @@ from mdt_jax.evaluation import manifold, spectrum
 from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.evaluation.statistics import frechet_distance
 
-# Samples that published FIDs are measured with; fewer give a higher FID.
+# How many samples published FIDs are measured with; fewer give a higher FID.
 PUBLISHED_SAMPLES = 50_000
-# Name, how a table shows it, which way is better.
+# Each metric's name, its name in a table, and which way is better.
 EVALUATION_METRICS = (
     ("fid", "FID", "lower"),
     ("sfid", "sFID", "lower"),
@@ -36,14 +36,14 @@ EVALUATION_METRICS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
-    """What `evaluate` found.
+    """The result of an evaluation.
 
     Attributes:
-      metrics: numbers by name, see `EVALUATION_METRICS`.
-      missing: why a metric is not there, by name.
-      warnings: what to know before believing the numbers, a sentence each.
-      classes: by label: samples, precision, precision_within.
-      power: of samples and reference in each ring, and their ratio in decibels.
+      metrics: numbers by the names of `EVALUATION_METRICS`.
+      missing: the reason for each metric that was not computed, by name.
+      warnings: reasons to doubt the numbers, a sentence each.
+      classes: by label, "samples", "precision" and "precision_within".
+      power: "samples" and "reference", the power in each ring, and "decibels", their ratio.
       about: names, counts, sizes and settings.
     """
 
@@ -59,7 +59,7 @@ class EvaluationReport:
         return dataclasses.asdict(self) | {"classes": {str(k): v for k, v in self.classes.items()}}
 
     def table(self, worst: int = 5) -> str:
-        """The report for a person: metrics, missing ones with the reason, worst classes, warnings.
+        """The report as text: metrics, reasons for missing ones, the worst classes, warnings.
 
         Args:
           worst: how many classes are listed, those of the lowest precision first.
@@ -88,12 +88,12 @@ def evaluate(
     k: int = manifold.NEIGHBOURS,
     progress: bool = False,
 ) -> EvaluationReport:
-    """All metrics of samples against a reference, or why one is not there.
+    """Computes all metrics of samples against a reference, or the reason why one is missing.
 
     Args:
-      reference: from `describe_reference` or `describe_images`.
-      samples: from `describe_images`, by the same extractor.
-      k: which neighbour the balls of precision and recall reach to.
+      reference: a result of `describe_reference` or `describe_images`.
+      samples: a result of `describe_images`, by the same extractor.
+      k: the balls of precision and recall reach to the k-th nearest neighbour.
       progress: whether to show a bar.
 
     Raises:
