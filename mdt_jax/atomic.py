@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -31,7 +32,8 @@ def whole_path(path: _Name, folder: _Name | None = None) -> Iterator[str]:
     path = os.path.abspath(path)
     place, name = os.path.split(path)
     os.makedirs(place, exist_ok=True)
-    aside = os.path.join(folder or place, f"{name}.{os.getpid()}.tmp")
+    # Not the process's number: one of another host, or container, may have the same.
+    aside = os.path.join(folder or place, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         yield aside
         with open(aside, "rb") as file:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sampling
 from mdt_jax.compilers.programs import Memory
-from mdt_jax.convert.autoencoder import DEFAULT_SCALE
+from mdt_jax.convert.autoencoder_settings import DEFAULT_SCALE
 from mdt_jax.models import flops
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.parallel import sharding

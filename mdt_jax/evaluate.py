@@ -30,8 +30,9 @@ from absl import app, flags
 
 from mdt_jax import checkpoints
 from mdt_jax.atomic import whole_file
-from mdt_jax.evaluation import evaluator, extractors
+from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import open_images
+from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
@@ -50,7 +51,12 @@ EVALUATE_FLAGS = (
     (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
     (flags.DEFINE_string, "output", None, "Where the JSON goes; nowhere by default."),
     (flags.DEFINE_integer, "feature_batch_size", 64, "Images through Inception at a time."),
-    (flags.DEFINE_integer, "split_size", evaluator.SPLIT_SIZE, "Images in a split of the score."),
+    (
+        flags.DEFINE_integer,
+        "split_size",
+        descriptions.SPLIT_SIZE,
+        "Images in a split.",
+    ),
     (flags.DEFINE_integer, "neighbours", 3, "k of precision and recall."),
     (flags.DEFINE_bool, "recompute_reference", False, "Pass over stored mu and sigma."),
 )
@@ -75,11 +81,11 @@ def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:
     # Before hours of sampling: here errors in the files show.
     _check_output(f.output)
     how = {"batch_size": f.feature_batch_size, "split_size": f.split_size, "progress": True}
-    reference = evaluator.describe_reference(
+    reference = descriptions.describe_reference(
         f.reference, extractor, recompute=f.recompute_reference, **how
     )
     place = make_samples(f, workdir) if workdir or f.checkpoint else f.samples
-    samples = evaluator.describe(open_images(place), extractor, **how)
+    samples = descriptions.describe_images(open_images(place), extractor, **how)
     return by_first_process(lambda: _finish(f, reference, samples))
 
 
@@ -155,7 +161,7 @@ def _check_output(output: str | None) -> None:
 
 
 def _finish(
-    f: flags.FlagValues, reference: evaluator.Description, samples: evaluator.Description
+    f: flags.FlagValues, reference: ImageSetDescription, samples: ImageSetDescription
 ) -> dict[str, Any]:
     report = evaluator.evaluate(reference, samples, k=f.neighbours, progress=True)
     settings = {name: getattr(f, name) for _, name, _, _ in (*EVALUATE_FLAGS, *SAMPLING_FLAGS)}
@@ -163,7 +169,7 @@ def _finish(
     found["about"] = found["about"] | {"split_size": f.split_size, "flags": settings}
     found["about"] |= {"versions": _versions(), "date": datetime.date.today().isoformat()}
     print(f"{samples.count:,} samples of {samples.name} against {reference.name}\n")
-    print(evaluator.table(report))
+    print(report.table())
     if f.output:
         text = json.dumps(found, indent=2, allow_nan=False)
         with whole_file(f.output) as file:

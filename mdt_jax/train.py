@@ -120,7 +120,7 @@ def _restore(
       The state; the meta data of its checkpoint, empty for a fresh run; whether the run was stopped
       before its samples were judged.
     """
-    state, meta = run.restore(store, checks.autoencoder_digest(source))
+    state, meta = run.restore(store, source.autoencoder_digest)
     checks.check_data_unchanged(meta, source, run.workdir)
     step = int(state.step)
     owed = run_evaluation.judgement_is_owed(run.config, run.workdir, step)

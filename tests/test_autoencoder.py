@@ -13,6 +13,12 @@ import numpy as np
 import pytest
 
 from mdt_jax.convert import autoencoder as convert
+from mdt_jax.convert.autoencoder_settings import (
+    DEFAULT_SCALE,
+    AutoencoderSettings,
+    settings_from_config,
+)
+from mdt_jax.data import LATENT_SCALE
 from mdt_jax.models import autoencoder as network
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.parallel import sharding
@@ -54,8 +60,8 @@ def images(count: int = 2) -> np.ndarray:
     return rng().uniform(-1, 1, (count, *SIDES, 3)).astype(np.float32)
 
 
-def settings_of(name: str) -> convert.AutoencoderSettings:
-    return convert.settings_from_config(CONFIGS[name])
+def settings_of(name: str) -> AutoencoderSettings:
+    return settings_from_config(CONFIGS[name])
 
 
 @functools.cache
@@ -387,12 +393,16 @@ def test_an_autoencoder_without_variances_is_refused():
 )
 def test_a_config_that_is_not_supported_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        convert.settings_from_config(CONFIGS["other"] | change)
+        settings_from_config(CONFIGS["other"] | change)
 
 
 def test_a_config_without_entries_has_diffusers_defaults():
-    settings = convert.settings_from_config({"_class_name": "AutoencoderKL", "sample_size": 256})
+    settings = settings_from_config({"_class_name": "AutoencoderKL", "sample_size": 256})
     assert (settings.scale, settings.shift, settings.block_widths) == (0.18215, 0.0, (64,))
+
+
+def test_latents_without_a_scale_of_their_own_are_scaled_as_training_scales_them():
+    assert DEFAULT_SCALE == LATENT_SCALE
 
 
 # Files

@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from mdt_jax import data
 from mdt_jax.data import sources
-from mdt_jax.data.pipeline import epoch_order
+from mdt_jax.data.stream import epoch_order
+from mdt_jax.data.tfds import _TfdsRecords
 from mdt_jax.training.step import scale_pixels
 
 DATA = Path(__file__).parent / "data"
@@ -394,7 +395,7 @@ def test_a_damaged_image_of_a_tfds_dataset_is_named_by_its_record():
         def __getitems__(self, indices):
             return [self[i] for i in indices]
 
-    records = sources._TfdsRecords("tfds:x/train", Examples([{"image": b"no image"}]), False, 3)
+    records = _TfdsRecords("tfds:x/train", Examples([{"image": b"no image"}]), False, 3)
     with pytest.raises(data.BadImage, match="tfds:x/train: record 0: cannot be decoded .no image"):
         data.Source("tfds:x/train", records, (None, None, 3))[0]
 
@@ -466,6 +467,17 @@ def test_a_configuration_chooses_dataset_split_and_folder(tmp_path, tfds_folder)
     assert create(name="folder", path=numbers, class_order="numeric").class_names == ("2", "10")
     assert create(name="folder", path=numbers, labels="none").class_names == ()
     assert len(create(name="tfds:shapes", path=str(tfds_folder), split="train[:2]")) == 2
+
+
+def test_a_new_data_set_is_one_function_and_one_line(monkeypatch):
+    def halves(data_config):
+        return data.arrays(IMAGES[:2] if data_config.split == "first" else IMAGES[2:])
+
+    monkeypatch.setitem(sources.SOURCES, "halves", halves)
+    source = data.create_source(ml_collections.ConfigDict({"name": "halves", "split": "first"}))
+    np.testing.assert_array_equal(source[1]["image"], IMAGES[1])
+    with pytest.raises(ValueError, match="'npy', 'tfds:NAME' and 'halves'"):
+        data.create_source(ml_collections.ConfigDict({"name": "thirds"}))
 
 
 # Transforms

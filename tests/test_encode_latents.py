@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 
 from mdt_jax import data
-from mdt_jax.convert.autoencoder import settings_from_config, to_torch
+from mdt_jax.convert.autoencoder import to_torch
+from mdt_jax.convert.autoencoder_settings import settings_from_config
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.parallel.command import one_line
 from mdt_jax.weights import files as weight_files

@@ -17,6 +17,8 @@ from jobs import xla_flags
 
 from mdt_jax.evaluation import evaluator, extractors, manifold, statistics
 from mdt_jax.evaluation.batches import ArrayImages
+from mdt_jax.evaluation.descriptions import DIGEST_KEY, describe_images, describe_reference
+from mdt_jax.evaluation.evaluator import EVALUATION_METRICS
 from mdt_jax.models.inception import InceptionV3
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ def sample_images(count=NUM_SAMPLES):
 
 @pytest.fixture(scope="module")
 def reference(extractor):
-    return evaluator.describe(ArrayImages(random_images(200, 0), labels(200), "ref"), extractor)
+    return describe_images(ArrayImages(random_images(200, 0), labels(200), "ref"), extractor)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def report(reference, extractor):
 
 
 def described(extractor, images=None, batch_size=64):
-    return evaluator.describe(
+    return describe_images(
         images or sample_images(), extractor, batch_size=batch_size, split_size=SPLIT
     )
 
@@ -59,7 +61,7 @@ def assert_same(found, known):
 
 
 def test_all_metrics_are_there_and_right(report, reference, extractor):
-    assert set(report.metrics) == {name for name, *_ in evaluator.METRICS} and not report.missing
+    assert set(report.metrics) == {name for name, *_ in EVALUATION_METRICS} and not report.missing
     features = extractor.extract(sample_images().images)
     known = extractor.extract(random_images(200, 0))
     for name, part in (("fid", "pool"), ("sfid", "spatial")):
@@ -69,7 +71,7 @@ def test_all_metrics_are_there_and_right(report, reference, extractor):
         )
         expected = statistics.frechet_distance(one, other)
         np.testing.assert_allclose(report.metrics[name], expected, rtol=1e-6)
-    found = manifold.compare(known.pool, features.pool)
+    found = manifold.compare_manifolds(known.pool, features.pool)
     assert report.metrics["precision"] == found.precision
     assert report.metrics["recall"] == found.recall
     assert report.classes[0]["samples"] == 50
@@ -116,11 +118,12 @@ from mdt_jax.parallel.distributed import initialize_distributed, leave
 initialize_distributed()
 sys.path.insert(0, {tests!r})
 import fake_extractor
-from mdt_jax.evaluation import evaluator, batches
+from mdt_jax.evaluation import batches, evaluator
+from mdt_jax.evaluation.descriptions import describe_images, describe_reference
 extractor = fake_extractor.create(devices=jax.local_devices())
 settings = dict(batch_size=16, split_size={split})
-reference = evaluator.describe_reference({reference!r}, extractor, **settings)
-samples = evaluator.describe(batches.open_images({samples!r}), extractor, **settings)
+reference = describe_reference({reference!r}, extractor, **settings)
+samples = describe_images(batches.open_images({samples!r}), extractor, **settings)
 print("metrics", json.dumps(evaluator.evaluate(reference, samples).metrics), flush=True)
 leave()
 """
@@ -165,13 +168,13 @@ def test_stored_statistics_take_the_place_of_the_images(tmp_path, extractor, ref
     stored = {"mu": moved, "sigma": pool.covariance}
     stored |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     np.savez(path, arr_0=random_images(200, 0), **stored)
-    found = evaluator.describe_reference(path, extractor)
+    found = describe_reference(path, extractor)
     np.testing.assert_array_equal(found.pool.mean, moved)
     assert found.stored and len(found.features) == 200
-    recomputed = evaluator.describe_reference(path, extractor, recompute=True)
+    recomputed = describe_reference(path, extractor, recompute=True)
     np.testing.assert_allclose(recomputed.pool.mean, pool.mean, rtol=1e-12)
     np.savez(path, **stored)
-    alone = evaluator.evaluate(evaluator.describe_reference(path, extractor), described(extractor))
+    alone = evaluator.evaluate(describe_reference(path, extractor), described(extractor))
     assert set(alone.metrics) == {"fid", "sfid", "inception_score"}
     assert alone.missing["precision"] == f"{path} holds no images (arr_0)"
     assert alone.missing["spectrum_distance_db"] == alone.missing["recall"]
@@ -180,11 +183,11 @@ def test_stored_statistics_take_the_place_of_the_images(tmp_path, extractor, ref
 def test_statistics_of_other_weights_are_refused(tmp_path, extractor, reference):
     path = tmp_path / "reference.npz"
     stored = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
-    stored["metadata"] = np.array(json.dumps({evaluator.DIGEST_KEY: "abc"}))
+    stored["metadata"] = np.array(json.dumps({DIGEST_KEY: "abc"}))
     np.savez(path, arr_0=random_images(200, 0), **stored)
     with pytest.raises(ValueError, match="statistics are of weights abc, .*recompute_reference"):
-        evaluator.describe_reference(path, extractor)
-    evaluator.describe_reference(path, extractor, recompute=True)
+        describe_reference(path, extractor)
+    describe_reference(path, extractor, recompute=True)
     with pytest.raises(ValueError, match="use one extractor for both"):
         evaluator.evaluate(reference, described(fake_extractor.create(seed=1)))
 
@@ -193,13 +196,13 @@ def test_statistics_of_other_features_are_refused(tmp_path, extractor):
     path = tmp_path / "reference.npz"
     np.savez(path, arr_0=random_images(20, 0), mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match="stored statistics of 7 features, fake has 12"):
-        evaluator.describe_reference(path, extractor)
+        describe_reference(path, extractor)
 
 
 def test_what_cannot_be_computed_is_said(extractor, reference):
     bare = fake_extractor.create(parts=("pool",))
     pair = [
-        evaluator.describe(ArrayImages(random_images(n, n), name=f"{n} images"), bare)
+        describe_images(ArrayImages(random_images(n, n), name=f"{n} images"), bare)
         for n in (20, 3, 1)
     ]
     few = evaluator.evaluate(pair[0], pair[1])
@@ -212,8 +215,8 @@ def test_what_cannot_be_computed_is_said(extractor, reference):
     unlabelled = evaluator.evaluate(pair[0], pair[0])
     assert unlabelled.missing["precision_per_class"] == "20 images holds no labels (arr_1)"
     for found in (few, one, unlabelled):
-        assert set(found.metrics) | set(found.missing) == {n for n, *_ in evaluator.METRICS}
-        assert all(text in evaluator.table(found) for text in found.missing.values())
+        assert set(found.metrics) | set(found.missing) == {n for n, *_ in EVALUATION_METRICS}
+        assert all(text in found.table() for text in found.missing.values())
 
 
 def test_fewer_samples_than_features_are_warned_of(extractor, reference):
@@ -229,7 +232,7 @@ def test_fewer_samples_than_features_are_warned_of(extractor, reference):
 
 def test_images_of_another_size_are_refused(reference):
     larger = fake_extractor.create(size=5)
-    other = evaluator.describe(ArrayImages(random_images(9, 0, size=5), name="large"), larger)
+    other = describe_images(ArrayImages(random_images(9, 0, size=5), name="large"), larger)
     with pytest.raises(ValueError, match="^large holds images of 5 × 5 pixels, ref of 4 × 4"):
         evaluator.evaluate(reference, dataclasses.replace(other, digest=reference.digest))
 
@@ -293,6 +296,6 @@ def test_bad_numbers_are_refused(extractor, reference):
     with pytest.raises(ValueError, match="--batch_size 0 is below 1"):
         described(extractor, batch_size=0)
     with pytest.raises(ValueError, match="--split_size 0 is below 1"):
-        evaluator.describe(sample_images(), extractor, split_size=0)
+        describe_images(sample_images(), extractor, split_size=0)
     with pytest.raises(ValueError, match="--neighbours 0 is below 1"):
         evaluator.evaluate(reference, reference, k=0)

@@ -31,13 +31,13 @@ def brute_force(reference, samples, k):
 
 
 def test_precision_and_recall_equal_the_reference(known):
-    found = manifold.compare(known["reference"], known["generated"])
+    found = manifold.compare_manifolds(known["reference"], known["generated"])
     np.testing.assert_allclose(found.precision, known["precision"], rtol=1e-6)
     np.testing.assert_allclose(found.recall, known["recall"], rtol=1e-6)
 
 
 def test_counting_the_point_itself_would_be_noticed(known):
-    found = manifold.compare(known["reference"], known["generated"], k=2)
+    found = manifold.compare_manifolds(known["reference"], known["generated"], k=2)
     assert abs(found.precision / known["precision"] - 1) > 1e-6
     assert abs(found.recall / known["recall"] - 1) > 1e-6
 
@@ -45,7 +45,7 @@ def test_counting_the_point_itself_would_be_noticed(known):
 @pytest.mark.parametrize("block_rows", [7, 50, 4096])
 def test_blocks_change_no_point(known, block_rows):
     reference, generated = known["reference"][:120], known["generated"][:90]
-    found = manifold.compare(reference, generated, block_rows=block_rows)
+    found = manifold.compare_manifolds(reference, generated, block_rows=block_rows)
     inside, covered = brute_force(reference, generated, 3)
     np.testing.assert_array_equal(found.samples_inside, inside)
     np.testing.assert_array_equal(found.reference_inside, covered)
@@ -54,8 +54,8 @@ def test_blocks_change_no_point(known, block_rows):
 def test_order_changes_no_point(known):
     reference, generated = known["reference"], known["generated"]
     order = np.random.default_rng(0).permutation(len(generated))
-    one = manifold.compare(reference, generated)
-    other = manifold.compare(reference[::-1], generated[order], block_rows=64)
+    one = manifold.compare_manifolds(reference, generated)
+    other = manifold.compare_manifolds(reference[::-1], generated[order], block_rows=64)
     np.testing.assert_array_equal(one.samples_inside[order], other.samples_inside)
     np.testing.assert_array_equal(one.reference_inside[::-1], other.reference_inside)
 
@@ -66,7 +66,7 @@ def test_distances_below_float32_rounding_are_told_apart():
     ends = np.array([[1000.0], [-1000.0]])
     reference = ends[np.arange(60) % 2] + rng.standard_normal((60, 3)) * 0.01
     generated = ends[np.arange(50) % 2] + rng.standard_normal((50, 3)) * 0.014
-    found = manifold.compare(reference, generated, block_rows=16)
+    found = manifold.compare_manifolds(reference, generated, block_rows=16)
     inside, covered = brute_force(reference, generated, 3)
     assert 0 < inside.mean() < 1
     np.testing.assert_array_equal(found.samples_inside, inside)
@@ -75,9 +75,9 @@ def test_distances_below_float32_rounding_are_told_apart():
 
 def test_images_that_are_all_the_same_lie_within_one_another():
     same = np.full((300, 8), 3.7, np.float32)
-    found = manifold.compare(same, same, block_rows=64)
+    found = manifold.compare_manifolds(same, same, block_rows=64)
     assert (found.precision, found.recall) == (1, 1)
-    assert manifold.compare(same, same + 1).precision == 0
+    assert manifold.compare_manifolds(same, same + 1).precision == 0
 
 
 def test_radii_are_distances_to_the_kth_other_point():
@@ -95,7 +95,7 @@ def test_precision_within_classes_asks_for_the_class():
     right = manifold.precision_within_classes(reference, labels, samples, labels)
     swapped = manifold.precision_within_classes(reference, labels, samples, 1 - labels)
     assert right == {0: 1.0, 1: 1.0} and swapped == {0: 0.0, 1: 0.0}
-    inside = manifold.compare(reference, samples).samples_inside
+    inside = manifold.compare_manifolds(reference, samples).samples_inside
     assert manifold.precision_per_class(inside, 1 - labels) == {0: 1.0, 1: 1.0}
 
 
@@ -108,13 +108,13 @@ def test_classes_with_too_few_reference_images_are_left_out():
 def test_progress_counts_every_pair():
     done = []
     points = np.random.default_rng(0).standard_normal((30, 2))
-    manifold.compare(points, points[:20], block_rows=8, progress=done.append)
+    manifold.compare_manifolds(points, points[:20], block_rows=8, progress=done.append)
     assert sum(done) == manifold.num_pairs(30, 20)
 
 
 def test_too_few_points_and_other_features_are_refused():
     points = np.zeros((4, 2))
     with pytest.raises(ValueError, match="neighbour number 3 needs 4 images at least, there are 3"):
-        manifold.compare(points, points[:3])
+        manifold.compare_manifolds(points, points[:3])
     with pytest.raises(ValueError, match="2 features against 1"):
-        manifold.compare(points, points[:, :1])
+        manifold.compare_manifolds(points, points[:, :1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdt_jax.evaluation.statistics import Gaussian, InceptionScore, Moments, frechet_distance
+from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, InceptionScore, frechet_distance
 
 TOLERANCE = 1e-6
 
@@ -17,7 +17,7 @@ def known():
 
 
 def gaussian(rows):
-    moments = Moments(rows.shape[1])
+    moments = FeatureMoments(rows.shape[1])
     moments.update(rows)
     return moments.gaussian()
 
@@ -108,7 +108,7 @@ def test_means_far_from_zero_lose_no_digits():
 def test_moments_do_not_depend_on_how_rows_are_batched():
     rows = clouds(3000)
     whole = gaussian(rows)
-    pieces = Moments(rows.shape[1])
+    pieces = FeatureMoments(rows.shape[1])
     for first in range(0, len(rows), 7):
         pieces.update(rows[first : first + 7])
     np.testing.assert_array_equal(pieces.gaussian().mean, whole.mean)
@@ -117,11 +117,11 @@ def test_moments_do_not_depend_on_how_rows_are_batched():
 
 def test_merged_moments_are_those_of_all_rows():
     rows = clouds(3000)
-    merged = Moments(rows.shape[1])
+    merged = FeatureMoments(rows.shape[1])
     for part in np.split(rows, [5, 1500, 1500]):
-        other = Moments(rows.shape[1])
+        other = FeatureMoments(rows.shape[1])
         other.update(part)
-        merged.merge(Moments.from_state(*other.state()))
+        merged.merge(FeatureMoments.from_state(*other.state()))
     assert merged.count == len(rows)
     covariance = np.cov(rows.astype("f8"), rowvar=False)
     np.testing.assert_allclose(merged.gaussian().covariance, covariance, rtol=1e-10, atol=1e-10)

@@ -25,7 +25,7 @@ from mdt_jax.training.step import draw_latents
 from mdt_jax.weights.autoencoder import Autoencoder, _encode
 
 COUNT = 11
-DESCRIPTION = latent_cache.Description(
+DESCRIPTION = latent_cache.CacheDescription(
     source="pictures", num_images=COUNT, class_names=("cat", "dog", "emu"), image_size=8,
     vae="mse", vae_digest="0" * 64, scale=data.LATENT_SCALE, compute_dtype="float32",
     latent_shape=(4, 4, 2), dtype="float16", mirror=True, images_per_shard=4,
@@ -42,13 +42,13 @@ def records(description=DESCRIPTION) -> np.ndarray:
 
 
 def write(folder: Path, description=DESCRIPTION, rows: np.ndarray | None = None) -> Path:
-    latent_writing.begin(folder, description)
+    latent_writing.begin_cache(folder, description)
     rows = records(description) if rows is None else rows
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
         shard_rows = rows[images.start : images.stop].reshape(-1)
         latent_writing.write_shard(folder, description, shard, [shard_rows[:3], shard_rows[3:]])
-    assert latent_writing.finish(folder, description)
+    assert latent_writing.finish_cache(folder, description)
     return folder
 
 
@@ -230,10 +230,10 @@ def test_a_record_of_another_image_is_named(tmp_path):
 
 def test_images_that_were_left_out_change_which_record_is_whose(tmp_path):
     rows = records()
-    latent_writing.begin(tmp_path, DESCRIPTION)
+    latent_writing.begin_cache(tmp_path, DESCRIPTION)
     for shard, kept in enumerate(([0, 2, 3], [4, 7], [8, 9, 10])):
         latent_writing.write_shard(tmp_path, DESCRIPTION, shard, [rows[kept].reshape(-1)])
-    assert latent_writing.finish(tmp_path, DESCRIPTION)
+    assert latent_writing.finish_cache(tmp_path, DESCRIPTION)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [shard["left_out"] for shard in manifest["shards"]] == [[1], [5, 6], []]
     assert manifest["left_out"] == 3
@@ -277,7 +277,7 @@ def test_a_manifest_from_before_sources_had_digests_is_read_and_gone_on_with(cop
             part.pop(key, None)
     file.write_text(json.dumps(manifest))
     assert len(data.latents_source(copy)) == COUNT
-    latent_writing.begin(copy, dataclasses.replace(DESCRIPTION, source_digest="12ab"))
+    latent_writing.begin_cache(copy, dataclasses.replace(DESCRIPTION, source_digest="12ab"))
 
 
 # Several processes
@@ -293,7 +293,7 @@ with open(sys.argv[1], "a") as file:
 
 
 def test_a_shard_that_another_process_holds_is_refused_until_that_one_has_died(tmp_path):
-    latent_writing.begin(tmp_path, DESCRIPTION)
+    latent_writing.begin_cache(tmp_path, DESCRIPTION)
     shard = tmp_path / DESCRIPTION.shard_name(1)
     left, other = (tmp_path / f".{DESCRIPTION.shard_name(k)}.12ab.partial" for k in (1, 2))
     left.touch(), other.touch()
@@ -302,14 +302,14 @@ def test_a_shard_that_another_process_holds_is_refused_until_that_one_has_died(t
         holder.stdout.readline()
         with (
             pytest.raises(FileExistsError, match=f"^{shard}: another process is to encode it"),
-            latent_writing.claim(tmp_path, DESCRIPTION, range(3)),
+            latent_writing.claim_shards(tmp_path, DESCRIPTION, range(3)),
         ):
             pass
-        with latent_writing.claim(tmp_path, DESCRIPTION, [0]):
+        with latent_writing.claim_shards(tmp_path, DESCRIPTION, [0]):
             pass
         assert left.exists() and (tmp_path / latent_writing.CLAIMS).exists()
         holder.kill()
-    with latent_writing.claim(tmp_path, DESCRIPTION, [1]):
+    with latent_writing.claim_shards(tmp_path, DESCRIPTION, [1]):
         assert not left.exists() and other.exists()
     assert not (tmp_path / latent_writing.CLAIMS).exists()
 
@@ -320,10 +320,10 @@ def test_where_a_file_system_has_no_locks_nothing_is_claimed(copy, monkeypatch):
 
     monkeypatch.setattr(latent_writing.fcntl, "lockf", refuse)
     whole = {file.name: file.read_bytes() for file in copy.iterdir()}
-    latent_writing.begin(copy, DESCRIPTION)
-    with latent_writing.claim(copy, DESCRIPTION, range(3)):
-        assert latent_writing.unfinished(copy, DESCRIPTION, range(3)) == []
-    assert latent_writing.finish(copy, DESCRIPTION)
+    latent_writing.begin_cache(copy, DESCRIPTION)
+    with latent_writing.claim_shards(copy, DESCRIPTION, range(3)):
+        assert latent_writing.unfinished_shards(copy, DESCRIPTION, range(3)) == []
+    assert latent_writing.finish_cache(copy, DESCRIPTION)
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == whole
 
 
@@ -331,20 +331,20 @@ def test_a_manifest_is_set_aside_as_soon_as_a_shard_is_found_damaged(copy):
     whole = {file.name: file.read_bytes() for file in copy.iterdir()}
     shard = copy / DESCRIPTION.shard_name(1)
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-    assert latent_writing.unfinished(copy, DESCRIPTION, [0, 2]) == []
+    assert latent_writing.unfinished_shards(copy, DESCRIPTION, [0, 2]) == []
     assert data.latents_source(copy)
-    assert latent_writing.unfinished(copy, DESCRIPTION, [1]) == [1]
+    assert latent_writing.unfinished_shards(copy, DESCRIPTION, [1]) == [1]
     with pytest.raises(FileNotFoundError, match="is not finished; run the tools/encode_latents"):
         data.latents_source(copy)
-    assert not latent_writing.finish(copy, DESCRIPTION)  # as another process would, meanwhile
-    assert latent_writing.unfinished(copy, DESCRIPTION, range(3)) == [1]
+    assert not latent_writing.finish_cache(copy, DESCRIPTION)  # as another process would, meanwhile
+    assert latent_writing.unfinished_shards(copy, DESCRIPTION, range(3)) == [1]
     latent_writing.write_shard(copy, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
-    assert latent_writing.finish(copy, DESCRIPTION)
+    assert latent_writing.finish_cache(copy, DESCRIPTION)
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == whole
 
 
 def test_the_room_that_is_needed_is_that_of_all_processes(tmp_path):
-    latent_writing.begin(tmp_path, DESCRIPTION)
+    latent_writing.begin_cache(tmp_path, DESCRIPTION)
     sizes = [DESCRIPTION.shard_bytes(shard) for shard in range(3)]
     assert latent_writing.bytes_to_come(tmp_path, DESCRIPTION, [0]) == sum(sizes)
     latent_writing.write_shard(tmp_path, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
@@ -484,19 +484,18 @@ def encode_cache(pixels: np.ndarray, autoencoder: Autoencoder, folder: Path) -> 
     for k, version in enumerate((pixels, pixels[:, :, ::-1])):
         moments = autoencoder.encode(data.to_unit_range(version), batch_size=len(pixels))
         rows["posterior"][:, k] = np.concatenate(moments, axis=-1)
-    latent_writing.begin(folder, description)
+    latent_writing.begin_cache(folder, description)
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
         part = rows[images.start : images.stop].reshape(-1)
         latent_writing.write_shard(folder, description, shard, [part])
-    assert latent_writing.finish(folder, description)
+    assert latent_writing.finish_cache(folder, description)
     return data.latents_source(folder)
 
 
 def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencoder, tmp_path):
     r = reference("dit")
     trainer = make_trainer("dit")
-    on_latents = dataclasses.replace(trainer, inputs_fn=draw_latents)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, SIDE, SIDE, 3), np.uint8)
     images = data.arrays(pixels, np.arange(20) % 10)
@@ -506,9 +505,11 @@ def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencod
     )
     shape = (BATCH, *trainer.model.image_shape)
 
+    of_posteriors = make_trainer("dit", examples=latents.kind)
+
     @jax.jit
     def on_posteriors(state, batch):
-        return on_latents.step(state, batch, num_kept=None)[1]
+        return of_posteriors.step(state, batch, num_kept=None)[1]
 
     @jax.jit
     def encoding_in_the_step(state, batch):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mdt_jax"
 # From the ground up: an entry imports from its own floor only itself, and from those below it.
 FLOORS = (
-    ("models", "diffusion", "data", "atomic"),
+    ("atomic",),
+    ("models", "diffusion", "data"),
     ("parallel", "convert", "config"),
     ("checkpoints",),
     ("weights",),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import data
-from mdt_jax.training.step import draw_latents, scale_images
+from mdt_jax.training.step import model_inputs
 
 
 class Numbered:
@@ -142,13 +142,31 @@ def test_the_spec_is_that_of_a_batchs_examples(image_size):
 def test_the_step_scales_pixels_draws_latents_and_takes_inputs_as_they_are():
     step, pixels = jnp.int32(0), np.arange(8 * 4 * 4 * 2).reshape(8, 4, 4, 2).astype(np.uint8)
     inputs = data.to_unit_range(pixels)
-    for images in (pixels, inputs):
-        made = scale_images(0, step, jnp.asarray(images))
+    kinds = data.ExampleKind
+    for kind, images in ((kinds.PIXELS, pixels), (kinds.INPUTS, inputs)):
+        made = model_inputs(kind, 0, step, jnp.asarray(images))
         np.testing.assert_array_equal(made, inputs)
     certain = np.concatenate([inputs, np.zeros_like(inputs)], -1).astype(np.float16)
-    latents = draw_latents(0, step, jnp.asarray(certain))
+    latents = model_inputs(kinds.POSTERIORS, 0, step, jnp.asarray(certain))
     scaled = certain[..., :2].astype(np.float32) * np.float32(data.LATENT_SCALE)
     np.testing.assert_array_equal(latents, scaled)
+
+
+def test_posteriors_are_told_from_inputs_by_their_kind_not_by_their_shape():
+    images = jnp.ones((2, 4, 4, 8))
+    inputs = model_inputs(data.ExampleKind.INPUTS, 0, jnp.int32(0), images)
+    np.testing.assert_array_equal(inputs, images)
+    latents = model_inputs(data.ExampleKind.POSTERIORS, 0, jnp.int32(0), images)
+    assert latents.shape == (2, 4, 4, 4)
+
+
+def test_images_of_another_kind_than_the_steps_are_refused():
+    pixels = jnp.zeros((2, 4, 4, 3), jnp.uint8)
+    for kind in (data.ExampleKind.INPUTS, data.ExampleKind.POSTERIORS):
+        with pytest.raises(ValueError, match=f"takes {kind.value}, the batch holds uint8 images"):
+            model_inputs(kind, 0, jnp.int32(0), pixels)
+    with pytest.raises(ValueError, match="takes pixels, the batch holds float32 images"):
+        model_inputs(data.ExampleKind.PIXELS, 0, jnp.int32(0), pixels.astype(jnp.float32))
 
 
 def test_an_image_is_cropped_anew_each_epoch():

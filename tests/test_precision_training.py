@@ -1,5 +1,6 @@
 """Training in bfloat16 gets as far as in float32: the digits' own measure, over seeds."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from flax import linen as nn
 
 from configs.digits import get_config
 from mdt_jax import sampling
-from mdt_jax.data import create_source
+from mdt_jax.data import ExampleKind, create_source
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling import images
 from mdt_jax.training import run_evaluation
@@ -44,7 +45,7 @@ def distances(judge, dtype, between_steps=lambda state: state):
     """One for each seed, of samples from the average, every seed by the same compiled programs."""
     config = small_config(dtype)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    trainer = create_trainer(config, mesh)
+    trainer = dataclasses.replace(create_trainer(config, mesh), examples=ExampleKind.PIXELS)
     step = trainer.jit_step(trainer.model.kept_tokens(**config.masking).counts[0])
     model = sampling.DiffusionModel.from_config(config)
     options = sampling.resolve_options(model, sampler="dpm++", cfg_scale=1.0)

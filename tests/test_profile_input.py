@@ -80,9 +80,9 @@ def test_pillow_alone_gives_the_pipelines_pixels(tmp_path):
 
 
 def test_the_rate_that_the_default_model_needs_is_known_without_a_flag():
-    rate, why = profile_input.needed_rate(profile_input.parse([]))
+    rate, why = profile_input.needed_rate(profile_input.parse_arguments([]))
     assert round(rate) == 303 and why == "MDTv2-XL/2 on 1 x NVIDIA H200 at 40% MFU"
-    shared = profile_input.parse(["--images_per_second", "90", "--processes", "3"])
+    shared = profile_input.parse_arguments(["--images_per_second", "90", "--processes", "3"])
     assert profile_input.needed_rate(shared) == (
         30,
         "--images_per_second 90, shared by 3 processes",

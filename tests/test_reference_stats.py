@@ -13,7 +13,7 @@ import pytest
 from fake_extractor import random_images
 
 from mdt_jax import data
-from mdt_jax.evaluation import evaluator
+from mdt_jax.evaluation import descriptions, evaluator
 from mdt_jax.evaluation.batches import ArrayImages
 from mdt_jax.sampling import images
 
@@ -86,13 +86,13 @@ def test_evaluation_takes_it(source, tmp_path):
     path = tmp_path / "r.npz"
     make(source, path)
     extractor = fake_extractor.create()
-    reference = evaluator.describe_reference(path, extractor)
+    reference = descriptions.describe_reference(path, extractor)
     assert reference.stored and reference.count == 20
-    samples = evaluator.describe(ArrayImages(cropped(source)), extractor)
+    samples = descriptions.describe_images(ArrayImages(cropped(source)), extractor)
     assert abs(evaluator.evaluate(reference, samples).metrics["fid"]) < 1e-9
-    assert images.read_metadata(path)[evaluator.DIGEST_KEY] == extractor.digest
+    assert images.read_metadata(path)[descriptions.DIGEST_KEY] == extractor.digest
     with pytest.raises(ValueError, match="statistics are of weights"):
-        evaluator.describe_reference(path, fake_extractor.create(seed=1))
+        descriptions.describe_reference(path, fake_extractor.create(seed=1))
 
 
 def test_sources_that_do_not_fit_are_refused(source, tmp_path):

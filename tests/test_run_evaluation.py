@@ -12,7 +12,8 @@ from mdt_jax import config as config_lib
 from mdt_jax import data, sampling
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.batches import ArrayImages
-from mdt_jax.evaluation.evaluator import describe, evaluate
+from mdt_jax.evaluation.descriptions import describe_images
+from mdt_jax.evaluation.evaluator import evaluate
 from mdt_jax.parallel import sharding
 from mdt_jax.training import run_evaluation
 from mdt_jax.training.run import Run
@@ -31,13 +32,13 @@ def scans(split):
 @functools.cache
 def trained():
     images, labels = scans("train")
-    judge = classifier.train(images, labels, CLASSES)
-    return judge, describe(ArrayImages(images, labels), judge)
+    judge = classifier.train_classifier(images, labels, CLASSES)
+    return judge, describe_images(ArrayImages(images, labels), judge)
 
 
 def measure(images, labels=None):
     judge, reference = trained()
-    return evaluate(reference, describe(ArrayImages(images, labels), judge)).metrics
+    return evaluate(reference, describe_images(ArrayImages(images, labels), judge)).metrics
 
 
 def test_the_classifier_reads_scans_that_it_has_not_seen():
@@ -67,9 +68,9 @@ def test_heldout_scans_are_near_the_training_scans_and_worse_sets_are_not():
 def test_the_digest_says_which_training_images_it_was():
     images, labels = scans("train")
     few = images[:200], labels[:200]
-    one = classifier.train(*few, CLASSES)
-    assert one.digest == classifier.train(*few, CLASSES).digest
-    assert one.digest != classifier.train(images[1:201], labels[1:201], CLASSES).digest
+    one = classifier.train_classifier(*few, CLASSES)
+    assert one.digest == classifier.train_classifier(*few, CLASSES).digest
+    assert one.digest != classifier.train_classifier(images[1:201], labels[1:201], CLASSES).digest
 
 
 def test_features_do_not_depend_on_the_batch():
@@ -84,7 +85,7 @@ def test_features_do_not_depend_on_the_batch():
 def test_classes_without_images_have_no_probability(present):
     images, labels = scans("train")
     chosen = np.isin(labels, present)
-    judge = classifier.train(images[chosen][:200], labels[chosen][:200], CLASSES)
+    judge = classifier.train_classifier(images[chosen][:200], labels[chosen][:200], CLASSES)
     probabilities = judge.extract(images[chosen][200:300]).probabilities
     assert probabilities.shape[1] == CLASSES
     np.testing.assert_allclose(probabilities[:, present].sum(axis=1), 1, rtol=1e-6)
@@ -94,14 +95,14 @@ def test_classes_without_images_have_no_probability(present):
 def test_one_class_is_none_to_learn():
     images, _ = scans("heldout")
     with pytest.raises(ValueError, match="images of 1 class: a classifier needs at least two"):
-        classifier.train(images, np.zeros(len(images), int), CLASSES)
+        classifier.train_classifier(images, np.zeros(len(images), int), CLASSES)
 
 
 def test_a_run_keeps_its_classifier(tmp_path, monkeypatch):
     images, labels = scans("heldout")
     path = tmp_path / "run" / "classifier.npy"
     first = classifier.load_or_train(path, images, labels, CLASSES)
-    monkeypatch.setattr(classifier, "train", None)
+    monkeypatch.setattr(classifier, "train_classifier", None)
     again = classifier.load_or_train(path, images, labels, CLASSES)
     assert again.digest == first.digest
     with pytest.raises(ValueError, match="classifier.npy: a classifier of .*; remove it"):

@@ -19,8 +19,8 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
-from mdt_jax.convert.autoencoder import settings_from_config
 from mdt_jax.convert.autoencoder import to_torch as autoencoder_to_torch
+from mdt_jax.convert.autoencoder_settings import settings_from_config
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.diffusion.samplers import FEW_STEPS, SAMPLERS
 from mdt_jax.models.autoencoder import AutoencoderKL

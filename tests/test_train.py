@@ -1,6 +1,7 @@
 """The training command: it survives being killed, compiles once, and refuses what cannot work."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -246,7 +247,8 @@ def test_nothing_compiles_after_the_first_step(finished):
 def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path, monkeypatch):
     def compile_only_first(run, _):
         first, second = run.kept_tokens.counts
-        return {first: finished.steps[first], second: run.trainer.jit_step(second)}
+        trainer = dataclasses.replace(run.trainer, examples=data.ExampleKind.PIXELS)
+        return {first: finished.steps[first], second: trainer.jit_step(second)}
 
     def warm_up_when_used(sampler, params):
         if isinstance(params["pos_embed"], jax.Array):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.evaluation import manifold
-from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel.command import command_ending
 
 
@@ -73,13 +73,13 @@ def _anonymous_bytes() -> int:
 
 def moments(features: np.ndarray) -> Gaussian:
     """Mean and covariance, in batches as images come."""
-    found = Moments(features.shape[1])
+    found = FeatureMoments(features.shape[1])
     for first in range(0, len(features), 64):
         found.update(features[first : first + 64])
     return found.gaussian()
 
 
-def benchmark(samples: int, references: list[int], size: int) -> list[dict]:
+def benchmark_metrics(samples: int, references: list[int], size: int) -> list[dict]:
     """One row for each part."""
     rows: list[dict] = []
     generated = random_features(samples, size, seed=1, shift=0.01)
@@ -94,7 +94,7 @@ def benchmark(samples: int, references: list[int], size: int) -> list[dict]:
         with measured(
             rows, part="precision and recall", samples=samples, reference=count, features=size
         ) as row:
-            found = manifold.compare(known, generated)
+            found = manifold.compare_manifolds(known, generated)
             row["value"] = [found.precision, found.recall]
     return rows
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
     with command_ending():
-        rows = benchmark(args.samples, args.references, args.features)
+        rows = benchmark_metrics(args.samples, args.references, args.features)
         print(
             "| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6
         )

@@ -48,8 +48,8 @@ from mdt_jax.data import (
     latent_writing,
     to_unit_range,
 )
-from mdt_jax.data.latent_cache import Description
-from mdt_jax.data.pipeline import check_bad_fraction
+from mdt_jax.data.latent_cache import CacheDescription
+from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.weights.autoencoder import Autoencoder
@@ -123,12 +123,12 @@ def encode_latents(
             raise ValueError(f"--{flag} {value} is below 1")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"--max_bad_fraction {max_bad_fraction:g} is outside 0 to 1")
-    description = describe(source, autoencoder, image_size, mirror, dtype, images_per_shard)
-    latent_writing.begin(output, description)
+    description = describe_cache(source, autoencoder, image_size, mirror, dtype, images_per_shard)
+    latent_writing.begin_cache(output, description)
     mine = range(process_index, description.num_shards, process_count)
     batch_size = min(batch_size, images_per_shard, len(source))
-    with latent_writing.claim(output, description, mine):
-        todo = latent_writing.unfinished(output, description, mine)
+    with latent_writing.claim_shards(output, description, mine):
+        todo = latent_writing.unfinished_shards(output, description, mine)
         _check_space(output, latent_writing.bytes_to_come(output, description, todo))
         total, left = (sum(len(description.shard_images(k)) for k in ks) for ks in (mine, todo))
         max_bad = max_bad_fraction if on_bad_image == "skip" else None
@@ -140,20 +140,20 @@ def encode_latents(
             for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
                 encoded = _encode(description, autoencoder, of_shard, batch_size, bar)
                 latent_writing.write_shard(output, description, shard, encoded)
-    return latent_writing.finish(output, description)
+    return latent_writing.finish_cache(output, description)
 
 
-def describe(
+def describe_cache(
     source: Source,
     autoencoder: Autoencoder,
     image_size: int,
     mirror: bool,
     dtype: str,
     images_per_shard: int,
-) -> Description:
+) -> CacheDescription:
     """What the cache is to hold."""
     side = image_size // autoencoder.module.downsampling
-    return Description(
+    return CacheDescription(
         source=source.name,
         num_images=len(source),
         class_names=tuple(source.class_names),
@@ -183,7 +183,7 @@ def encoder_digest(autoencoder: Autoencoder) -> str:
 
 
 def _encode(
-    description: Description,
+    description: CacheDescription,
     autoencoder: Autoencoder,
     batches: Iterable[Batch],
     batch_size: int,
@@ -239,7 +239,7 @@ def _reader(
 
 def _batches(
     read: Callable[[int], tuple[int, np.ndarray, int] | None],
-    description: Description,
+    description: CacheDescription,
     shards: Iterable[int],
     batch_size: int,
 ) -> Iterator[Batch]:
@@ -263,7 +263,7 @@ def _batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _batch(description: Description, shard: int, futures: list[Future]) -> Batch:
+def _batch(description: CacheDescription, shard: int, futures: list[Future]) -> Batch:
     """Waits for images; those that are left out are not in it."""
     found = [result for future in futures if (result := future.result())]
     images = np.zeros((len(found), description.image_size, description.image_size, 3), np.float32)
@@ -342,7 +342,7 @@ def main(_: list[str]) -> None:
 
 def _summary(output: Path) -> str:
     """What a finished cache holds."""
-    manifest = json.loads((output / latent_cache.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((output / latent_cache.CACHE_MANIFEST).read_text(encoding="utf-8"))
     left_out, count = manifest["left_out"], manifest["num_images"]
     return (
         f"{output}: latents of {count - left_out:,} images in {len(manifest['shards']):,} files; "

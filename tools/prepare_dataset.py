@@ -44,7 +44,7 @@ from absl import logging
 
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
-from mdt_jax.data.prepare import Images, Prepared, Record, prepare
+from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepare_dataset
 from mdt_jax.parallel.command import command_ending, one_line
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
@@ -58,7 +58,7 @@ TAR_BLOCK = 512
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
-def from_tar(path: Path) -> Images:
+def from_tar(path: Path) -> InputImages:
     """The images of a tar of a tar for each class, in the tar's order.
 
     Raises:
@@ -79,18 +79,18 @@ def from_tar(path: Path) -> Images:
         )
     names = sorted(PurePosixPath(member.name).stem for member in members)
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[InputImage]:
         with _open_tar(str(path), name=path) as archive:
             for member in members:
                 label = names.index(PurePosixPath(member.name).stem)
                 yield from _class_records(f"{path}: {member.name}", archive, member, label)
 
-    return Images(str(path), records, path.stat().st_size, tuple(names))
+    return InputImages(str(path), records, path.stat().st_size, tuple(names))
 
 
 def _class_records(
     place: str, archive: tarfile.TarFile, member: tarfile.TarInfo, label: int
-) -> Iterator[Record]:
+) -> Iterator[InputImage]:
     empty = True
     with _open_tar(place, fileobj=archive.extractfile(member)) as images:
         for image in _members(place, images):
@@ -100,7 +100,7 @@ def _class_records(
                 data = images.extractfile(image).read()
             except TAR_ERRORS as error:
                 raise ValueError(f"{place}: ends early in {image.name} ({error})") from error
-            yield Record(f"{place}/{image.name}", PurePosixPath(image.name).name, data, label)
+            yield InputImage(f"{place}/{image.name}", PurePosixPath(image.name).name, data, label)
             empty = False
     if empty:
         raise ValueError(f"{place}: holds no images, so it cannot be a class")
@@ -134,7 +134,7 @@ def _is_hidden(name: str) -> bool:
     return PurePosixPath(name).name.startswith(".")
 
 
-def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -> Images:
+def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -> InputImages:
     """The images of a folder, as training reads it.
 
     Raises:
@@ -143,16 +143,16 @@ def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -
     folder = read_folder(path, class_order, labels)
     print(f"{path}: {folder.layout}")
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[InputImage]:
         for index, file in enumerate(folder.files):
             label = 0 if folder.labels is None else int(folder.labels[index])
-            yield Record(str(path / file), file, path / file, label)
+            yield InputImage(str(path / file), file, path / file, label)
 
     num_bytes = sum((path / file).stat().st_size for file in folder.files)
-    return Images(str(path), records, num_bytes, folder.class_names)
+    return InputImages(str(path), records, num_bytes, folder.class_names)
 
 
-def from_lmdb(path: Path) -> Images:
+def from_lmdb(path: Path) -> InputImages:
     """The values of an LSUN database, encoded images, in the order of their keys.
 
     Raises:
@@ -177,21 +177,21 @@ def from_lmdb(path: Path) -> Images:
     if not count:
         raise ValueError(f"{file}: holds no images")
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[InputImage]:
         with (
             lmdb.open(str(path), readonly=True, lock=False) as database,
             database.begin() as transaction,
         ):
             for key, value in transaction.cursor():
                 name = key.decode(errors="backslashreplace")
-                yield Record(f"{file}: key {name}", name, value)
+                yield InputImage(f"{file}: key {name}", name, value)
 
-    return Images(str(path), records, num_bytes)
+    return InputImages(str(path), records, num_bytes)
 
 
 def from_parquet(
     pattern: str, image_column: str = "image", label_column: str | None = None
-) -> Images:
+) -> InputImages:
     """The images of Parquet files as Hugging Face lays them out, file by file in sorted order.
 
     Args:
@@ -227,7 +227,7 @@ def from_parquet(
     names = _parquet_classes(paths, wanted) if labelled[0] else ()
     columns = [image_column] + ([wanted] if names else [])
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[InputImage]:
         for path in paths:
             row = 0
             with parquet.ParquetFile(path) as file:
@@ -236,7 +236,7 @@ def from_parquet(
                         yield _parquet_record(f"{path}: row {row}", example, *columns)
                         row += 1
 
-    return Images(pattern, records, sum(path.stat().st_size for path in paths), names)
+    return InputImages(pattern, records, sum(path.stat().st_size for path in paths), names)
 
 
 def _has_labels(path: Path, image_column: str, label_column: str) -> bool:
@@ -296,14 +296,14 @@ def _parquet_classes(paths: list[Path], label_column: str) -> tuple[str, ...]:
 
 def _parquet_record(
     place: str, example: dict[str, Any], image_column: str, label_column: str = ""
-) -> Record:
+) -> InputImage:
     image = example[image_column]
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, "")
     # Without bytes, an image is bad: Pillow will not know it, and the place names the row.
-    return Record(place, name or place, data or b"", example.get(label_column, 0))
+    return InputImage(place, name or place, data or b"", example.get(label_column, 0))
 
 
-def default_name(args: argparse.Namespace, images: Images) -> str:
+def default_name(args: argparse.Namespace, images: InputImages) -> str:
     """What the data set is called if --name does not say, after the place it comes from."""
     if args.parquet is not None:
         raise ValueError("--parquet needs --name, what to call the data set")
@@ -317,12 +317,12 @@ def default_name(args: argparse.Namespace, images: Images) -> str:
     return name if name[:1].isalpha() else f"images_{name}".strip("_")
 
 
-def _is_imagenet(images: Images) -> bool:
+def _is_imagenet(images: InputImages) -> bool:
     names = images.class_names
     return len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
-def read(args: argparse.Namespace) -> Images:
+def read_input(args: argparse.Namespace) -> InputImages:
     """What one of the inputs holds."""
     if args.imagenet is not None:
         return from_tar(Path(args.imagenet).expanduser())
@@ -333,7 +333,9 @@ def read(args: argparse.Namespace) -> Images:
     return from_parquet(args.parquet, args.image_column, args.label_column)
 
 
-def summary(images: Images, name: str, data_dir: Path, split: str, made: Prepared) -> str:
+def preparation_summary(
+    images: InputImages, name: str, data_dir: Path, split: str, made: PreparedDataset
+) -> str:
     """What was written, and how to train on it."""
     flags = f"--config.data.name=tfds:{name} --config.data.path={shlex.quote(str(data_dir))}"
     flags += "" if split == "train" else f" --config.data.split={split}"
@@ -344,16 +346,16 @@ def summary(images: Images, name: str, data_dir: Path, split: str, made: Prepare
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def prepare_from_flags(args: argparse.Namespace) -> None:
     """Prepares the data set that the flags describe, and says what was made."""
     import tensorflow_datasets as tfds  # takes seconds, which --help should not
 
     if args.shard_mb < 1:
         raise ValueError(f"--shard_mb {args.shard_mb} is below 1")
-    images = read(args)
+    images = read_input(args)
     name = args.name or default_name(args, images)
     data_dir = Path(args.data_dir or tfds.core.constants.DATA_DIR).expanduser().resolve()
-    made = prepare(
+    made = prepare_dataset(
         images,
         name,
         data_dir,
@@ -367,7 +369,7 @@ def run(args: argparse.Namespace) -> None:
             f"note: ImageNet's training set has {IMAGENET_COUNT:,} images, and {images.place} "
             f"{made.examples + made.skipped:,}"
         )
-    print(summary(images, name, data_dir, args.split, made))
+    print(preparation_summary(images, name, data_dir, args.split, made))
 
 
 def _message(error: Exception) -> str:
@@ -408,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with command_ending(message=_message, interrupted="interrupted; nothing was left behind"):
-        run(args)
+        prepare_from_flags(args)
 
 
 if __name__ == "__main__":

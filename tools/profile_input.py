@@ -54,7 +54,7 @@ from mdt_jax.data import (
 )
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
-from mdt_jax.data.pipeline import CROPS, epoch_order
+from mdt_jax.data.stream import CROPS, epoch_order
 from mdt_jax.models import create_model, flops
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.devices import peak_flops
@@ -289,13 +289,13 @@ def synthetic_jpegs(folder: Path, count: int) -> Source:
 
 def synthetic_latents(folder: Path, count: int) -> Source:
     """Random posteriors of images and their mirror images, in ImageNet's form."""
-    description = latent_cache.Description(
+    description = latent_cache.CacheDescription(
         source="random numbers", num_images=count, class_names=tuple(map(str, range(1000))),
         image_size=256, vae="none", vae_digest="", scale=LATENT_SCALE, compute_dtype="float32",
         latent_shape=(32, 32, 4), dtype="float16", mirror=True, images_per_shard=256,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    latent_writing.begin(folder, description)
+    latent_writing.begin_cache(folder, description)
 
     def records(images: range) -> Iterator[np.ndarray]:
         rows = np.zeros((len(images), 2), description.record_type)
@@ -307,14 +307,14 @@ def synthetic_latents(folder: Path, count: int) -> Source:
     for shard in range(description.num_shards):
         images = description.shard_images(shard)
         latent_writing.write_shard(folder, description, shard, records(images))
-    latent_writing.finish(folder, description)
+    latent_writing.finish_cache(folder, description)
     return create_source(ml_collections.ConfigDict({"name": "latents", "path": str(folder)}))
 
 
 # The command
 
 
-def table(kind: str, result: dict[str, Any], needed: float, why: str) -> str:
+def rates_table(kind: str, result: dict[str, Any], needed: float, why: str) -> str:
     """The measurement for a person."""
     rates, parts = result["examples_per_second"], result["microseconds_by_stage"]
     of_pillow = result.get("of_pillow", {})
@@ -338,7 +338,7 @@ def table(kind: str, result: dict[str, Any], needed: float, why: str) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -364,7 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check_flags(arguments: argparse.Namespace) -> None:
     """Refuses, with ValueError, numbers with which nothing could be measured."""
     above_0 = ("image_size", "batch_size", "read_ahead", "seconds", "rounds", "images_per_second",
                "num_devices", "processes", "mfu", "examples")  # fmt: skip
@@ -380,29 +380,29 @@ def check(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    arguments = parse(argv)
+    arguments = parse_arguments(argv)
     jax.config.update("jax_platforms", "cpu")
     results: dict[str, Any] = {"cores": CORES}
     with command_ending():
-        check(arguments)
+        check_flags(arguments)
         results["needed"], results["needed_for"] = needed_rate(arguments)
         if arguments.data_name:
             config = {"name": arguments.data_name, "path": arguments.data_path}
             config |= {"split": arguments.data_split, "labels": arguments.labels}
             config |= {"class_order": arguments.class_order}
-            measure(create_source(ml_collections.ConfigDict(config)), arguments, results)
+            measure_source(create_source(ml_collections.ConfigDict(config)), arguments, results)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                measure(synthetic_jpegs(Path(folder) / "jpeg", 256), arguments, results)
+                measure_source(synthetic_jpegs(Path(folder) / "jpeg", 256), arguments, results)
                 latents = synthetic_latents(Path(folder) / "latents", arguments.examples)
-                measure(latents, arguments, results)
+                measure_source(latents, arguments, results)
     print(json.dumps(results))
 
 
-def measure(source: Source, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+def measure_source(source: Source, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     kind = "latents" if source.latents else "images"
     results[kind] = profile(source, arguments)
-    print(table(kind, results[kind], results["needed"], results["needed_for"]))
+    print(rates_table(kind, results[kind], results["needed"], results["needed_for"]))
     if source.latents:
         noise = noise_seconds()
         results["noise_microseconds"] = 1e6 * noise

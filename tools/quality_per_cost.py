@@ -37,7 +37,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
-from mdt_jax.evaluation.statistics import Gaussian, Moments, frechet_distance
+from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.sampling import images
@@ -117,7 +117,7 @@ class Judge:
 
     def _gaussian(self, batches: list[np.ndarray]) -> Gaussian:
         features = [self.extractor.extract(batch).pool for batch in batches]
-        moments = Moments(features[0].shape[1])
+        moments = FeatureMoments(features[0].shape[1])
         for rows in features:
             moments.update(rows)
         return moments.gaussian()

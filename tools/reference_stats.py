@@ -29,15 +29,16 @@ from tqdm import tqdm
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.data import Source, center_crop, create_source
-from mdt_jax.evaluation.evaluator import DIGEST_KEY, check_finite, read_ahead
-from mdt_jax.evaluation.extractors import Extractor, load_inception
-from mdt_jax.evaluation.statistics import Gaussian, Moments
+from mdt_jax.evaluation.batches import read_ahead
+from mdt_jax.evaluation.descriptions import DIGEST_KEY
+from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
+from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
 from mdt_jax.parallel.command import command_ending
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceImages:
-    """Images of a source in a given order, cropped; `evaluation.batches.Images`.
+    """Images of a source in a given order, cropped; `evaluation.batches.ImageSet`.
 
     Attributes:
       source: of pixels.
@@ -109,7 +110,7 @@ def make_reference(
       BadImage: an image cannot be used.
       ValueError: a source or numbers that do not fit.
     """
-    images, kept = choose(source, image_size, num_images, stats_images, seed)
+    images, kept = choose_images(source, image_size, num_images, stats_images, seed)
     shape = (kept, image_size, image_size, source.image_shape[-1])
     with whole_file(output) as file, zipfile.ZipFile(file, "w") as archive:
         batches = read_ahead(images, range(images.count), batch_size)
@@ -146,7 +147,7 @@ def make_reference(
                 write_array(member, array, allow_pickle=False)
 
 
-def choose(
+def choose_images(
     source: Source, image_size: int, num_images: int, stats_images: int | None, seed: int
 ) -> tuple[SourceImages, int]:
     """The images to read, those to keep first and shuffled, and how many are kept.
@@ -177,8 +178,8 @@ def choose(
     return SourceImages(source, order, image_size, labels), kept
 
 
-def _updated(moments: Moments | None, rows: np.ndarray) -> Moments:
-    moments = moments or Moments(rows.shape[1])
+def _updated(moments: FeatureMoments | None, rows: np.ndarray) -> FeatureMoments:
+    moments = moments or FeatureMoments(rows.shape[1])
     moments.update(rows)
     return moments
 
@@ -194,7 +195,7 @@ def main(_: list[str]) -> None:
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
-        choose(source, f.image_size, f.num_images, f.stats_images, f.seed)
+        choose_images(source, f.image_size, f.num_images, f.stats_images, f.seed)
         make_reference(
             source,
             load_inception(f.inception, f.batch_size),

@@ -22,7 +22,7 @@ _UNUSED_BIAS_ROWS = 3  # at the end of every bias table, and used by no model
 
 
 @dataclasses.dataclass
-class Report:
+class AdaptationReport:
     """What became of the parameters: (path, what was done and why) by kind.
 
     Attributes:
@@ -58,7 +58,7 @@ _Fitted = tuple[np.ndarray, str, str]
 
 def adapt(
     source: Tree, have: Architecture, want: Architecture, fresh: Callable[[str], np.ndarray]
-) -> tuple[Tree, Report]:
+) -> tuple[Tree, AdaptationReport]:
     """The parameters of one network, fitted to another.
 
     Args:
@@ -80,7 +80,7 @@ def adapt(
         array of `source` that is not of `have`'s shape.
     """
     _refuse_other_networks(have, want)
-    report = Report()
+    report = AdaptationReport()
     arrays = dict(trees.flatten(source))
     if have.family == "MDT" and have.decoder_depth != want.decoder_depth:
         arrays = _resplit(arrays, have, want, report)
@@ -199,7 +199,7 @@ def _refuse_other_networks(have: Architecture, want: Architecture) -> None:
 
 
 def _resplit(
-    arrays: dict[str, np.ndarray], have: Architecture, want: Architecture, report: Report
+    arrays: dict[str, np.ndarray], have: Architecture, want: Architecture, report: AdaptationReport
 ) -> dict[str, np.ndarray]:
     """MDT v1's blocks, which are all of one kind, cut into encoder and decoder elsewhere."""
     cut = want.depth - want.decoder_depth

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mdt_jax.convert.inception import is_inception
+from mdt_jax.convert.trees import Shape
 from mdt_jax.models.registry import SIZES, model_names
-
-Shape = tuple[int, ...]
 
 # Widths the authors trained, and the heads they gave them (DiT, table 1).
 KNOWN_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}

@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from einops import rearrange
 
 from mdt_jax.convert import trees
-from mdt_jax.convert.trees import Tree
-
-Shape = tuple[int, ...]
-
-# Stable Diffusion's scale, and diffusers' default (Rombach et al. 2022, appendix G).
-DEFAULT_SCALE = 0.18215
-DEFAULT_NORM_GROUPS = 32
+from mdt_jax.convert.autoencoder_settings import DEFAULT_NORM_GROUPS, AutoencoderSettings
+from mdt_jax.convert.trees import Shape, Tree
 
 # Where layers are: our path, diffusers' name, CompVis's. Stages i are counted as they run, CompVis
 # counts the decoder's the other way: `rest` come after stage i. j counts blocks.
@@ -76,139 +69,6 @@ _ARRAYS = {
 }
 # What training files carry beside the autoencoder: discriminator and LPIPS, Lightning's averages.
 _IGNORED = ("loss.", "model_ema.")
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderSettings:
-    """What an autoencoder is: the fields of `mdt_jax.models.autoencoder.AutoencoderKL`, and how its
-    latents are scaled for a diffusion model, (latent − shift)·scale."""
-
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    block_widths: tuple[int, ...]
-    layers_per_block: int
-    norm_groups: int
-    down_attention: tuple[int, ...]
-    up_attention: tuple[int, ...]
-    mid_attention: bool
-    quant_conv: bool
-    post_quant_conv: bool
-    scale: float = DEFAULT_SCALE
-    shift: float = 0.0
-
-    def __post_init__(self):
-        for width in self.block_widths:
-            if self.norm_groups < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"norm_num_groups {self.norm_groups} does not divide the width {width}; where "
-                    "it is not 32, a config.json beside the weights must give it"
-                )
-
-    def module_settings(self) -> dict[str, Any]:
-        """The fields as keywords of `AutoencoderKL`."""
-        fields = dataclasses.asdict(self)
-        del fields["scale"], fields["shift"]
-        return fields
-
-
-def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
-    """The settings that a `config.json` of diffusers' AutoencoderKL gives, with its defaults.
-
-    Raises:
-      ValueError: a value of a wrong type, or a value or an entry that the network here does not
-        have, by name.
-    """
-    _check_config(config)
-    widths = tuple(config.get("block_out_channels", (64,)))
-    attention = {}
-    for side, direction in (("Down", "down"), ("Up", "up")):
-        key, coder = f"{direction}_block_types", "Encoder" if side == "Down" else "Decoder"
-        plain, attentive = f"{side}{coder}Block2D", f"Attn{side}{coder}Block2D"
-        types = config.get(key, (plain,))
-        for kind in types:
-            if kind not in (plain, attentive):
-                raise ValueError(f"{key} {kind!r} is not supported; known: {plain}, {attentive}")
-        if len(types) != len(widths):
-            raise ValueError(f"{key} has {len(types)} stages, block_out_channels {len(widths)}")
-        attention[direction] = tuple(i for i, kind in enumerate(types) if kind == attentive)
-    return AutoencoderSettings(
-        in_channels=config.get("in_channels", 3),
-        out_channels=config.get("out_channels", 3),
-        latent_channels=config.get("latent_channels", 4),
-        block_widths=widths,
-        layers_per_block=config.get("layers_per_block", 1),
-        norm_groups=config.get("norm_num_groups", DEFAULT_NORM_GROUPS),
-        down_attention=attention["down"],
-        up_attention=attention["up"],
-        mid_attention=config.get("mid_block_add_attention", True),
-        quant_conv=config.get("use_quant_conv", True),
-        post_quant_conv=config.get("use_post_quant_conv", True),
-        scale=float(config.get("scaling_factor") or DEFAULT_SCALE),
-        shift=float(config.get("shift_factor") or 0.0),
-    )
-
-
-# Entries of a config.json that change nothing of the network, and the values of those that would
-# that the network here has.
-_WITHOUT_EFFECT = ("sample_size", "force_upcast")
-_ONLY_VALUES = {
-    "_class_name": ("AutoencoderKL",),
-    "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-}
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # neither NaN nor infinite
-
-
-def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_entry, value))
-
-
-_COUNT = (_is_count, "a whole number above 0")
-_NAMES = (lambda v: _is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
-_SWITCH = (lambda v: isinstance(v, bool), "true or false")
-# The entries that are read: whether a value is of the right type, and that type in words.
-_READ = {
-    "in_channels": _COUNT,
-    "out_channels": _COUNT,
-    "latent_channels": _COUNT,
-    "block_out_channels": (lambda v: _is_list(v, _is_count), "a list of whole numbers above 0"),
-    "layers_per_block": _COUNT,
-    "norm_num_groups": _COUNT,
-    "down_block_types": _NAMES,
-    "up_block_types": _NAMES,
-    "mid_block_add_attention": _SWITCH,
-    "use_quant_conv": _SWITCH,
-    "use_post_quant_conv": _SWITCH,
-    "scaling_factor": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0"),
-    "shift_factor": (lambda v: v is None or _is_number(v), "a number"),
-}
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    for key, value in config.items():
-        if key in _READ:
-            is_right, what = _READ[key]
-            if not is_right(value):
-                raise ValueError(f"{key} is {value!r}; it must be {what}")
-        elif key in _ONLY_VALUES:
-            if value not in _ONLY_VALUES[key]:
-                known = " or ".join(repr(known) for known in _ONLY_VALUES[key])
-                raise ValueError(f"{key} {value!r} is not supported; it must be {known}")
-        elif not key.startswith("_") and key not in _WITHOUT_EFFECT:
-            raise ValueError(
-                f"{key} {value!r} is not supported: no AutoencoderKL known here has a {key}; if it "
-                "is of no effect, remove it from config.json"
-            )
 
 
 def settings_from_shapes(shapes: Mapping[str, Shape]) -> AutoencoderSettings:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mdt_jax.convert.architecture import Shape, UnknownWeights, nearest
+from mdt_jax.convert.architecture import UnknownWeights, nearest
+from mdt_jax.convert.trees import Shape
 
 MARK = "transformer_blocks.0.norm1.linear.weight"  # no other layout has it
 _EMBEDDERS = {
@@ -65,7 +66,7 @@ def copies(num_blocks: int) -> dict[str, list[str]]:
     }
 
 
-def check(shapes: Mapping[str, Shape], num_blocks: int) -> None:
+def check_shapes(shapes: Mapping[str, Shape], num_blocks: int) -> None:
     """Raises UnknownWeights for a missing or unknown name, or parts that cannot be joined."""
     joined, copied = sources(num_blocks), copies(num_blocks)
     expected = [name for names in (*joined.values(), *copied.values()) for name in names]

@@ -16,9 +16,8 @@ import numpy as np
 from einops import rearrange
 
 from mdt_jax.convert import trees
-from mdt_jax.convert.trees import Tree
+from mdt_jax.convert.trees import Shape, Tree
 
-Shape = tuple[int, ...]
 # A convolution of a block: PyTorch's name, the graph's, channels in and out, kernel.
 _Row = tuple[str, str, int, int, tuple[int, int]]
 

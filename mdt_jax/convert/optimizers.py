@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.convert.architecture import Shape
+from mdt_jax.convert.trees import Shape
 
 # Our name of each moment, and PyTorch's.
 MOMENTS = {
@@ -20,7 +20,7 @@ _EARLIER = "pre_grad"
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class OptimizerMoments:
     """What an optimiser remembers.
 
     Attributes:
@@ -38,7 +38,7 @@ class Moments:
 
 def moments_from_torch(
     state_dict: Mapping[str, Any], parameters: Mapping[str, Shape], fallback_count: int = 0
-) -> Moments:
+) -> OptimizerMoments:
     """The moments in an optimiser's `state_dict()`, arrays in place of tensors.
 
     Args:
@@ -74,7 +74,7 @@ def moments_from_torch(
     count = max(steps) if steps else int(group.get("step", fallback_count))
     kept = ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
     settings = {k: _number(group[k]) for k in kept if k in group}
-    return Moments(optimizer, count, arrays, settings)
+    return OptimizerMoments(optimizer, count, arrays, settings)
 
 
 def _number(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Tree = dict[str, Any]
+Shape = tuple[int, ...]  # an array's
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:

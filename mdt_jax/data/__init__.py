@@ -1,25 +1,15 @@
-"""Data: random-access sources, what happens to an example, and the pipeline to the devices."""
+"""Data: random-access sources, crops and scaling, and the pipeline to the devices."""
 
-from mdt_jax.data.decoding import decode_image
-from mdt_jax.data.pipeline import (
-    BatchIterator,
-    DevicePrefetcher,
-    ExampleStream,
-    create_batches,
-    example_spec,
-    prefetch_to_device,
-)
-from mdt_jax.data.sources import (
-    BadImage,
-    Source,
-    arrays,
-    create_source,
-    digits,
-    folder_source,
-    latents_source,
-    npy_directory,
-    tfds_source,
-)
+from mdt_jax.data.array_sources import arrays, digits, npy_directory
+from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.data.device_prefetch import DevicePrefetcher, prefetch_to_device
+from mdt_jax.data.folders import folder_source
+from mdt_jax.data.latent_cache import latents_source
+from mdt_jax.data.pipeline import BatchIterator, create_batches
+from mdt_jax.data.source import ExampleKind, Source
+from mdt_jax.data.sources import create_source
+from mdt_jax.data.stream import ExampleStream, example_spec
+from mdt_jax.data.tfds import tfds_source
 from mdt_jax.data.transforms import (
     LATENT_SCALE,
     center_crop,
@@ -32,6 +22,7 @@ __all__ = [
     "BadImage",
     "BatchIterator",
     "DevicePrefetcher",
+    "ExampleKind",
     "ExampleStream",
     "Source",
     "arrays",

@@ -1,4 +1,4 @@
-"""From an encoded picture to pixels: one way, for every source whose images Pillow decodes."""
+"""Decoding pictures: the one way for every source whose images Pillow decodes."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-_ORIENTATION = 0x0112  # the EXIF tag, and what shows a picture of each value upright
+_ORIENTATION = 0x0112  # an EXIF tag
+# The turn that shows a picture of each orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,7 +27,7 @@ class BadImage(ValueError):
 def decode_image(
     file: str | Path | bytes, name: str, channels: int = 3
 ) -> UInt8[np.ndarray, "h w {channels}"]:
-    """The pixels of `decode_picture`, whose arguments these are, and errors."""
+    """The pixels of a picture; arguments and errors are those of `decode_picture`."""
     pixels = np.asarray(decode_picture(file, name, channels))
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -34,34 +35,34 @@ def decode_image(
 def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Image.Image:
     """The picture in a file, or in the bytes of one, as a person would see it.
 
-    The format is what the contents say, whatever the file is called. Colours are as ADM's loader
-    has them: gray and palette pictures become RGB, CMYK is converted without its colour profile,
-    and other profiles are not heeded. Where ADM's would surprise:
+    The contents tell the format, not the file's name. Colours are those of ADM's loader: gray and
+    palette pictures become RGB, CMYK is converted without its colour profile, and other profiles
+    are ignored. Four kinds of pictures differ from ADM's, which would surprise:
 
-    - A camera's orientation (EXIF) is heeded, so that photographs stand upright. ADM leaves them
-      lying; pictures without that tag are the same either way.
-    - Transparent parts are white, as on a page. ADM shows whatever colour was stored below.
-    - 16 bits a channel keep the upper 8, gray pictures as well; Pillow's own conversion of those
+    - Photographs stand upright, as their EXIF orientation says. ADM leaves them lying. Pictures
+      without that tag are the same either way.
+    - Transparent parts are white, as on a page. ADM shows the colour that was stored below.
+    - Of 16 bits a channel the upper 8 are kept. Pillow's own conversion of 16-bit gray pictures
       clips nearly everything to white.
-    - Of an animation, the first frame.
+    - An animation gives its first frame.
 
     Args:
       file: path or contents.
-      name: how messages call it.
+      name: its name in messages.
       channels: 3 for RGB, 1 for gray.
 
     Returns:
-      Of mode "RGB" or "L", all of it in memory.
+      A picture of mode "RGB" or "L", loaded into memory.
 
     Raises:
-      BadImage: missing, cut off or damaged, of an unknown format, of more pixels than Pillow
-        opens (`PIL.Image.MAX_IMAGE_PIXELS`, twice), or of values without a known white.
+      BadImage: a picture that is missing, cut off or damaged, of an unknown format, of more than
+        twice `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit values, whose white is unknown.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             picture.load()
             return _flatten(_turn_upright(picture), "RGB" if channels == 3 else "L")
-    except MemoryError:  # no fault of the picture's
+    except MemoryError:  # not the picture's fault
         raise
     # Damage surfaces in Pillow's decoders as nearly any exception: struct.error, IndexError, ...
     except Exception as error:
@@ -73,7 +74,7 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
 def _turn_upright(picture: Image.Image) -> Image.Image:
     try:
         method = _UPRIGHT.get(picture.getexif().get(_ORIENTATION))
-    except Exception:  # damaged EXIF, which some of ImageNet's pictures have, says nothing
+    except Exception:  # damaged EXIF, as in some of ImageNet's pictures, counts as none
         return picture
     return picture if method is None else picture.transpose(method)
 
@@ -91,7 +92,7 @@ def _flatten(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, in one line, without the path that the message begins with."""
+    """An exception's message in one line, without the path that it begins with."""
     if isinstance(error, UnidentifiedImageError):
         return "no image of a format that Pillow knows"
     if isinstance(error, OSError) and error.strerror:

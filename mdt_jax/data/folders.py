@@ -1,4 +1,4 @@
-"""Folders of image files: which layout one has, and so which images and classes."""
+"""Folders of image files: their layout, and so their images and classes."""
 
 import dataclasses
 import hashlib
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
+from mdt_jax.data.source import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")
@@ -24,7 +25,7 @@ class ImageFolder:
       path: the folder.
       files: paths in it; a million `Path`s would be large to keep and to pickle.
       class_names: in the order of the labels; empty where there are no classes.
-      labels: of each file; None where there are no classes.
+      labels: one for each file; None where there are no classes.
       layout: how the classes were found, or why there are none, for a log.
     """
 
@@ -39,7 +40,7 @@ class ImageFolder:
 
     @property
     def digest(self) -> str:
-        """Of the files' names, in order, and labels: under a second for a million."""
+        """A digest of the files' names, in order, and labels; under a second for a million."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
         if self.labels is not None:
             digest.update(b"\0" + self.labels.astype("<i8").tobytes())
@@ -57,25 +58,25 @@ class ImageFolder:
 
 
 def read_folder(path: str | Path, class_order: str = "string", labels: str = "auto") -> ImageFolder:
-    """The images in a folder of any of three layouts, which it recognises by itself.
+    """The images in a folder, and their classes, by the layout that it recognises.
 
-    1. Sub-folders with images, however deep in them: one a class, which is called as it is.
-    2. Images called CLASS_IMAGE, as `n01440764_10026.JPEG` or `7_12.png`: ADM's layout. A class is
-       what stands before the first underscore. For a folder to be one of these, every image must
-       be called so, there must be two classes or more, and two images or more in one of them.
+    1. Sub-folders with images, at any depth: each is a class of that name.
+    2. Images called CLASS_IMAGE, as `n01440764_10026.JPEG` or `7_12.png`: ADM's layout. The class
+       is the part before the first underscore. Every image must be called so, there must be two
+       classes or more, and one of them must have two images or more.
     3. Any other folder of images: they have no classes.
 
     Images are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif and .tiff files, in upper or lower case,
-    in the order of their sorted paths (class by class in layout 1). Other files, and whatever
-    starts with a dot, are passed over.
+    in the order of their sorted paths (class by class in layout 1). Other files, and those that
+    start with a dot, are left out.
 
     Args:
       path: the folder.
-      class_order: labels number the sorted class names. "string" puts "10" before "2", as ADM
-        does (and PyTorch's ImageFolder); "numeric" sorts by value.
-      labels: "auto" is the above. "file_names" is layout 2, and "none" layout 3, whatever the
-        folder looks like; both take the images in sub-folders too, as ADM does, so that
-        FFHQ's sub-folders of a thousand can be read as one set.
+      class_order: how class names are sorted, which gives their labels. "string" puts "10" before
+        "2", as ADM does (and PyTorch's ImageFolder); "numeric" sorts by value.
+      labels: "auto" recognises the layout. "file_names" reads any folder as layout 2, "none" as
+        layout 3; both take the images in sub-folders too, as ADM does, so that FFHQ's sub-folders
+        of a thousand can be read as one set.
 
     Raises:
       FileNotFoundError: no such folder, or no images in it or in one of its classes.
@@ -122,6 +123,16 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
     return _label(folder, files, names, "sub-folders", class_order)
 
 
+def folder_source(path: str | Path, class_order: str = "string", labels: str = "auto") -> Source:
+    """The image files in a folder, decoded when they are asked for.
+
+    Images become RGB of their own size (see `decoding.decode_image`). Arguments and errors are
+    those of `read_folder`, which recognises the layout, and so the classes.
+    """
+    folder = read_folder(path, class_order, labels)
+    return Source(str(folder.path), folder, (None, None, 3), folder.class_names, note=folder.layout)
+
+
 def _label(
     folder: Path,
     files: Sequence[str],
@@ -130,7 +141,7 @@ def _label(
     class_order: str,
     why_unlabelled: str = "",
 ) -> ImageFolder:
-    """The folder of `files` whose classes are `names`, one a file, or which have none."""
+    """The folder of some files, with the class name of each; no classes if `names` is None."""
     if names is None:
         return ImageFolder(folder, tuple(files), (), None, f"no classes: {why_unlabelled}")
     classes = _sort_classes(folder, set(names), class_order)
@@ -164,7 +175,7 @@ def _is_number(name: str) -> bool:
 
 
 def _class_in_name(file: str) -> str:
-    """What stands before the first underscore of a file's name; "" where there is none."""
+    """The part of a file's name before the first underscore; "" where there is none."""
     before, underscore, _ = os.path.basename(file).partition("_")
     return before if underscore else ""
 

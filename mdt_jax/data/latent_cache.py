@@ -1,11 +1,11 @@
-"""A data set's latents on disk: shards of posteriors, and the manifest that says what they are of.
+"""A data set's latents on disk: shards of posteriors, and a manifest that describes them.
 
 `tools/encode_latents.py` makes such a folder (`latent_writing`), `data.name=latents` reads it. It
-holds `latents-00000-of-00313.array_record` and so on, ArrayRecord files, and `manifest.json`: whose
-images they are, by which autoencoder, and every shard's size and SHA-256. A record is the bytes of
-one structured value (`record_type`), each a group of its own, uncompressed, so that one is read
-without another and the same records are the same bytes. An image's record is followed by that of
-its mirror image, where the cache has those.
+holds `latents-00000-of-00313.array_record` and so on, ArrayRecord files, and `manifest.json`: the
+data set, the autoencoder, and every shard's size and SHA-256. A record is the bytes of one
+structured value (`record_type`), each a group of its own, uncompressed, so that one is read without
+another and the same records are the same bytes. In a cache with mirror images, each image's record
+is followed by its mirror image's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
+from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.transforms import LATENT_SCALE
 
-MANIFEST = "manifest.json"
-ENCODING = "encoding.json"  # in its place while a cache is being made
+CACHE_MANIFEST = "manifest.json"
+ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
 VERSION = 1
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
 _HEAD = np.dtype([("index", "<i8"), ("label", "<i4"), ("mirrored", "<i4")])
@@ -36,23 +37,23 @@ _TOOL = "tools/encode_latents.py"
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """What a cache holds. Two caches hold the same if these agree.
+class CacheDescription:
+    """The contents of a cache. Two caches hold the same if their descriptions agree.
 
     Attributes:
       source: the data set's name.
-      num_images: how many the data set has.
+      num_images: how many images the data set has.
       class_names: in the order of the labels; empty where there are no classes.
       image_size: pixels that the images were cropped to.
-      vae: how the autoencoder was asked for; what it is says the digest.
-      vae_digest: of the encoder's weights.
-      scale: what the autoencoder's latents are multiplied by for a diffusion model.
-      compute_dtype: what the autoencoder computed in.
+      vae: the name or path by which the autoencoder was asked for; the digest says which it is.
+      vae_digest: the digest of the encoder's weights.
+      scale: the factor by which a diffusion model multiplies the autoencoder's latents.
+      compute_dtype: the type that the autoencoder computed in.
       latent_shape: (height, width, channels) of a latent.
-      dtype: of the stored numbers, "float32" or "float16".
-      mirror: whether the mirror images are there, too.
-      images_per_shard: of every shard but the last.
-      source_digest: of which images the data set has, in what order, with which labels (see
+      dtype: the type of the stored numbers, "float32" or "float16".
+      mirror: whether the cache also has the mirror images.
+      images_per_shard: how many images every shard but the last is for.
+      source_digest: the digest of the data set's images, their order and labels (see
         `Source.identity`); empty in caches made before there was one.
     """
 
@@ -76,13 +77,15 @@ class Description:
 
     @property
     def versions(self) -> int:
-        """Records of an image."""
+        """How many records an image has: 2 with its mirror image's."""
         return 2 if self.mirror else 1
 
     @functools.cached_property
     def record_type(self) -> np.dtype:
-        """A record: its image's index in the data set and label, whether it is of the mirror
-        image, and the posterior, the mean's channels before the standard deviation's."""
+        """The type of a record: index in the data set, label, whether mirrored, and posterior.
+
+        The posterior has the mean's channels before the standard deviation's.
+        """
         height, width, channels = self.latent_shape
         posterior = ("posterior", _DTYPES[self.dtype], (height, width, 2 * channels))
         return np.dtype([*_HEAD.descr, posterior])
@@ -96,7 +99,7 @@ class Description:
         return range(first, min(first + self.images_per_shard, self.num_images))
 
     def shard_bytes(self, shard: int) -> int:
-        """About what a shard takes."""
+        """About how many bytes a shard takes."""
         records = len(self.shard_images(shard)) * self.versions
         return records * (self.record_type.itemsize + 128)
 
@@ -105,38 +108,56 @@ class LatentCache:
     """The records of a finished cache, for a `Source`: image i's posterior and label by i.
 
     Attributes:
-      folder, description: where and what it is.
-      mirrored: whether `read_posteriors` can give those of mirror images.
-      digest: of all shards' bytes.
+      folder: the cache's folder.
+      description: its contents.
+      mirrored: whether `read_posteriors` can give the mirror images' posteriors.
+      digest: a digest of all shards' bytes.
     """
 
-    def __init__(self, folder: Path, description: Description, shards: Sequence[dict[str, Any]]):
+    def __init__(
+        self, folder: Path, description: CacheDescription, shards: Sequence[dict[str, Any]]
+    ):
         self.folder, self.description = folder, description
         self.mirrored = description.mirror
         told = [(shard["file"], shard["records"], shard["sha256"]) for shard in shards]
         self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         images = [records // description.versions for _, records, _ in told]
-        # Of its own images, a shard may lack some that could not be used.
+        # A shard may lack some of its images, which could not be used.
         wanted = [len(description.shard_images(shard)) for shard in range(len(shards))]
         self._left_out = np.array(wanted) - images
         self._ends = np.cumsum(images)
         self._readers = _Readers(folder, [file for file, *_ in told])
 
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The type of the stored numbers, which `read_posteriors` gives."""
+        return np.dtype(self.description.dtype)
+
+    @property
+    def autoencoder_digest(self) -> str:
+        """The digest of the encoder's weights."""
+        return self.description.vae_digest
+
     @classmethod
     def open(cls, folder: str | Path) -> LatentCache:
-        """Raises FileNotFoundError or ValueError, with one line, for what is no finished cache."""
+        """Opens a cache and checks its manifest and its files' sizes.
+
+        Raises:
+          FileNotFoundError: no such folder, or no finished cache in it.
+          ValueError: a damaged cache, or one that training cannot use.
+        """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no such folder; data.path must name one that {_TOOL} made"
             )
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
             raise FileNotFoundError(f"{folder}: {_why_no_manifest(folder)}")
         if manifest.get("version") != VERSION:
             raise ValueError(
-                f"{folder / MANIFEST}: is of version {manifest.get('version')}, this program reads "
-                f"{VERSION}; encode the images again with {_TOOL}"
+                f"{folder / CACHE_MANIFEST}: is of version {manifest.get('version')}, this program "
+                f"reads {VERSION}; encode the images again with {_TOOL}"
             )
         cache = cls._from_manifest(folder, manifest)
         if cache.description.scale != LATENT_SCALE:
@@ -157,13 +178,19 @@ class LatentCache:
 
     @classmethod
     def _from_manifest(cls, folder: Path, manifest: dict[str, Any]) -> LatentCache:
-        """The cache that a manifest tells of; ValueError for one that a person has changed."""
+        """The cache of a manifest.
+
+        Raises:
+          ValueError: the manifest lacks something or contradicts itself, as one changed by hand.
+        """
         try:
             # Caches from before there was a source's digest have none.
             known = manifest | {"source_digest": manifest.get("source_digest", "")}
-            fields = {field.name: known[field.name] for field in dataclasses.fields(Description)}
+            fields = {
+                field.name: known[field.name] for field in dataclasses.fields(CacheDescription)
+            }
             fields |= {key: tuple(fields[key]) for key in ("class_names", "latent_shape")}
-            description = Description(**fields)
+            description = CacheDescription(**fields)
             found = [(shard["file"], shard["bytes"] + 0) for shard in manifest["shards"]]
             wanted = [description.shard_name(shard) for shard in range(description.num_shards)]
             if [file for file, _ in found] != wanted:
@@ -173,9 +200,9 @@ class LatentCache:
                 raise ValueError(f"{cache._ends[-1]:,} of {description.num_images:,} images")
             _ = description.record_type
         except KeyError as error:
-            raise _unusable(folder / MANIFEST, f"lacks {error}") from error
+            raise _unusable(folder / CACHE_MANIFEST, f"lacks {error}") from error
         except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-            raise _unusable(folder / MANIFEST, " ".join(str(error).split())) from error
+            raise _unusable(folder / CACHE_MANIFEST, " ".join(str(error).split())) from error
         return cache
 
     def __len__(self) -> int:
@@ -193,11 +220,11 @@ class LatentCache:
         indices: Integer[np.ndarray, "n"],
         mirror: Bool[np.ndarray, "n"] | None = None,
     ) -> tuple[Float[np.ndarray, "n h w moments"], Int32[np.ndarray, "n"]]:
-        """A block of images' posteriors, as they are stored, and labels.
+        """Some images' posteriors, in the type they are stored in, and their labels.
 
         Args:
-          indices: of the images.
-          mirror: whose mirror image is wanted instead; only where `mirrored`.
+          indices: the images' indices.
+          mirror: True for each image whose mirror image is wanted instead; only where `mirrored`.
 
         Raises:
           ValueError: a damaged shard, or a record of another image, by name.
@@ -211,8 +238,8 @@ class LatentCache:
         height, width, channels = d.latent_shape
         stored = np.dtype(_DTYPES[d.dtype])
         posteriors = np.empty((len(indices), height * width * 2 * channels), stored)
-        # One record a call: a call of several distributes them over threads of its own, which
-        # takes twice the time that it takes to read records of this size.
+        # One record a call: the reader distributes several over threads of its own, which takes
+        # twice as long as reading records of this size does.
         for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             record = self._read(shard, place)
             heads.append(record[: _HEAD.itemsize])
@@ -246,7 +273,7 @@ class LatentCache:
         images: Integer[np.ndarray, "n"],
         mirror: Bool[np.ndarray, "n"],
     ) -> None:
-        """Whether records are of the images that they were read for, by what they say."""
+        """Refuses, with ValueError, records that say they are of other images, or of no class."""
         d = self.description
         # Images that were left out come before, at most as many as the shard lacks.
         late = found["index"] - (shards * d.images_per_shard + images)
@@ -269,11 +296,26 @@ class LatentCache:
         return ValueError(f"{path}: record {place} is damaged; {_again(self.folder)}")
 
 
-class _Readers:
-    """Shards' readers, which several threads can use, each opened when it is first needed.
+def latents_source(path: str | Path) -> Source:
+    """The posteriors of a finished cache.
 
-    So many are kept as leave half of the files that a process can have open to others; those that
-    were not used for longest make room. Dropped, a reader closes when the last thread is done.
+    Raises:
+      FileNotFoundError: no such folder, or not one that the tool finished.
+      ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
+    """
+    cache = LatentCache.open(path)
+    d = cache.description
+    kind = ExampleKind.POSTERIORS
+    return Source(
+        str(cache.folder), cache, d.latent_shape, d.class_names, kind, note=cache.describe()
+    )
+
+
+class _Readers:
+    """Readers of shards, for several threads, each opened when it is first needed.
+
+    They take up to half of the files that a process can have open. The reader that was not used for
+    longest makes room for a new one; it closes when the last thread is done with it.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]):
@@ -286,7 +328,7 @@ class _Readers:
         """A record's bytes.
 
         Raises:
-          RuntimeError, ValueError, IndexError: ArrayRecord's, of damage.
+          RuntimeError, ValueError, IndexError: ArrayRecord's errors for damage.
           OSError: this process has too many files open.
         """
         try:
@@ -298,7 +340,7 @@ class _Readers:
         return data
 
     def _read_alone(self, shard: int, place: int) -> bytes:
-        """After closing all other shards, of which others may need the files."""
+        """A record's bytes, read after all other shards' files were closed."""
         with self._lock:
             self._open.clear()
         try:
@@ -345,14 +387,14 @@ def _why_no_manifest(folder: Path) -> str:
         return f"is not finished; run the {_TOOL} command that began it again, and it goes on"
     if (folder / "latents.npy").exists():
         return "holds latents.npy, which data.name 'npy' reads"
-    return f"holds no {MANIFEST}; data.path must name a folder that {_TOOL} made"
+    return f"holds no {CACHE_MANIFEST}; data.path must name a folder that {_TOOL} made"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object of one of a cache's .json files, None if there is no such file.
+    """The object in one of a cache's .json files, None if there is no such file.
 
     Raises:
-      ValueError: it is damaged; says what to do.
+      ValueError: it is damaged; the message says what to do.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -366,7 +408,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unusable(path: Path, why: str) -> ValueError:
-    if path.name in (MANIFEST, ENCODING):
+    if path.name in (CACHE_MANIFEST, ENCODING):
         way_out = f"restore it from a copy, or remove the folder and run {_TOOL} again"
     else:
         way_out = f"remove it, and run the {_TOOL} command again, which makes that shard anew"

@@ -1,15 +1,16 @@
-"""Making a latent cache: any number of processes, each killed and started again as needed.
+"""Making a latent cache, with any number of processes that may be killed and started again.
 
 While a cache (`latent_cache`) is being made, `encoding.json` stands in for the manifest, and each
-finished shard has its part of it beside it, a .json of its own name. Every file appears whole or
-not at all; a shard that does not have the bytes that its part tells of is unfinished. So whatever
-is interrupted goes on. Each process claims the shards that it is to write, and no other can have
-those while it lives; whichever comes last writes the manifest. Where a damaged shard is found
-later, `encoding.json` takes the manifest's place again, until that shard is made anew.
+finished shard has its entry for the manifest beside it, in a .json file of its name. Every file
+appears whole or not at all, and a shard whose size and SHA-256 are not those of its entry counts as
+unfinished, so an interrupted run can go on. Each process claims the shards that it is to write, and
+no other can have them while it lives. The process that comes last writes the manifest. If a shard
+is later found to be damaged, `encoding.json` takes the manifest's place again until that shard is
+made anew.
 
 Claims are locks of bytes of a file, which end with their process. On a file system without locks
-nothing is claimed: then two processes may write one shard, each a file of its own, and the later
-takes the place of the earlier.
+nothing is claimed: two processes may then write one shard, each to a file of its own, and the later
+replaces the earlier.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.data.latent_cache import ENCODING, MANIFEST, VERSION, Description, read_json
+from mdt_jax.atomic import whole_file
+from mdt_jax.data.latent_cache import CACHE_MANIFEST, ENCODING, VERSION, CacheDescription, read_json
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
 
 
-def begin(folder: Path, description: Description) -> None:
-    """Makes a folder for a cache, or finds in it the beginning, or the whole, of the same one.
+def begin_cache(folder: Path, description: CacheDescription) -> None:
+    """Makes a folder for a cache, or goes on with the same cache, begun or finished there.
 
     Raises:
       FileExistsError: the folder holds other things.
-      ValueError: the folder holds another cache; names the first thing that differs.
+      ValueError: the folder holds another cache; the message names the first difference.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = _plain(description)
@@ -57,11 +59,13 @@ def begin(folder: Path, description: Description) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iterator[None]:
+def claim_shards(
+    folder: Path, description: CacheDescription, shards: Iterable[int]
+) -> Iterator[None]:
     """Holds shards for this process, to write them, while the context lasts.
 
     Raises:
-      FileExistsError: another process holds one of them; names it.
+      FileExistsError: another process holds one of them, which the message names.
     """
     shards = list(shards)
     with _lock_file(folder / CLAIMS, lambda file: _lock_shards(file, description, shards)) as held:
@@ -73,10 +77,12 @@ def claim(folder: Path, description: Description, shards: Iterable[int]) -> Iter
         yield
 
 
-def unfinished(folder: Path, description: Description, shards: Iterable[int]) -> list[int]:
-    """Those of a process's shards whose files do not have the bytes that is written of them.
+def unfinished_shards(
+    folder: Path, description: CacheDescription, shards: Iterable[int]
+) -> list[int]:
+    """Those of some shards whose files are missing, or not of their entry's size and SHA-256.
 
-    A manifest that counts one of them as finished is set aside.
+    A manifest that counts one of them as finished becomes `encoding.json` again.
     """
     with _state_lock(folder):
         entries = _entries(folder, description)
@@ -87,9 +93,8 @@ def unfinished(folder: Path, description: Description, shards: Iterable[int]) ->
     return found
 
 
-def bytes_to_come(folder: Path, description: Description, shards: Iterable[int]) -> int:
-    """About what is still to be written: of these shards, and of those that other processes have
-    not finished."""
+def bytes_to_come(folder: Path, description: CacheDescription, shards: Iterable[int]) -> int:
+    """About how many bytes are still to be written, for these shards and by other processes."""
     files = map(description.shard_name, range(description.num_shards))
     missing = (shard for shard, file in enumerate(files) if not (folder / file).exists())
     needed = sum(map(description.shard_bytes, {*shards, *missing}))
@@ -100,15 +105,23 @@ def bytes_to_come(folder: Path, description: Description, shards: Iterable[int])
 
 
 def write_shard(
-    folder: Path, description: Description, shard: int, records: Iterable[np.ndarray]
+    folder: Path, description: CacheDescription, shard: int, records: Iterable[np.ndarray]
 ) -> dict[str, Any]:
-    """Writes a shard of records, arrays of `record_type`, and returns its part of the manifest.
+    """Writes a shard and its entry for the manifest, which it returns.
+
+    Args:
+      folder: the cache's.
+      description: its contents.
+      shard: the shard's number.
+      records: arrays of `record_type`, in the order of the images.
 
     Raises:
       OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
-    # Of its own name, so that not even two processes with the same shard write one file.
+    # Not by `whole_file`: ArrayRecord's writer takes a path, and `claim_shards` and `bytes_to_come`
+    # find a shard's unfinished files by their names. Each has a name of its own, so that not even
+    # two processes with the same shard write one file.
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         images = _write_records(aside, records)
@@ -127,20 +140,21 @@ def write_shard(
     return entry
 
 
-def finish(folder: Path, description: Description) -> bool:
-    """Writes the manifest if every shard is there, and returns whether it is.
+def finish_cache(folder: Path, description: CacheDescription) -> bool:
+    """Writes the manifest if every shard is finished, and returns whether that is so.
 
-    Whichever process comes last does it; of several at once, one after the other.
+    The process that comes last does it; several at once do it one after the other.
     """
     with _state_lock(folder):
         entries = _entries(folder, description)
         if not all(entries):
             return False
         found = _found(folder)
-        values = _plain(description) | {key: found[key] for key in ("source", "vae")}  # at first
+        # The names that the cache was begun with.
+        values = _plain(description) | {key: found[key] for key in ("source", "vae")}
         values["records"] = sum(entry["records"] for entry in entries)
         values["left_out"] = description.num_images - values["records"] // description.versions
-        _write_json(folder / MANIFEST, values | {"shards": entries})
+        _write_json(folder / CACHE_MANIFEST, values | {"shards": entries})
         (folder / ENCODING).unlink(missing_ok=True)
         for shard in range(description.num_shards):
             _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
@@ -151,7 +165,7 @@ def finish(folder: Path, description: Description) -> bool:
 
 
 def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
-    """Writes an ArrayRecord file, down to the disk; returns each record's image."""
+    """Writes an ArrayRecord file and syncs it to the disk; returns each record's image."""
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
@@ -174,7 +188,7 @@ def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # ArrayRecord's only one
+    except RuntimeError as error:  # the only one that ArrayRecord raises
         raise OSError(
             f"{path.parent / _whole_name(path)}: cannot be written ({str(error).split(';')[0]}); "
             "make room, and run the same command again, which goes on"
@@ -183,20 +197,31 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock_file(path: Path, lock: Callable[[IO[str]], bool]) -> Iterator[bool]:
-    """A file that `lock` locks, or says that it cannot, removed when nobody holds a part of it."""
+    """Holds a lock file, and removes it at the end unless another process holds a part of it.
+
+    Args:
+      path: the file.
+      lock: locks the open file and returns True, or False on a file system without locks.
+
+    Yields:
+      The answer of `lock`.
+
+    Raises:
+      FileExistsError: another process holds a part, as `lock` found.
+    """
     patience = 3
     while True:
         with open(path, "a") as file:
             try:
                 held = lock(file)
-            except FileExistsError:  # perhaps of one that is just leaving
+            except FileExistsError:  # the other process may be just leaving
                 patience -= 1
                 if not patience:
                     raise
                 time.sleep(0.1)
                 continue
             if held and not _is_at(file, path):
-                continue  # who held it before has removed it; there may be a new one to lock
+                continue  # its last holder has removed it; there may be a new one to lock
             try:
                 yield held
             finally:
@@ -215,7 +240,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _state_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:
-    """For a look at what is written about all shards, or a change to it."""
+    """A lock on the entries of all shards, to read or to change them."""
 
     def lock(file: IO[str]) -> bool:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -226,8 +251,12 @@ def _state_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:
     return _lock_file(folder / STATE_LOCK, lock)
 
 
-def _lock_shards(file: IO[str], description: Description, shards: Iterable[int]) -> bool:
-    """Locks the byte of each shard."""
+def _lock_shards(file: IO[str], description: CacheDescription, shards: Iterable[int]) -> bool:
+    """Locks the byte of each shard; False on a file system without locks.
+
+    Raises:
+      FileExistsError: another process holds one of them.
+    """
     for shard in shards:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
@@ -243,7 +272,7 @@ def _lock_shards(file: IO[str], description: Description, shards: Iterable[int])
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses, with ValueError, to go on with a cache of other things."""
+    """Refuses, with ValueError, to go on with a cache of another description."""
     known = found.get("source_digest")
     for key, value in wanted.items():
         # A folder may be moved, and a copy of an encoder have another name than "mse".
@@ -260,7 +289,7 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
 
 
 def _say(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, str]:
-    """A difference in words: what was found, and what was wanted."""
+    """A difference between two descriptions in words: the value found, and the one wanted."""
     pair = found, wanted
     if key == "vae_digest":
         return tuple(f"the autoencoder {values['vae']} ({values[key]})" for values in pair)
@@ -281,12 +310,12 @@ def _say(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, 
 
 
 def _found(folder: Path) -> dict[str, Any] | None:
-    """The cache's beginning, which stands even beside a manifest, or else the manifest."""
-    return read_json(folder / ENCODING) or read_json(folder / MANIFEST)
+    """The content of `encoding.json`, which counts even beside a manifest, or of the manifest."""
+    return read_json(folder / ENCODING) or read_json(folder / CACHE_MANIFEST)
 
 
-def _entries(folder: Path, description: Description) -> list[dict[str, Any] | None]:
-    """What is written about each shard, beside it or in the manifest."""
+def _entries(folder: Path, description: CacheDescription) -> list[dict[str, Any] | None]:
+    """The entry of each shard, from beside it or from the manifest; None where it has none."""
     entries = list((_found(folder) or {}).get("shards") or [None] * description.num_shards)
     for shard in range(description.num_shards):
         part = read_json(_part(folder / description.shard_name(shard)))
@@ -294,20 +323,20 @@ def _entries(folder: Path, description: Description) -> list[dict[str, Any] | No
     return entries
 
 
-def _forget(folder: Path, description: Description, shards: list[int]) -> None:
-    """What is written about shards; the cache is unfinished from then on."""
+def _forget(folder: Path, description: CacheDescription, shards: list[int]) -> None:
+    """Removes the entries of some shards; the cache is unfinished from then on."""
     found = _found(folder)
     if "shards" in found:
         for shard in shards:
             found["shards"][shard] = None
         _write_json(folder / ENCODING, found)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / CACHE_MANIFEST).unlink(missing_ok=True)
     for shard in shards:
         _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
 
 
 def _is_whole(path: Path, entry: dict[str, Any] | None) -> bool:
-    """Whether a shard is written about, and has just the bytes that this tells of."""
+    """Whether a shard has an entry, and the size and SHA-256 that it gives."""
     try:
         return (
             entry is not None
@@ -323,12 +352,12 @@ def _part(shard: Path) -> Path:
 
 
 def _whole_name(partial: Path) -> str:
-    """Of the shard that a .SHARD.ID.partial is to become."""
+    """The name of the shard that a .SHARD.ID.partial is to become."""
     return partial.name[1:].rsplit(".", 2)[0]
 
 
-def _plain(description: Description) -> dict[str, Any]:
-    """As JSON gives it back: tuples become lists."""
+def _plain(description: CacheDescription) -> dict[str, Any]:
+    """A description as JSON gives it back, with lists in place of tuples, and the version."""
     return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(description)}))
 
 
@@ -338,15 +367,10 @@ def _digest(path: Path) -> str:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all, with several processes at it."""
-    # Processes of other hosts, or containers, may have the same number.
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     try:
-        aside.rename(path)
-    except FileNotFoundError:  # another process has finished, and cleared away
+        with whole_file(path) as file:
+            file.write(text.encode())
+    except FileNotFoundError:  # another process has finished, and removed what was half written
         if not path.exists():
             raise

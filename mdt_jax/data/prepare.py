@@ -1,7 +1,7 @@
 """Writes images as a data set that TensorFlow Datasets reads like its own, without TensorFlow.
 
-The records are ArrayRecord files of TFDS's examples, one record a group so that each is read alone,
-beside TFDS's own description of them. Whoever has images somewhere describes them as `Images`.
+The examples are TFDS's, in ArrayRecord files with one record a group, so that each is read alone,
+beside TFDS's description of them. `InputImages` describe images of any origin.
 """
 
 import collections
@@ -24,20 +24,20 @@ from tqdm import tqdm
 
 from mdt_jax.data.decoding import BadImage, decode_image
 
-# What the decoders that TFDS uses without TensorFlow, OpenCV's and Pillow's, read alike.
+# Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.
 KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO is a JPEG with further pictures behind it
-NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?")
-SPLIT = re.compile(r"[a-z][a-z0-9_]*")
+DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?")
+SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class InputImage:
     """An image that is to be written.
 
     Attributes:
-      place: where it is, for messages.
-      name: what the data set calls it, its `file_name`.
-      data: the encoded image, or the file with it, which is then read in a thread.
+      place: its place, for messages.
+      name: its name in the data set, the `file_name`.
+      data: the encoded image, or its file, which is then read in a thread.
       label: its class; 0 where there are none.
     """
 
@@ -48,24 +48,24 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
-    """The images that are to be written, in the order that they are to have.
+class InputImages:
+    """The images that are to be written, in that order.
 
     Attributes:
-      place: where they are, for messages.
-      records: begins to yield them, once.
-      num_bytes: what they take, roughly: for the progress bar, and to see that they fit.
+      place: their place, for messages.
+      records: called once, yields the images.
+      num_bytes: about how many bytes they have, for the progress bar and to see that they fit.
       class_names: the name of each label, in order; empty for images without classes.
     """
 
     place: str
-    records: Callable[[], Iterable[Record]]
+    records: Callable[[], Iterable[InputImage]]
     num_bytes: int
     class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """A data set that was written: its folder, and counts of what is in it."""
 
     folder: Path
@@ -76,8 +76,8 @@ class Prepared:
     skipped: int
 
 
-def prepare(
-    images: Images,
+def prepare_dataset(
+    images: InputImages,
     name: str,
     data_dir: str | Path,
     *,
@@ -85,21 +85,21 @@ def prepare(
     shard_bytes: int = 256 * 2**20,
     skip_bad: bool = False,
     progress: bool = False,
-) -> Prepared:
+) -> PreparedDataset:
     """Writes a data set whole or not at all.
 
-    Every image is decoded once, to see that it can be. Its bytes are kept as they are if all of
-    TFDS's decoders give the same RGB or gray pixels for them; others (CMYK, palettes, transparency,
-    16 bits, animations, rare formats) become PNGs of the pixels of `decode_image`. What a camera
-    says of its orientation stays in the bytes, for the reader to heed.
+    Every image is decoded once, to see that it can be. Its bytes are kept if all of TFDS's decoders
+    give the same RGB or gray pixels for them; others (CMYK, palettes, transparency, 16 bits,
+    animations, rare formats) become PNGs of the pixels of `decode_image`. A camera's orientation
+    stays in the bytes; a reader turns the picture.
 
     Args:
-      images: what to write.
-      name: what TFDS is to call it, "name" or "name/config". With a name that TFDS knows, such as
-        "imagenet2012" or "lsun/bedroom", the classes and features must be those it knows.
-      data_dir: TFDS's data folder; DATA_DIR/NAME/VERSION is made in it.
-      split: the one split that it has.
-      shard_bytes: a file is ended when it holds as many.
+      images: the images to write.
+      name: the data set's name in TFDS, "name" or "name/config". With a name that TFDS knows, such
+        as "imagenet2012" or "lsun/bedroom", the classes and features must be those it knows.
+      data_dir: TFDS's data folder, in which DATA_DIR/NAME/VERSION is made.
+      split: the name of the only split.
+      shard_bytes: a file ends when it holds this many bytes.
       skip_bad: whether an image that cannot be decoded is left out, with a warning.
       progress: whether to show a progress bar.
 
@@ -107,13 +107,13 @@ def prepare(
       The folder and the counts.
 
     Raises:
-      FileExistsError: the data set is there already, or is just being written.
+      FileExistsError: the data set is there already, or another process is writing it.
       OSError: the disk is full.
-      ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; none
-        that can; or what `images.records` raises.
+      ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; no image
+        that can; or an error of `images.records`.
     """
     target = _target(name, Path(data_dir).expanduser(), images.class_names)
-    if not SPLIT.fullmatch(split):
+    if not SPLIT_NAME.fullmatch(split):
         raise ValueError(
             f"split {split!r}: must be of small letters, digits and _, such as 'train'"
         )
@@ -148,11 +148,13 @@ def prepare(
         lengths = shards.close()
         target.describe(folder, split, lengths, counts["num_bytes"], shards.paths)
     fields = ("examples", "num_bytes", "reencoded", "skipped")
-    return Prepared(target.folder, shards=len(lengths), **{key: counts[key] for key in fields})
+    return PreparedDataset(
+        target.folder, shards=len(lengths), **{key: counts[key] for key in fields}
+    )
 
 
 def storable(data: bytes, place: str) -> tuple[bytes, bool]:
-    """The bytes to store for an encoded image, and whether they are other than those given.
+    """The bytes to store for an encoded image, and whether they differ from those given.
 
     Raises:
       BadImage: it cannot be decoded; the message begins with its `place`.
@@ -160,11 +162,11 @@ def storable(data: bytes, place: str) -> tuple[bytes, bool]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if _is_kept(picture, data):
-                # Of a JPEG, this still reads every bit, but makes 1 pixel of 64: twice as fast.
+                # A JPEG's bits are still all read, but 64 pixels become 1: twice as fast.
                 picture.draft("L", (1, 1))
                 picture.load()
                 return data, False
-    except Exception:  # what is wrong, if anything, is said below
+    except Exception:  # decode_image below says what is wrong, if anything is
         pass
     png = io.BytesIO()
     Image.fromarray(decode_image(data, place)).save(png, "PNG")
@@ -176,17 +178,18 @@ def _is_kept(picture: Image.Image, data: bytes) -> bool:
         return False
     if picture.format in ("JPEG", "MPO"):
         return True
-    sixteen_bits = picture.format == "PNG" and data[24] == 16  # of RGB, Pillow says nothing
+    # The header's bit depth, which Pillow does not tell for RGB.
+    sixteen_bits = picture.format == "PNG" and data[24] == 16
     animated = getattr(picture, "n_frames", 1) > 1
     return not (sixteen_bits or animated or picture.has_transparency_data)
 
 
 def _checked(
-    records: Iterable[Record],
-) -> Iterator[tuple[Record, Callable[[], tuple[bytes, bool]]]]:
-    """Records in their order, with what gives their bytes or raises `BadImage`."""
+    records: Iterable[InputImage],
+) -> Iterator[tuple[InputImage, Callable[[], tuple[bytes, bool]]]]:
+    """Each image, in order, with a function that returns `storable` of it or raises BadImage."""
 
-    def check(record: Record) -> tuple[bytes, bool]:
+    def check(record: InputImage) -> tuple[bytes, bool]:
         data = record.data
         try:
             data = data if isinstance(data, bytes) else data.read_bytes()
@@ -196,7 +199,7 @@ def _checked(
 
     workers = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers)
-    pending: collections.deque[tuple[Record, Future]] = collections.deque()
+    pending: collections.deque[tuple[InputImage, Future]] = collections.deque()
     try:
         for record in records:
             pending.append((record, pool.submit(check, record)))
@@ -210,7 +213,7 @@ def _checked(
         pool.shutdown(cancel_futures=True)
 
 
-def _bar(images: Images, progress: bool) -> tqdm:
+def _bar(images: InputImages, progress: bool) -> tqdm:
     return tqdm(
         total=images.num_bytes, unit="B", unit_scale=True, smoothing=0.05, disable=not progress
     )
@@ -218,7 +221,11 @@ def _bar(images: Images, progress: bool) -> tqdm:
 
 @contextlib.contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder` at the end; on an error, nothing is left."""
+    """A folder to write in, which is renamed to `folder` at the end; on an error it is removed.
+
+    Raises:
+      FileExistsError: another process is writing there.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     made = [parent for parent in (partial, *partial.parents) if not parent.exists()]
     partial.mkdir(parents=True, exist_ok=True)
@@ -231,7 +238,7 @@ def _aside(folder: Path) -> Iterator[Path]:
             ) from error
         except OSError:  # a file system without locks
             pass
-        for left in partial.iterdir():  # by one that was killed
+        for left in partial.iterdir():  # left by a process that was killed
             if left.name != "lock":
                 left.unlink()
         try:
@@ -246,7 +253,7 @@ def _aside(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _check_space(folder: Path, images: Images) -> None:
+def _check_space(folder: Path, images: InputImages) -> None:
     free = shutil.disk_usage(folder).free
     if free < images.num_bytes:
         raise OSError(
@@ -271,7 +278,7 @@ class _Shards:
             self._end()
             self.paths.append(self._folder / f"shard-{len(self.paths):05d}")
             self._lengths.append(0)
-            # Images are compressed as they are; to compress them again takes half of the rate.
+            # Images are compressed already; compressing them again would halve the rate.
             self._writer = array_record_module.ArrayRecordWriter(
                 str(self.paths[-1]), "group_size:1,uncompressed"
             )
@@ -282,7 +289,7 @@ class _Shards:
         self._room -= len(record)
 
     def close(self) -> list[int]:
-        """The number of records in each file, all of which are then on the disk."""
+        """Ends the last file; returns the number of records in each."""
         self._end()
         return self._lengths
 
@@ -307,7 +314,7 @@ class _Shards:
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # the writer's only one
+        except RuntimeError as error:  # the only one that the writer raises
             raise OSError(
                 f"{self.paths[-1]}: cannot be written ({str(error).split(';')[0]}); make room, or "
                 "give a data folder elsewhere"
@@ -316,7 +323,7 @@ class _Shards:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """What TFDS is to know of a data set."""
+    """A data set's description for TFDS."""
 
     name: str
     config: str | None
@@ -325,7 +332,7 @@ class _Target:
     features: Any
     texts: tuple[str, ...]  # the features that hold a record's name
 
-    def serialize(self, record: Record, data: bytes) -> bytes:
+    def serialize(self, record: InputImage, data: bytes) -> bytes:
         example = dict.fromkeys(self.texts, record.name) | {"image": data}
         if "label" in self.features:
             example["label"] = record.label
@@ -360,10 +367,14 @@ class _Target:
 
 
 def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
-    """TFDS's own description of a data set that it knows, and a new one of any other."""
+    """The description of a data set: TFDS's own if it knows the name, or a new one.
+
+    Raises:
+      ValueError: a name or classes that TFDS cannot have, or other classes than it knows.
+    """
     import tensorflow_datasets as tfds  # takes seconds
 
-    if not NAME.fullmatch(name):
+    if not DATASET_NAME.fullmatch(name):
         raise ValueError(
             f"name {name!r}: must be of small letters, digits and _, and begin with a letter; one "
             "such name may follow a slash"
@@ -375,7 +386,7 @@ def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
         definition = tfds.builder_cls(base)
     except tfds.core.DatasetNotFoundError:
         definition = None
-    # Of those that it knows, TFDS goes by its own description, not by the one on the disk.
+    # For data sets that it knows, TFDS takes its own description, not the one on the disk.
     if definition is not None and (not config or config in definition.builder_configs):
         builder = definition(data_dir=str(data_dir), config=config or None)
         features, folder = builder.info.features, Path(builder.data_dir)
@@ -396,7 +407,7 @@ def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
 
 
 def _fits(features: Any, texts: tuple[str, ...], class_names: tuple[str, ...]) -> bool:
-    """Whether records of an image, its name and its class have those features of TFDS's."""
+    """Whether TFDS's features are those of records with an image, its name and its class."""
     if set(features) - set(texts) != ({"image", "label"} if class_names else {"image"}):
         return False
     image, names = features["image"], features["label"].names if class_names else ()

@@ -1,7 +1,6 @@
-"""What happens to one example on the host: crop and scale. NumPy and Pillow.
+"""Crops and scaling of one image on the host, in NumPy and Pillow.
 
-Whatever is random takes its generator as an argument, so that the caller decides what a draw
-depends on.
+A random crop takes its generator as an argument, so that the caller decides what a draw depends on.
 """
 
 import math
@@ -11,14 +10,15 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 # Stable Diffusion's first-stage scale: latents times this have about unit variance
-# (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G).
+# (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G). The scale of an autoencoder
+# that has none of its own, `convert.autoencoder_settings.DEFAULT_SCALE`, is the same number.
 LATENT_SCALE = 0.18215
 
 
 def center_crop(
     image: UInt8[np.ndarray, "h w c"] | Image.Image, size: int
 ) -> UInt8[np.ndarray, "{size} {size} c"]:
-    """The image's middle square, `size` pixels wide, by the rule ADM's training images were cut by.
+    """The image's middle square, `size` pixels wide, by ADM's rule for training images.
 
     Resize until the shorter side is `size` (see `_resize_shorter_side`), then crop the centre
     (`center_crop_arr` in `guided_diffusion/image_datasets.py` of
@@ -27,7 +27,7 @@ def center_crop(
 
     Args:
       image: its pixels; or a picture of Pillow's of mode RGB or L, which saves two copies.
-      size: of the result.
+      size: height and width of the result.
 
     Raises:
       ValueError: an image to be resized has no pixels, or neither 1 (gray) nor 3 (RGB) channels.
@@ -51,15 +51,15 @@ def random_crop(
     """A random square of the image, `size` pixels wide, by ADM's rule.
 
     Resize until the shorter side is s, uniform in ceil(size / max_fraction) ... ceil(size /
-    min_fraction), then crop anywhere (`random_crop_arr` in ADM's file, as above). The square is
-    that fraction of the shorter side, or a little less.
+    min_fraction), then crop anywhere (`random_crop_arr` in the file that `center_crop` names). The
+    square is size / s of the image's shorter side.
 
     Args:
       image: at least one pixel; or a picture of Pillow's of mode RGB or L.
-      size: of the result.
+      size: height and width of the result.
       rng: gives three draws: s, top, left.
-      min_fraction: 0 < min_fraction <= max_fraction <= 1.
-      max_fraction: see there.
+      min_fraction: least part of the shorter side, 0 < min_fraction <= max_fraction.
+      max_fraction: largest part of the shorter side, at most 1.
 
     Raises:
       ValueError: fractions out of order, or an image that cannot be resized.
@@ -77,8 +77,8 @@ def random_crop(
     return _crop(picture, top, left, size)
 
 
-# No photograph is this much longer than wide. A file one pixel wide, enlarged whole, would take
-# gigabytes; cut to its middle first it gives the same centre crop.
+# No photograph is this many times as long as wide. A file one pixel wide, enlarged whole, would
+# take gigabytes; cut to its middle first, it gives the same centre crop.
 _LONGEST = 64
 
 
@@ -99,8 +99,10 @@ def _crop(picture: Image.Image, top: int, left: int, size: int) -> np.ndarray:
 
 
 def _resize_shorter_side(picture: Image.Image, size: int) -> Image.Image:
-    """The picture with a shorter side of `size`, by ADM's rule: halve with a box filter while that
-    is at least twice too long, then resize bicubically."""
+    """The picture with a shorter side of `size`, by ADM's rule.
+
+    Halve with a box filter while that side is at least twice `size`, then resize bicubically.
+    """
     picture = _cut_to_middle(picture)
     while min(picture.size) >= 2 * size:
         width, height = picture.size
@@ -111,7 +113,7 @@ def _resize_shorter_side(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _cut_to_middle(picture: Image.Image) -> Image.Image:
-    """The picture without what is beyond `_LONGEST` times its shorter side, exactly centred."""
+    """The middle of a picture, at most `_LONGEST` times as long as its shorter side."""
     most = _LONGEST * min(picture.size)
     left, top = (max(0, (side - most) // 2) for side in picture.size)
     if not left and not top:
@@ -122,8 +124,8 @@ def _cut_to_middle(picture: Image.Image) -> Image.Image:
 def to_unit_range(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """Pixels 0 ... 255 as float32 in [-1, 1]: x / 127.5 - 1.
 
-    `train_step.scale_pixels` is the same, bit for bit, on the devices.
+    `training.step.scale_pixels` gives the same bits on the devices.
     """
-    # In place: to allocate another array takes as long as the arithmetic.
+    # In place: allocating another array takes as long as the arithmetic.
     scaled = np.divide(image, np.float32(127.5), dtype=np.float32)
     return np.subtract(scaled, np.float32(1), out=scaled)

@@ -1,1 +1,1 @@
-"""Judging samples: features of images, and the distances between sets of them."""
+"""Judging samples: features of images, and distances between sets of images."""

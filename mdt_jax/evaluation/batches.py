@@ -1,7 +1,7 @@
-"""Where the images to judge are: npz files of ADM's layout, folders, arrays; read in batches.
+"""Images to judge, in npz files of ADM's layout, folders or arrays, read in batches.
 
-`open_images` recognises them. Nothing is loaded whole: the member `arr_0` of an npz is read from
-the zip piece by piece, compressed or not, and its checksum verified on the way.
+`open_images` recognises files and folders. No set is loaded whole: the member `arr_0` of an npz is
+read from the zip piece by piece, compressed or not, and its checksum is verified on the way.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jaxtyping import Integer, UInt8
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.data.folders import IMAGE_SUFFIXES, read_folder
 
-# What a zip file or member that is cut off or altered raises, in zipfile, zlib and NumPy.
+# The errors of zipfile, zlib and NumPy for a zip file or member that is cut off or altered.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 @runtime_checkable
-class Images(Protocol):
+class ImageSet(Protocol):
     """Images of one size, in an order, with or without labels.
 
     Attributes:
-      name: how messages call them.
-      count: how many.
+      name: their name in messages.
+      count: how many there are.
       labels: (count,) integers; None where there are none.
     """
 
@@ -41,7 +41,7 @@ class Images(Protocol):
     labels: np.ndarray | None
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Images start to stop − 1 in order, uint8 (≤ batch_size, h, w, 1 or 3)."""
+        """Batches of images start ... stop − 1, in order, uint8 (≤ batch_size, h, w, 1 or 3)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,22 +54,22 @@ class ArrayImages:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """How many images there are."""
         return len(self.images)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`."""
+        """As `ImageSet.read`."""
         for first in range(start, stop, batch_size):
             yield self.images[first : min(first + batch_size, stop)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NpzImages:
-    """`arr_0` of an npz, with `arr_1` as labels where it is there; `open` makes one.
+    """The images `arr_0` of an npz, and their labels `arr_1` if it has them; `open` makes one.
 
     Attributes:
       path: the file.
-      shape: of `arr_0`, (n, h, w, c).
+      shape: the shape of `arr_0`, (n, h, w, c).
       labels: `arr_1`, or None.
     """
 
@@ -79,7 +79,7 @@ class NpzImages:
 
     @classmethod
     def open(cls, path: str | Path) -> NpzImages:
-        """Reads the headers, and the labels.
+        """Reads the headers and the labels of an npz.
 
         Raises:
           FileNotFoundError: no such file.
@@ -115,11 +115,11 @@ class NpzImages:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """How many images there are."""
         return self.shape[0]
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`.
+        """As `ImageSet.read`.
 
         Raises:
           ValueError: the file is damaged.
@@ -143,7 +143,7 @@ class FolderImages:
     Attributes:
       path: the folder.
       files: paths in it, in order.
-      labels: of each file, by classes as `data.folders.read_folder` finds them; or None.
+      labels: one for each file, as `data.folders.read_folder` finds them; or None.
     """
 
     path: Path
@@ -152,7 +152,7 @@ class FolderImages:
 
     @classmethod
     def open(cls, path: str | Path) -> FolderImages:
-        """Lists a folder. Raises as `read_folder`."""
+        """Lists the images of a folder, with the errors of `read_folder`."""
         folder = read_folder(path)
         return cls(folder.path, folder.files, folder.labels)
 
@@ -163,11 +163,11 @@ class FolderImages:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """How many images there are."""
         return len(self.files)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`, always RGB.
+        """As `ImageSet.read`, always RGB.
 
         Raises:
           BadImage: a file that cannot be decoded.
@@ -178,7 +178,7 @@ class FolderImages:
             path = str(self.path / self.files[index])
             return decode_image(path, path)
 
-        shape = load(0).shape  # the first of all, so that every process compares with the same
+        shape = load(0).shape  # image 0 of the set, which every process compares its share with
         with ThreadPoolExecutor() as pool:
             for first in range(start, stop, batch_size):
                 indices = range(first, min(first + batch_size, stop))
@@ -195,24 +195,24 @@ class FolderImages:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JoinedImages:
-    """Several of them, one after the other."""
+    """Several sets of images, one after the other."""
 
-    parts: Sequence[Images]
+    parts: Sequence[ImageSet]
     name: str
 
     @property
     def count(self) -> int:
-        """How many in all."""
+        """How many images all parts have."""
         return sum(part.count for part in self.parts)
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Of all, None where a part has none."""
+        """The labels of all images; None if a part has none."""
         labels = [part.labels for part in self.parts]
         return None if any(part is None for part in labels) else np.concatenate(labels)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """As `Images.read`; a batch does not reach from one part into the next."""
+        """As `ImageSet.read`; each batch is of one part."""
         before = 0
         for part in self.parts:
             first, last = max(start - before, 0), min(stop - before, part.count)
@@ -221,7 +221,7 @@ class JoinedImages:
             before += part.count
 
 
-def open_images(place: str | Path) -> Images:
+def open_images(place: str | Path) -> ImageSet:
     """The images that a path names.
 
     Args:
@@ -229,7 +229,7 @@ def open_images(place: str | Path) -> Images:
         (shards, in the order of their names), or a folder of images.
 
     Raises:
-      FileNotFoundError: nothing there.
+      FileNotFoundError: no such file or folder.
       ValueError: neither npz nor folder, a damaged file, or images that cannot be judged.
     """
     places = [Path(part) for part in str(place).split(",") if part]
@@ -247,7 +247,7 @@ def open_images(place: str | Path) -> Images:
     return NpzImages.open(path)
 
 
-def _joined(paths: Sequence[Path], name: str) -> Images:
+def _joined(paths: Sequence[Path], name: str) -> ImageSet:
     parts = [NpzImages.open(path) for path in paths]
     for part in parts:
         if part.shape[1:] != parts[0].shape[1:]:
@@ -259,7 +259,7 @@ def _joined(paths: Sequence[Path], name: str) -> Images:
 
 
 def npz_members(path: str | Path) -> list[str]:
-    """Names of the arrays in an npz.
+    """The names of the arrays in an npz.
 
     Raises:
       FileNotFoundError: no such file.
@@ -288,8 +288,36 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
         raise _damaged(Path(path), error) from error
 
 
+def read_ahead(images: ImageSet, mine: range, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches, each with the index of its first image; the next is read while one is used.
+
+    Args:
+      images: all images.
+      mine: the indices to read.
+      batch_size: images in a batch.
+
+    Raises:
+      ValueError: a batch size below 1, or floats in [0, 1] that were cast to uint8.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size} is below 1")
+    batches = images.read(mine.start, mine.stop, batch_size)
+    first = mine.start
+    with ThreadPoolExecutor(1) as reading:
+        following = reading.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = reading.submit(next, batches, None)
+            if first == 0 and batch.max() <= 1 and batch.any():
+                raise ValueError(
+                    f"{images.name}: the first {len(batch)} images hold only 0 and 1; images are "
+                    "0 ... 255: these seem to be floats in [0, 1] that were cast to uint8"
+                )
+            yield first, batch
+            first += len(batch)
+
+
 def share(count: int, index: int, processes: int) -> range:
-    """The images of one of several processes: consecutive, and as many as the others' or one less.
+    """The indices of one process's images: consecutive, as many as the others' or one less.
 
     Raises:
       ValueError: fewer images than processes.
@@ -301,7 +329,7 @@ def share(count: int, index: int, processes: int) -> range:
 
 @contextlib.contextmanager
 def _arr_0(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The .npy file of the images inside an npz; damage met on the way is a ValueError."""
+    """Opens the .npy file of the images inside an npz; damage found in it is a ValueError."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             yield member
@@ -310,7 +338,7 @@ def _arr_0(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def _read_header(path: Path, member: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an .npy member, which is then at its first number."""
+    """The shape and type of an .npy member, read up to its first number."""
     try:
         version = np.lib.format.read_magic(member)
         read = {
@@ -331,7 +359,7 @@ def _read_header(path: Path, member: io.BufferedIOBase) -> tuple[tuple[int, ...]
 def _check_dtype(
     path: Path, member: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype
 ) -> None:
-    """Refuses all but uint8, telling from the first numbers what the images seem to be."""
+    """Refuses, with ValueError, other types than uint8; the advice goes by the first numbers."""
     if dtype == np.uint8:
         return
     advice = "save uint8 in 0 ... 255"
@@ -352,7 +380,18 @@ def _check_dtype(
 def _read_bytes(
     path: Path, member: io.BufferedIOBase, count: int, *, keep: bool = True, at_end: bool = False
 ) -> bytearray:
-    """The next `count` bytes; none of them with `keep` False; none are left if `at_end`."""
+    """Reads the next bytes of a member.
+
+    Args:
+      path: the npz, for messages.
+      member: the open member.
+      count: how many bytes to read.
+      keep: whether to return them; otherwise they are only read past.
+      at_end: whether the member may end earlier.
+
+    Raises:
+      ValueError: the member ends earlier.
+    """
     read = bytearray()
     left = count
     while left and (piece := member.read(min(left, 1 << 24))):

@@ -1,10 +1,10 @@
 """A small classifier of the training images as an extractor, for data that Inception cannot read.
 
-Inception's features are of photographs; of 8 × 8 digits they say little. A perceptron with two
+Inception's features are made for photographs and say little of 8 × 8 digits. A perceptron with two
 hidden layers, trained on the real images and their classes in seconds, takes its place: its last
-hidden layer is the feature space of the Fréchet distance, precision and recall, its class
-probabilities are the Inception Score's. Distances are in that classifier's units, comparable only
-where its digest is the same, and never with published FIDs.
+hidden layer is the feature space of the Fréchet distance, precision and recall, and its class
+probabilities are the Inception Score's. Distances are in that classifier's units: they can be
+compared only where its digest is the same, and never with published FIDs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jaxtyping import Float32, Integer, UInt8
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.evaluation.extractors import Features, digest
-from mdt_jax.evaluation.processes import gather
+from mdt_jax.evaluation.processes import gather_arrays
 from mdt_jax.parallel.distributed import by_first_process
 
-MAX_SIDE = 64  # pixels: the first layer sees all of them at once
+MAX_SIDE = 64  # pixels; the first layer takes a whole image at once
 HIDDEN_SIZES = (256, 64)
 MAX_EPOCHS = 30
-BATCH_SIZE = 64
-# L2. A tenth of it lets the classes of the training images drift apart from those of others.
+MINIBATCH_SIZE = 64
+# L2. With a tenth of it, the classes of the training images drift apart from those of others.
 WEIGHT_DECAY = 0.1
 
 Layer = tuple[Float32[np.ndarray, "_i _o"], Float32[np.ndarray, "_o"]]
@@ -34,7 +34,7 @@ Layer = tuple[Float32[np.ndarray, "_i _o"], Float32[np.ndarray, "_o"]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelClassifier:
-    """An `Extractor` for images of one shape; `train` makes one.
+    """An `Extractor` for images of one shape; `train_classifier` makes one.
 
     Attributes:
       layers: weights and biases, the last layer's outputs being logits.
@@ -52,7 +52,7 @@ class PixelClassifier:
         return digest(self.layers)
 
     def extract(self, images: UInt8[np.ndarray, "n h w c"]) -> Features:
-        """As `Extractor.extract`; in float64, so that the batch does not show in the features.
+        """As `Extractor.extract`, in float64, so that features do not depend on the batch.
 
         Raises:
           ValueError: images of another shape.
@@ -73,15 +73,16 @@ class PixelClassifier:
         )
 
 
-def train(
+def train_classifier(
     images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, "n"], num_classes: int
 ) -> PixelClassifier:
-    """The classifier of images: the same bits for the same images, on one kind of machine.
+    """A classifier trained on images: the same bits for the same images, on one kind of machine.
 
     Args:
-      images: sides up to `MAX_SIDE` are sensible.
-      labels: 0 to num_classes − 1.
-      num_classes: how many logits; those of classes without images stay far below the others'.
+      images: the training images, whose sides should not exceed `MAX_SIDE`.
+      labels: their classes, 0 to num_classes − 1.
+      num_classes: how many logits it has; those of classes without images stay far below the
+        others'.
 
     Raises:
       ValueError: images of fewer than two classes.
@@ -96,7 +97,7 @@ def train(
     network = MLPClassifier(
         HIDDEN_SIZES,
         alpha=WEIGHT_DECAY,
-        batch_size=min(BATCH_SIZE, len(images)),
+        batch_size=min(MINIBATCH_SIZE, len(images)),
         max_iter=MAX_EPOCHS,
         random_state=0,
     )
@@ -122,13 +123,14 @@ def load_or_train(
     labels: Integer[np.ndarray, "n"],
     num_classes: int,
 ) -> PixelClassifier:
-    """The classifier that a file holds, or else `train`'s, which is then written there.
+    """The classifier in a file; without the file, one that is trained and written there.
 
-    A resumed run goes on with the one it began with, on whatever machine. All processes get process
-    0's, which alone touches the file.
+    So a resumed run goes on with the classifier it began with, on any machine. Process 0 alone
+    reads or writes the file, and all processes get its classifier.
 
     Raises:
-      ValueError: a file that cannot be read, or of images of another shape; or what `train` raises.
+      ValueError: a file that cannot be read, or of images of another shape; or an error of
+        `train_classifier`.
     """
     sizes = (int(np.prod(images.shape[1:])), *HIDDEN_SIZES, num_classes)
     count = sum((before + 1) * after for before, after in zip(sizes, sizes[1:], strict=False))
@@ -138,13 +140,13 @@ def load_or_train(
         if path.exists():
             flat[:] = _read(path, count)
             return
-        trained = train(images, labels, num_classes)
+        trained = train_classifier(images, labels, num_classes)
         flat[:] = np.concatenate([part.ravel() for layer in trained.layers for part in layer])
         with whole_file(path) as file:
             np.save(file, flat)
 
     by_first_process(find)
-    return PixelClassifier(_layers(gather(flat)[0], sizes), images.shape[1:])
+    return PixelClassifier(_layers(gather_arrays(flat)[0], sizes), images.shape[1:])
 
 
 def _read(path: Path, count: int) -> Float32[np.ndarray, "{count}"]:

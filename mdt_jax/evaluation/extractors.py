@@ -1,4 +1,4 @@
-"""From images to features: what an extractor is, and how one runs on this process's devices."""
+"""Extractors, which compute features of images: their interface, and networks as extractors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mdt_jax.weights import inception
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    """What the metrics read of a batch of images.
+    """The features of a batch of images.
 
     Attributes:
-      pool: for FID, precision and recall.
-      spatial: for sFID, with positions kept and flattened; None where there are none.
-      probabilities: of classes, for the Inception Score; None where there are none.
+      pool: features for FID, precision and recall.
+      spatial: features for sFID, with positions kept and flattened; None where there are none.
+      probabilities: class probabilities for the Inception Score; None where there are no classes.
     """
 
     pool: Float32[np.ndarray, "n d"]
@@ -36,28 +36,45 @@ class Features:
 
 @runtime_checkable
 class Extractor(Protocol):
-    """Features of images, the same for an image whatever else is in the batch.
+    """Computes features of images, which do not depend on the rest of the batch.
 
     Attributes:
-      name: how messages and reports call it.
-      digest: of its weights: statistics of other weights cannot be compared.
+      name: its name in messages and reports.
+      digest: the digest of its weights; statistics of other weights cannot be compared.
     """
 
     name: str
     digest: str
 
     def extract(self, images: UInt8[np.ndarray, "n h w c"]) -> Features:
-        """Features of a batch, each row one image's."""
+        """The features of a batch, one row for each image."""
 
 
-# A network's pass: parameters and uint8 images to pool, spatial and probabilities (or None).
+def check_finite(found: Features, name: str, first: int) -> None:
+    """Refuses, with ValueError, features that are not finite.
+
+    Args:
+      found: the features of a batch.
+      name: the images' name, for the message.
+      first: the index of the batch's first image.
+    """
+    for part in (found.pool, found.spatial, found.probabilities):
+        finite = True if part is None else np.isfinite(part).all(axis=1)
+        if not np.all(finite):
+            raise ValueError(
+                f"{name}: image {first + int(np.argmin(finite))} has features that are not finite: "
+                "the extractor's weights are damaged, or not of this network"
+            )
+
+
+# A network's pass, (parameters, uint8 images) → (pool, spatial or None, probabilities or None).
 Apply = Callable[[Any, Array], tuple[Array, Array | None, Array | None]]
 
 
 class NetworkExtractor:
-    """A network on this process's devices, batches padded to one size that is compiled once.
+    """A network on this process's devices; batches are padded to one size, so it compiles once.
 
-    Processes need nothing of each other: each has all parameters and images of its own.
+    Each process has all parameters and its own images, and none waits for another.
     """
 
     def __init__(
@@ -69,7 +86,7 @@ class NetworkExtractor:
           apply: a pure function of parameters and images.
           params: a tree of arrays.
           batch_size: images at a time, rounded up to a multiple of the devices.
-          mesh: over devices of this process, all of them by default.
+          mesh: a mesh of this process's devices, all of them by default.
 
         Raises:
           ValueError: a batch size below 1.
@@ -85,7 +102,7 @@ class NetworkExtractor:
         self._apply = jax.jit(apply, out_shardings=sharding.batch_sharding(self._mesh))
 
     def extract(self, images: UInt8[np.ndarray, "n h w c"]) -> Features:
-        """As `Extractor.extract`, any number of images."""
+        """As `Extractor.extract`, for any number of images."""
         parts = []
         for first in range(0, len(images), self.batch_size):
             rows = images[first : first + self.batch_size]
@@ -113,7 +130,7 @@ def load_inception(
       batch_size, mesh: as `NetworkExtractor` has them.
 
     Raises:
-      WeightsError: no such weights, with where to get them.
+      WeightsError: no such weights; the message says where to get them.
     """
     network, params = inception.load_network(source)
 
@@ -126,14 +143,14 @@ def load_inception(
 def inception_features(
     network: InceptionV3, params: Any, images: Array
 ) -> tuple[Array, Array, Array]:
-    """Pool, spatial and probabilities of uint8 images."""
+    """Inception's pool and spatial features and class probabilities of uint8 images."""
     out = network.apply({"params": params}, images)
     spatial = out.spatial.reshape(len(images), -1)
     return out.pool_3, spatial, jax.nn.softmax(out.logits_unbiased.astype(jnp.float32))
 
 
 def digest(params: Any) -> str:
-    """BLAKE2b of a tree's names, shapes and numbers as float32."""
+    """The BLAKE2b digest of a tree of arrays: their paths, shapes and numbers as float32."""
     found = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,14 +1,15 @@
-"""Improved precision and recall: what share of one set lies within the manifold of the other.
+"""Improved precision and recall: the share of one set that lies within the other's manifold.
 
 A set's manifold is the union of balls around its features, each reaching to the k-th nearest
 neighbour within the set, the point itself not counted (Kynkäänniemi et al. 2019, arXiv:1904.06991).
 Precision is the share of samples within the manifold of the reference, recall the reverse.
 
-Distances are computed in blocks, so memory does not grow with the square of the images. ADM's
-evaluator computes them in float16 where that does not overflow. Here float32 products of centred
-features decide every clear case, and what lies within their rounding of a radius is computed anew
-in float64, at last by differences, so the counts do not depend on block, order or device. Matrix
-products run in NumPy on the host: TPUs and GPUs would round float32 operands first.
+Distances are computed in blocks, so memory does not grow with the square of the number of images.
+ADM's evaluator computes them in float16 where that does not overflow. Here float32 products of
+centred features decide every clear case. A distance that is closer to a radius than their rounding
+is computed again in float64, and at last by differences, so the counts do not depend on block,
+order or device. Matrix products run in NumPy on the host: TPUs and GPUs would round float32
+operands first.
 """
 
 from __future__ import annotations
@@ -20,18 +21,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Integer
 
 NEIGHBOURS = 3
-BLOCK_ROWS = 2048
-# Candidates kept beyond the k-th, whose order float32 may have wrong.
+ROWS_PER_BLOCK = 2048
+# Candidates kept beyond the k-th nearest, since float32 may have their order wrong.
 _SPARE = 4
-# Bound of the rounding of a squared distance, in eps of the squared norms that it is made of.
+# A bound of a squared distance's rounding error, in eps times the sum of the two squared norms.
 _ROUNDING = 64
-
-Progress = Callable[[int], None]  # told how many pairs of points are done
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifolds:
-    """Who lies within whose manifold.
+    """The points of each set that lie within the other's manifold.
 
     Attributes:
       samples_inside: (n,) whether each sample lies within the reference's manifold.
@@ -43,45 +42,45 @@ class Manifolds:
 
     @property
     def precision(self) -> float:
-        """Share of samples within the reference's manifold."""
+        """The share of samples within the reference's manifold."""
         return float(self.samples_inside.mean())
 
     @property
     def recall(self) -> float:
-        """Share of reference images within the samples' manifold."""
+        """The share of reference images within the samples' manifold."""
         return float(self.reference_inside.mean())
 
 
 def num_pairs(num_reference: int, num_samples: int) -> int:
-    """Pairs of points that `compare` looks at, for a progress bar."""
+    """How many pairs of points `compare_manifolds` looks at, for a progress bar."""
     return num_reference**2 + num_samples**2 + num_reference * num_samples
 
 
-def compare(
+def compare_manifolds(
     reference: Float[np.ndarray, "m d"],
     samples: Float[np.ndarray, "n e"],
     k: int = NEIGHBOURS,
     *,
-    block_rows: int = BLOCK_ROWS,
-    progress: Progress = lambda _: None,
+    block_rows: int = ROWS_PER_BLOCK,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Manifolds:
-    """Each set's points against the manifold of the other.
+    """Finds which points of each set lie within the manifold of the other.
 
     Args:
       reference: (m, d) features, at least k + 1 of them.
-      samples: (n, d) features, likewise.
-      k: which neighbour a ball reaches to.
+      samples: (n, d) features, at least k + 1 of them.
+      k: balls reach to the k-th nearest neighbour.
       block_rows: points of each set that are compared at a time; a block takes 4·block_rows² bytes.
-      progress: called with the number of pairs that are done, `num_pairs` altogether.
+      progress: called after each block with its number of pairs, which add up to `num_pairs`.
 
     Raises:
-      ValueError: fewer than k + 1 points, or features of another number.
+      ValueError: fewer than k + 1 points, or different numbers of features.
     """
     if reference.shape[1] != samples.shape[1]:
         raise ValueError(
             f"{reference.shape[1]} features against {samples.shape[1]}: use one extractor for both"
         )
-    # Distances do not change by a shift, their rounding does.
+    # A shift changes the rounding of distances, not the distances.
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _Points(reference, centre), _Points(samples, centre)
     radii_a = _squared_radii(a, k, block_rows, progress)
@@ -97,9 +96,9 @@ def compare(
 
 
 def squared_radii(
-    features: Float[np.ndarray, "n d"], k: int = NEIGHBOURS, *, block_rows: int = BLOCK_ROWS
+    features: Float[np.ndarray, "n d"], k: int = NEIGHBOURS, *, block_rows: int = ROWS_PER_BLOCK
 ) -> Float64[np.ndarray, "n"]:
-    """Squared distance of each row to its k-th nearest other row.
+    """The squared distance of each row to its k-th nearest other row.
 
     Raises:
       ValueError: fewer than k + 1 rows.
@@ -115,10 +114,10 @@ def precision_within_classes(
     sample_labels: Integer[np.ndarray, "n"],
     k: int = NEIGHBOURS,
 ) -> dict[int, float]:
-    """Share of each class's samples within the manifold of that class's reference images.
+    """The share of each class's samples within the manifold of that class's reference images.
 
-    Classes with samples but with fewer than k + 1 reference images have no manifold, and are left
-    out. Unlike the precision over all, a picture of the wrong class counts as a miss.
+    Classes with fewer than k + 1 reference images have no manifold and are left out. Unlike in the
+    precision over all classes, a picture of the wrong class is a miss.
     """
     found = {}
     for label in np.unique(sample_labels):
@@ -131,27 +130,27 @@ def precision_within_classes(
 def precision_per_class(
     samples_inside: Bool[np.ndarray, "n"], labels: Integer[np.ndarray, "n"]
 ) -> dict[int, float]:
-    """Share of each class's samples within the manifold of all reference images."""
+    """The share of each class's samples within the manifold of all reference images."""
     return {
         int(label): float(samples_inside[labels == label].mean()) for label in np.unique(labels)
     }
 
 
 def _precision(reference: np.ndarray, samples: np.ndarray, k: int) -> float:
-    """Precision alone, which asks nothing of the number of samples."""
+    """The precision alone, which a single sample suffices for."""
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _Points(reference, centre), _Points(samples, centre)
-    radii = _squared_radii(a, k, BLOCK_ROWS, lambda _: None)
+    radii = _squared_radii(a, k, ROWS_PER_BLOCK, lambda _: None)
     inside = np.zeros(len(b), bool)
-    for i in _blocks(len(a), BLOCK_ROWS):
-        for j in _blocks(len(b), BLOCK_ROWS):
+    for i in _blocks(len(a), ROWS_PER_BLOCK):
+        for j in _blocks(len(b), ROWS_PER_BLOCK):
             distances, rounding = _squared_distances(a.single[i], b.single[j])
             inside[j] |= _covered(a, i, radii[i], b, j, distances, rounding)
     return float(inside.mean())
 
 
 class _Points:
-    """Features less a centre: `single` in float32, `double` of some in float64."""
+    """Features less a centre, all in float32 (`single`), or some rows in float64 (`double`)."""
 
     def __init__(self, features: np.ndarray, centre: np.ndarray):
         self.given, self._centre = features, centre
@@ -162,7 +161,7 @@ class _Points:
         return len(self.given)
 
     def double(self, indices: slice | np.ndarray) -> np.ndarray:
-        """Rows in float64."""
+        """Some rows, less the centre, in float64."""
         return self.given[indices].astype(np.float64) - self._centre
 
 
@@ -171,7 +170,7 @@ def _blocks(count: int, rows: int) -> Iterator[slice]:
 
 
 def _squared_distances(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]:
-    """|u|² + |v|² − 2 u·v of each row of u (n, d) and v (m, d), and a bound of its rounding."""
+    """(n, m) |u|² + |v|² − 2 u·v of the rows of u (n, d) and v (m, d), and its rounding's bound."""
     norms_u, norms_v = (np.einsum("nd,nd->n", rows, rows) for rows in (u, v))
     distances = u @ v.T
     distances *= -2
@@ -182,15 +181,17 @@ def _squared_distances(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]
 
 
 def _exact(a: _Points, i: np.ndarray, b: _Points, j: np.ndarray) -> np.ndarray:
-    """Squared distances of the pairs i[n], j[n], by differences in float64."""
+    """(n,) squared distances of rows i[n] of a and j[n] of b, by differences in float64."""
     found = np.empty(len(i))
-    for part in _blocks(len(i), BLOCK_ROWS):
+    for part in _blocks(len(i), ROWS_PER_BLOCK):
         difference = a.given[i[part]].astype(np.float64) - b.given[j[part]]
         found[part] = np.einsum("nd,nd->n", difference, difference)
     return found
 
 
-def _squared_radii(points: _Points, k: int, block_rows: int, progress: Progress) -> np.ndarray:
+def _squared_radii(
+    points: _Points, k: int, block_rows: int, progress: Callable[[int], None]
+) -> np.ndarray:
     count = len(points)
     if count < k + 1:
         raise ValueError(f"a neighbour number {k} needs {k + 1} images at least, there are {count}")
@@ -199,7 +200,7 @@ def _squared_radii(points: _Points, k: int, block_rows: int, progress: Progress)
     indices = np.zeros((count, kept), np.int64)
     blocks, rounding = list(_blocks(count, block_rows)), 0.0
     for n, i in enumerate(blocks):
-        for j in blocks[n:]:  # the rest is its mirror image
+        for j in blocks[n:]:  # the matrix is symmetric
             block, bound = _squared_distances(points.single[i], points.single[j])
             rounding = max(rounding, bound)
             if i == j:
@@ -211,7 +212,7 @@ def _squared_radii(points: _Points, k: int, block_rows: int, progress: Progress)
     rows = np.arange(count)
     radii = _kth(points, rows, indices, k)
     if kept < count - 1:
-        # Where a point beyond those kept could be nearer, as far as float32 can tell.
+        # Rows that may have nearer points than those kept, within the rounding of float32.
         unsure = rows[radii > np.maximum(distances.max(axis=1) - rounding, 0)]
         for part in _blocks(len(unsure), block_rows):
             nearest = _nearest_in_double(points, unsure[part], kept, blocks)
@@ -222,7 +223,7 @@ def _squared_radii(points: _Points, k: int, block_rows: int, progress: Progress)
 def _nearest_in_double(
     points: _Points, rows: np.ndarray, kept: int, blocks: list[slice]
 ) -> np.ndarray:
-    """Indices (n, kept) of the points nearest to some of them."""
+    """(n, kept) indices of the points nearest to some rows, by float64 distances."""
     distances = np.full((len(rows), kept), np.inf)
     indices = np.zeros((len(rows), kept), np.int64)
     for j in blocks:
@@ -233,7 +234,7 @@ def _nearest_in_double(
 
 
 def _kth(points: _Points, rows: np.ndarray, nearest: np.ndarray, k: int) -> np.ndarray:
-    """The k-th smallest squared distance of each row to those near it, (n, kept) indices."""
+    """The k-th smallest squared distance of each row to its `nearest` points, (n, kept) indices."""
     pairs = np.repeat(rows, nearest.shape[1])
     exact = _exact(points, pairs, points, nearest.reshape(-1)).reshape(nearest.shape)
     return np.partition(exact, k - 1, axis=1)[:, k - 1]
@@ -242,7 +243,14 @@ def _kth(points: _Points, rows: np.ndarray, nearest: np.ndarray, k: int) -> np.n
 def _keep_nearest(
     distances: np.ndarray, indices: np.ndarray, block: np.ndarray, first: int
 ) -> None:
-    """Replaces the nearest found so far, (n, kept) each, by nearer ones of a block (n, columns)."""
+    """Updates the nearest points found so far with those of another block, in place.
+
+    Args:
+      distances: (n, kept) squared distances of the nearest points so far.
+      indices: (n, kept) their indices.
+      block: (n, columns) squared distances to further points.
+      first: the index of the block's first column.
+    """
     kept = distances.shape[1]
     if block.shape[1] > kept:
         columns = np.argpartition(block, kept - 1, axis=1)[:, :kept]
@@ -265,7 +273,20 @@ def _covered(
     distances: np.ndarray,
     rounding: float,
 ) -> np.ndarray:
-    """(rows of j,) whether a point lies in any of the balls i; float32 `distances` are (i, j)."""
+    """Whether each of some points lies in any of some balls.
+
+    Args:
+      balls: the points that balls are around.
+      i: the rows of the balls.
+      squared_radii: (rows of i,) their squared radii.
+      points: the points.
+      j: the rows of the points.
+      distances: (rows of i, rows of j) float32 squared distances.
+      rounding: a bound of their rounding error.
+
+    Returns:
+      (rows of j,) booleans.
+    """
     nearest = (distances - squared_radii.astype(np.float32)[:, None]).min(axis=0)
     inside = nearest < -rounding
     unsure = np.flatnonzero(~inside & (nearest <= rounding))
@@ -287,9 +308,10 @@ def _covered_exactly(
     margin: np.ndarray,
     rounding: float,
 ) -> np.ndarray:
-    """`_covered` of some points, with a float64 margin (balls, points) that can be a tie's.
+    """`_covered` for some points, where float64 distances may still be too close to a radius.
 
-    The likeliest ball of each point is tried first; a miss is struck out and the next one tried.
+    `margin` (balls, points) is the squared distance less the squared radius. Each point's likeliest
+    ball is tried first, by differences; a miss is struck out and the next ball is tried.
     """
     inside = margin.min(axis=0) < -rounding
     unsure = np.flatnonzero(~inside & (margin.min(axis=0) <= rounding))

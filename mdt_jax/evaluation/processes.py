@@ -1,4 +1,4 @@
-"""What several processes know together: arrays of each, gathered by all without losing a bit."""
+"""Gathering the arrays of all processes in every process, without losing a bit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from jax.experimental import multihost_utils
 
 from mdt_jax.evaluation.batches import share
 
-# Rows that travel together; the devices hold them for a moment.
+# Rows that are sent at a time; the devices hold them for a moment.
 GATHER_ROWS = 8192
 
 
-def gather(array: np.ndarray) -> list[np.ndarray]:
-    """The array of every process, in their order; all of one shape and type.
+def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all processes, in their order; all have one shape and type.
 
-    It travels as bytes: without 64-bit mode JAX would round float64 to float32.
+    They are sent as bytes: without 64-bit mode JAX would round float64 to float32.
     """
     if jax.process_count() == 1:
         return [array]
@@ -25,7 +25,12 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
 
 
 def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """All `count` rows, of which each process has those of its `batches.share`."""
+    """All rows of an array whose rows are divided among the processes by `batches.share`.
+
+    Args:
+      rows: this process's share.
+      count: how many rows all shares have.
+    """
     processes = jax.process_count()
     if processes == 1:
         return rows
@@ -33,7 +38,8 @@ def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
     padded = np.zeros((max(sizes), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     parts = [
-        gather(padded[first : first + GATHER_ROWS]) for first in range(0, len(padded), GATHER_ROWS)
+        gather_arrays(padded[first : first + GATHER_ROWS])
+        for first in range(0, len(padded), GATHER_ROWS)
     ]
     of_process = [np.concatenate(parts_) for parts_ in zip(*parts, strict=True)]
     return np.concatenate([part[:size] for part, size in zip(of_process, sizes, strict=True)])

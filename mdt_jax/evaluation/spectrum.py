@@ -1,4 +1,4 @@
-"""Radially averaged power spectra of images, and how far two sets' spectra are apart, in decibels.
+"""Radially averaged power spectra of images, and the distance of two sets' spectra in decibels.
 
 An image's luminance (Rec. 601) in [0, 1], less its mean, times a Hann window in both directions,
 has the power |F|² / Σ window² at each frequency of its Fourier transform: white noise of variance
@@ -25,7 +25,7 @@ class PowerSpectrum:
     """Running mean of the radial power spectra of images of one size."""
 
     def __init__(self, height: int, width: int):
-        """For images (height, width)."""
+        """A mean over no images yet, which will be (height, width)."""
         self.count = 0
         self.sums = np.zeros(min(height, width) // 2)
         window = np.outer(_hann(height), _hann(width))
@@ -33,7 +33,7 @@ class PowerSpectrum:
         self._rings, self._weights = _rings(height, width)
 
     def update(self, images: UInt8[np.ndarray, "n h w c"]) -> None:
-        """Adds images, gray or RGB."""
+        """Adds the spectra of images, gray or RGB."""
         for image in images:  # one at a time: a batch of transforms would fill memory
             gray = image[..., 0] if image.shape[-1] == 1 else image @ np.float32(LUMINANCE)
             gray = gray * np.float32(1 / 255)
@@ -45,10 +45,10 @@ class PowerSpectrum:
         self.count += len(images)
 
     def mean(self) -> Float64[np.ndarray, "rings"]:
-        """Mean power in each ring, of images in [0, 1].
+        """The mean power in each ring, of images in [0, 1].
 
         Raises:
-          ValueError: no images came.
+          ValueError: no images were added.
         """
         if not self.count:
             raise ValueError("a power spectrum needs an image")
@@ -65,26 +65,27 @@ def decibels(
 def distance(
     samples: Float64[np.ndarray, "rings"], reference: Float64[np.ndarray, "rings"]
 ) -> float:
-    """Root mean square over rings of `decibels`."""
+    """The root mean square of `decibels` over rings."""
     return float(np.sqrt((decibels(samples, reference) ** 2).mean()))
 
 
 def high_frequencies(
     samples: Float64[np.ndarray, "rings"], reference: Float64[np.ndarray, "rings"]
 ) -> float:
-    """Mean of `decibels` over the upper half of the rings; below 0, samples lack detail."""
+    """The mean of `decibels` over the upper half of the rings; below 0, samples lack detail."""
     return float(decibels(samples, reference)[len(reference) // 2 :].mean())
 
 
 def _hann(size: int) -> np.ndarray:
-    """The periodic window, shifted by half a pixel so that no pixel is lost to a zero."""
+    """The periodic Hann window, shifted by half a pixel so that no pixel gets weight 0."""
     return np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
 
 
 def _rings(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ring of each coefficient of rfft2, 0 and the last one for none, and its weight in it.
+    """The ring of each coefficient of rfft2, and its weight in the ring.
 
-    The weights in a ring sum to 1; a column that stands for its mirror image, too, counts double.
+    Ring 0 and the one after the last are for coefficients that are in none. The weights in a ring
+    sum to 1; a column that also stands for its mirror image, which rfft2 leaves out, counts double.
     """
     shorter = min(height, width)
     rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]

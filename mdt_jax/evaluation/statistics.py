@@ -1,6 +1,6 @@
-"""What FID, sFID and the Inception Score are made of: moments and their distance, in float64.
+"""The moments of features and their Fréchet distance, and the Inception Score, in float64.
 
-JAX computes in float32 here, so sums are kept by NumPy on the host. Everything is streamed: memory
+NumPy keeps the sums on the host, since JAX computes in float32 here. Images are streamed: memory
 depends on the number of features, not of images.
 """
 
@@ -12,9 +12,9 @@ import functools
 import numpy as np
 from jaxtyping import Float, Float64
 
-# Rows that are folded into the moments together, however they arrive: a covariance costs memory
-# traffic of its whole size each time, and the same blocks give the same bits at any batch size.
-BLOCK_ROWS = 1024
+# Rows that are added to the moments at a time, in whatever batches they come. Each time the whole
+# covariance is read and written, and the same blocks give the same bits at any batch size.
+ROWS_PER_FOLD = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,15 +40,15 @@ class Gaussian:
 
     @functools.cached_property
     def factor(self) -> Float64[np.ndarray, "d r"]:
-        """A with A·Aᵀ = covariance, of as many columns as its rank r.
+        """A matrix A with A·Aᵀ = covariance, with as many columns as the covariance's rank r.
 
-        Directions whose variance is rounding of the largest are left out: their square root would
-        be 1e8 times as large as the error itself.
+        Directions whose variance is only rounding error of the largest are left out: the square
+        root would make the error 1e8 times as large.
 
         Raises:
-          ValueError: a clearly negative variance: the matrix is no covariance.
+          ValueError: a clearly negative variance, so the matrix is no covariance.
         """
-        # In this order, as eigh reads one triangle only.
+        # Made symmetric first, as eigh reads one triangle only.
         values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
         largest = max(values[-1], 0.0)
         if values[0] < -1e-4 * largest or values[-1] < 0:
@@ -66,7 +66,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     The trace of (S₁S₂)^½ is the sum of the singular values of S₁^½ S₂^½, and so of A₁ᵀA₂ for any
     factors A·Aᵀ = S. Two symmetric eigendecompositions and one SVD are accurate to rounding for
     singular covariances, too, where the usual general matrix square root is not (ADM then adds
-    1e-6 to the diagonals). Rounding can leave about −1e-12 of the traces for equal arguments.
+    1e-6 to the diagonals). For equal arguments rounding can leave about −1e-12 times the traces.
 
     Raises:
       ValueError: different numbers of features.
@@ -82,33 +82,33 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     return float(difference @ difference + traces - 2 * root)
 
 
-class Moments:
+class FeatureMoments:
     """Running mean and covariance of rows, merged block by block (Chan, Golub & LeVeque 1983).
 
     Each block is centred by its own mean, so that features far from zero lose no digits.
     """
 
     def __init__(self, size: int):
-        """For rows of `size` features."""
+        """Moments of no rows yet, which will have `size` features."""
         self.count = 0
         self._mean = np.zeros(size)
         self._scatter = np.zeros((size, size))  # sum of (x − mean)(x − mean)ᵀ
-        self._waiting = np.empty((BLOCK_ROWS, size))
+        self._waiting = np.empty((ROWS_PER_FOLD, size))
         self._num_waiting = 0
 
     def update(self, rows: Float[np.ndarray, "n d"]) -> None:
-        """Adds rows; how they are cut into calls does not change a bit of the result."""
+        """Adds rows; the result has the same bits however they are divided into calls."""
         start = 0
         while start < len(rows):
-            taken = rows[start : start + BLOCK_ROWS - self._num_waiting]
+            taken = rows[start : start + ROWS_PER_FOLD - self._num_waiting]
             self._waiting[self._num_waiting : self._num_waiting + len(taken)] = taken
             self._num_waiting += len(taken)
             start += len(taken)
-            if self._num_waiting == BLOCK_ROWS:
+            if self._num_waiting == ROWS_PER_FOLD:
                 self._fold()
 
-    def merge(self, other: Moments) -> None:
-        """Adds the rows that another one has seen."""
+    def merge(self, other: FeatureMoments) -> None:
+        """Adds the rows that other moments were given."""
         other._fold()
         self._fold()
         self._combine(other.count, other._mean, other._scatter)
@@ -119,14 +119,14 @@ class Moments:
         return self.count, self._mean, self._scatter
 
     @classmethod
-    def from_state(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> Moments:
-        """What `state` gave."""
+    def from_state(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> FeatureMoments:
+        """The moments of another's `state`."""
         moments = cls(len(mean))
         moments._combine(int(count), mean, scatter)
         return moments
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance, divided by n − 1.
+        """The mean and the unbiased covariance, divided by n − 1.
 
         Raises:
           ValueError: fewer than two rows, which have no covariance.
@@ -161,19 +161,19 @@ class InceptionScore:
 
     Image i belongs to split i // split_size, so the score depends on the order of the images, as
     ADM's does, but not on batches or processes. The last, shorter split counts like the others.
-    KL is kept as two sums, mean of Σ p log p and mean of p, both additive; a probability of 0
-    counts 0, its limit (ADM's formula gives NaN).
+    The divergence is computed from two sums, of Σ p log p and of p. A probability of 0 adds 0, its
+    limit (ADM's formula gives NaN).
     """
 
     def __init__(self, num_images: int, num_classes: int, split_size: int = 5000):
-        """For images 0 to num_images − 1."""
+        """The score of no images yet, which will be 0 to num_images − 1."""
         self.split_size = split_size
         splits = -(-num_images // split_size)
-        # Of each split: images, Σ p log p, Σ p of each class.
+        # A row for each split: images, Σ p log p, Σ p of each class.
         self.sums = np.zeros((splits, 2 + num_classes))
 
     def update(self, first: int, probabilities: Float[np.ndarray, "n k"]) -> None:
-        """Adds images `first`, first + 1, ..."""
+        """Adds the class probabilities of images `first`, first + 1, ..."""
         indices = (first + np.arange(len(probabilities))) // self.split_size
         p = probabilities.astype(np.float64)
         entropy = (p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1)

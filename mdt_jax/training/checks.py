@@ -12,15 +12,10 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax.data import Source, create_source
-from mdt_jax.data.pipeline import CROPS, ON_BAD_IMAGE
+from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
-
-
-def autoencoder_digest(source: Source) -> str | None:
-    """The digest of the autoencoder that made a cache of latents; None for other sources."""
-    return getattr(getattr(source.records, "description", None), "vae_digest", None)
 
 
 def data_record(source: Source) -> dict[str, Any]:
@@ -31,7 +26,7 @@ def data_record(source: Source) -> dict[str, Any]:
     return {
         "class_names": list(source.class_names),
         "num_examples": len(source),
-        "autoencoder": autoencoder_digest(source),
+        "autoencoder": source.autoencoder_digest,
     }
 
 
@@ -54,7 +49,7 @@ def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) ->
                 f"{source.name}: class {label} is {now!r}, and was {before!r} when {workdir} was "
                 f"trained; {way_out}"
             )
-    before, now = meta.get("autoencoder"), autoencoder_digest(source)
+    before, now = meta.get("autoencoder"), source.autoencoder_digest
     if before and now and before != now:
         raise ValueError(
             f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "

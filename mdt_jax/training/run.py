@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
-from mdt_jax.data import Source, example_spec
+from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import mfu
@@ -27,7 +27,7 @@ from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.training.optimizers import learning_rate_of
-from mdt_jax.training.step import Trainer, TrainState, draw_latents
+from mdt_jax.training.step import Trainer, TrainState
 from mdt_jax.weights import pretrained
 
 
@@ -123,15 +123,14 @@ class Run:
         Returns:
           The compiled step by number of kept tokens.
         """
+        kind = ExampleKind.INPUTS if source is None else source.kind
+        trainer = dataclasses.replace(self.trainer, examples=kind)
         spec = {
             "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
-        trainer = self.trainer
         if source is not None:
             spec = example_spec(source, checks.image_size(self.config, source))
-            if source.latents:
-                trainer = dataclasses.replace(trainer, inputs_fn=draw_latents)
         batch, size = sharding.batch_sharding(self.mesh), self.config.batch_size
         abstract_batch = {
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)

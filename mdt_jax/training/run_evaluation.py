@@ -22,7 +22,12 @@ from ml_collections import ConfigDict
 from mdt_jax import sampling
 from mdt_jax.data import BadImage, Source, center_crop
 from mdt_jax.evaluation import classifier, evaluator
-from mdt_jax.evaluation.batches import ArrayImages, Images, NpzImages, npz_members, share
+from mdt_jax.evaluation.batches import ArrayImages, ImageSet, NpzImages, npz_members, share
+from mdt_jax.evaluation.descriptions import (
+    ImageSetDescription,
+    describe_images,
+    describe_reference,
+)
 from mdt_jax.evaluation.extractors import Extractor, load_inception
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling import images
@@ -51,8 +56,8 @@ class Judgement:
 
     Attributes:
       metrics: "eval_fid", the Fréchet distance in the evaluator's features (with Inception the
-        FID), and the others of `evaluator.METRICS`, "eval_" before each, as far as evaluator and
-        reference have them; "eval_samples", the number of samples; "eval_seconds".
+        FID), and the others of `evaluator.EVALUATION_METRICS`, "eval_" before each, as far as
+        evaluator and reference have them; "eval_samples", the number of samples; "eval_seconds".
       evaluator: the name of the network that computed the features, and the digest of its weights.
         Numbers of different evaluators cannot be compared.
     """
@@ -216,7 +221,7 @@ class RunEvaluator:
         count = self._count if jax.process_count() > 1 else min(self._count, EXTRACTED_AT_ONCE)
         mine = share(count, jax.process_index(), jax.process_count())
         black = np.zeros((len(mine), *self._shape), np.uint8)
-        evaluator.describe(
+        describe_images(
             _Share(black, mine, count, None), self._extractor, batch_size=EXTRACTED_AT_ONCE
         )
 
@@ -253,7 +258,7 @@ class RunEvaluator:
     def _downsampling(self) -> int:
         return self._autoencoder.module.downsampling if self._autoencoder else 1
 
-    def _find_reference(self, source: Source) -> tuple[Extractor, evaluator.Description]:
+    def _find_reference(self, source: Source) -> tuple[Extractor, ImageSetDescription]:
         """The extractor, and its statistics of the reference."""
         run, e = self._run, self._run.config.eval
         if evaluator_kind(run.config, source) == "inception":
@@ -264,14 +269,14 @@ class RunEvaluator:
                 run.workdir / CLASSIFIER_FILE, real.images, real.labels, len(source.class_names)
             )
             if not e.reference:
-                return extractor, evaluator.describe(real, extractor, batch_size=EXTRACTED_AT_ONCE)
+                return extractor, describe_images(real, extractor, batch_size=EXTRACTED_AT_ONCE)
         logging.info("describing the reference %s", e.reference)
-        found = evaluator.describe_reference(e.reference, extractor, batch_size=EXTRACTED_AT_ONCE)
+        found = describe_reference(e.reference, extractor, batch_size=EXTRACTED_AT_ONCE)
         return extractor, found
 
     def _draw(
         self, state: TrainState, should_stop: Callable[[], bool]
-    ) -> tuple[Images, int] | None:
+    ) -> tuple[ImageSet, int] | None:
         """Draws the samples, of which this process keeps its share as uint8 images.
 
         Returns:
@@ -307,15 +312,15 @@ class RunEvaluator:
             return samples
         return self._autoencoder.decode_batch(samples, self._sampler.shape[0], DECODED_AT_ONCE)
 
-    def _describe(self, drawn: Images) -> evaluator.Description:
-        return evaluator.describe(
+    def _describe(self, drawn: ImageSet) -> ImageSetDescription:
+        return describe_images(
             drawn, self._extractor, batch_size=EXTRACTED_AT_ONCE, progress=sys.stderr.isatty()
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Share:
-    """Images as `batches.Images`, of which this process holds its share alone."""
+    """Images as `batches.ImageSet`, of which this process holds its share alone."""
 
     images: np.ndarray
     mine: range
@@ -324,7 +329,7 @@ class _Share:
     name: str = "samples"
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Batches of images start to stop, as `Images.read`; all must be of the share."""
+        """Batches of images start to stop, as `ImageSet.read`; all must be of the share."""
         for first in range(start, stop, batch_size):
             last = min(first + batch_size, stop)
             yield self.images[first - self.mine.start : last - self.mine.start]

@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
-from mdt_jax.data.transforms import LATENT_SCALE
+from mdt_jax.data import LATENT_SCALE, ExampleKind
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
 from mdt_jax.models import LatentTransformer, Pass, masking
 from mdt_jax.parallel import sharding
@@ -127,18 +127,23 @@ def draw_latents(
     return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
 
 
-def scale_images(
-    seed: int, step: Int[Array, ""], images: Num[Array, "batch h w c"]
+def model_inputs(
+    examples: ExampleKind, seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"]
 ) -> Float[Array, "batch h w c"]:
-    """Model inputs from images: uint8 pixels are scaled to [-1, 1], floats are inputs already.
+    """The model's inputs of a step, made of a batch's images as their kind says.
 
-    It draws nothing: seed and step are there for its like, `draw_latents`.
+    Pixels are scaled to [-1, 1]; of posteriors the step draws its own latents.
+
+    Raises:
+      ValueError: uint8 images of another kind than pixels, or pixels of another type.
     """
-    del seed, step
-    return scale_pixels(images) if images.dtype == jnp.uint8 else images
-
-
-InputsFn = Callable[[int, Array, Array], Array]
+    if (images.dtype == jnp.uint8) != (examples is ExampleKind.PIXELS):
+        raise ValueError(f"the step takes {examples.value}, the batch holds {images.dtype} images")
+    if examples is ExampleKind.PIXELS:
+        return scale_pixels(images)
+    if examples is ExampleKind.POSTERIORS:
+        return draw_latents(seed, step, images)
+    return images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,13 +156,13 @@ class Trainer:
       optimizer: an optax transformation.
       schedule: learning rate by step, for the metrics alone: the optimiser holds a copy.
       mesh: the device mesh.
+      examples: the content of a batch's images, a source's `kind`. By default the model's inputs,
+        which benchmarks and compilers give.
       ema_rates: decay of each average.
       label_dropout: probability of replacing a label by the null class, in each pass.
       accumulation_steps: microbatches of a step, whose mean gradient it takes.
       timestep_sampler: one of `timesteps.TIMESTEP_SAMPLERS`.
       seed: the seed of every draw.
-      inputs_fn: (seed, step, images of a batch) → the model's inputs; `draw_latents` where the data
-        are posteriors of latents.
       draw_fn: (seed, step, batch shape, number of tokens) → Draws.
     """
 
@@ -166,12 +171,12 @@ class Trainer:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+    examples: ExampleKind = ExampleKind.INPUTS
     ema_rates: tuple[float, ...] = (0.9999,)
     label_dropout: float = 0.1
     accumulation_steps: int = 1
     timestep_sampler: str = "uniform"
     seed: int = 0
-    inputs_fn: InputsFn = scale_images
     draw_fn: DrawFn = draw_randomness
 
     def init(self, key: Array) -> TrainState:
@@ -247,7 +252,7 @@ class Trainer:
 
         Args:
           state: the state before.
-          batch: {"image": (B, H, W, C), "label": (B,)}, the images as `inputs_fn` takes them.
+          batch: {"image": (B, H, W, C), "label": (B,)}, the images of the kind `examples`.
           num_kept: tokens that the masked pass keeps; None for no masked pass.
 
         Returns:
@@ -255,7 +260,7 @@ class Trainer:
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            images = self.inputs_fn(self.seed, state.step, images)
+            images = model_inputs(self.examples, self.seed, state.step, images)
             images = sharding.shard_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.shard_batch, self.mesh), draws)

@@ -23,7 +23,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.atomic import is_full_disk
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
-from mdt_jax.convert.optimizers import Moments, moments_from_torch
+from mdt_jax.convert.optimizers import OptimizerMoments, moments_from_torch
 from mdt_jax.convert.transformers import to_torch
 from mdt_jax.convert.trees import LazyArray
 from mdt_jax.training import metrics, optimizers
@@ -37,7 +37,7 @@ from mdt_jax.weights.pretrained import Pretrained
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def read_moments(source: str | Path, model: Pretrained) -> Moments:
+def read_moments(source: str | Path, model: Pretrained) -> OptimizerMoments:
     """The optimiser's moments of a model's run, from a PyTorch file.
 
     Args:
@@ -63,7 +63,7 @@ def to_workdir(
     *,
     ema: Pretrained | None = None,
     ema_rate: float = 0.9999,
-    moments: Moments | None = None,
+    moments: OptimizerMoments | None = None,
     step: int | None = None,
 ) -> Path:
     """Writes a workdir that `mdt_jax.sample` and `mdt_jax.train` take as it is.
@@ -231,7 +231,7 @@ def _differences(one: Pretrained, other: Pretrained) -> str:
     return f"of another model than {other.source} ({', '.join(differing)})"
 
 
-def _set_optimizer(config: Any, moments: Moments) -> None:
+def _set_optimizer(config: Any, moments: OptimizerMoments) -> None:
     """Sets a config's optimiser to the one that the moments are of, with its settings."""
     names = {"lr": "learning_rate", "max_grad_norm": "clip_norm"}
     config.optimizer.name = moments.optimizer
@@ -241,7 +241,9 @@ def _set_optimizer(config: Any, moments: Moments) -> None:
         config.optimizer[names.get(key, key)] = tuple(value) if key == "betas" else value
 
 
-def _train_state(model: Pretrained, config: Any, moments: Moments, step: int) -> TrainState:
+def _train_state(
+    model: Pretrained, config: Any, moments: OptimizerMoments, step: int
+) -> TrainState:
     """The training state of a model with an optimiser's moments, without averages."""
     network = config_lib.create_network(config)
     schedule = learning_rate_of(config)

@@ -17,12 +17,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from mdt_jax.convert.autoencoder import (
-    AutoencoderSettings,
-    from_torch,
-    settings_from_config,
-    settings_from_shapes,
-)
+from mdt_jax.convert.autoencoder import from_torch, settings_from_shapes
+from mdt_jax.convert.autoencoder_settings import AutoencoderSettings, settings_from_config
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import files as weight_files

@@ -305,7 +305,7 @@ def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
     depth = diffusers_dit.depth(weights)
     sources = diffusers_dit.sources(depth)
     copies = diffusers_dit.copies(depth)
-    diffusers_dit.check(weights.shapes, depth)
+    diffusers_dit.check_shapes(weights.shapes, depth)
     for first, others in copies.items():
         for other in others:
             if not np.array_equal(weights[first], weights[other]):

@@ -1,0 +1,207 @@
+"""Sources of arrays: in memory, in a folder of .npy files, and scikit-learn's digits."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+from mdt_jax.data.source import ExampleKind, Source, short_digest
+
+
+def digits(split: str = "train") -> Source:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 gray, which need no download.
+
+    Their values 0 ... 16 become round(value * 255 / 16) in uint8; round(pixel * 16 / 255) gives
+    them back.
+
+    Args:
+      split: "heldout" is every sixth scan, those whose index leaves 5 when divided by 6 (299);
+        "train" is the rest (1,498); "all" is both, in scikit-learn's order.
+
+    Raises:
+      ValueError: an unknown split.
+    """
+    from sklearn.datasets import load_digits  # over a second to import
+
+    scans = load_digits()
+    heldout = np.arange(len(scans.target)) % 6 == 5
+    splits = {"train": ~heldout, "heldout": heldout, "all": np.full_like(heldout, True)}
+    if split not in splits:
+        raise ValueError(f"digits: no split {split!r}; there are {', '.join(splits)}")
+    chosen = splits[split]
+    images = np.rint(scans.images[chosen] * (255 / 16)).astype(np.uint8)
+    names = tuple(str(name) for name in scans.target_names)
+    return dataclasses.replace(
+        arrays(images[..., None], scans.target[chosen], names), name=f"digits/{split}"
+    )
+
+
+def arrays(
+    images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+    labels: Integer[np.ndarray, "n"] | None = None,
+    class_names: Sequence[str] = (),
+) -> Source:
+    """Examples in memory.
+
+    Args:
+      images: uint8 pixels; or floating-point posteriors of latents, whose channels are the
+        mean's followed by as many of the standard deviation.
+      labels: one per image; None for an unconditional dataset.
+      class_names: one per class; with labels and no names, the classes are called "0", "1", ...
+        up to the largest label.
+
+    Raises:
+      ValueError: the arrays do not fit each other, or the labels the names.
+    """
+    return _from_arrays("arrays", images, labels, class_names)
+
+
+def npy_directory(path: str | Path) -> Source:
+    """Examples in a folder of NumPy files, memory-mapped: images are read when they are used.
+
+    Args:
+      path: a folder with either `images.npy`, uint8 (n, h, w, c), or `latents.npy`, float16 or
+        float32 (n, h, w, 2c), posterior means before standard deviations; and, where they
+        have classes, `labels.npy`, integers (n,), with `class_names.txt`, a name per line,
+        or without (the names are then "0", "1", ... up to the largest label).
+
+    Raises:
+      FileNotFoundError: no such folder, or nothing to read in it.
+      ValueError: a file that cannot be read, or files that do not fit each other.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; data.path must name one with images.npy or latents.npy"
+        )
+    present = [name for name in ("images.npy", "latents.npy") if (folder / name).exists()]
+    if len(present) != 1:
+        found = "both images.npy and latents.npy" if present else "no images.npy or latents.npy"
+        error = ValueError if present else FileNotFoundError
+        raise error(f"{folder}: holds {found}; data.path must name a folder with one of them")
+
+    images = _MemoryMap(folder / present[0])
+    if images.array.dtype.kind != ("u" if present[0] == "images.npy" else "f"):
+        raise ValueError(
+            f"{images.path}: holds {images.array.dtype}; images.npy must be uint8 pixels, "
+            "latents.npy floating-point posteriors"
+        )
+    names_file, labels_file = folder / "class_names.txt", folder / "labels.npy"
+    names = names_file.read_text(encoding="utf-8").splitlines() if names_file.exists() else ()
+    # Labels are small and every one is checked, so they are read at once.
+    labels = np.array(_MemoryMap(labels_file).array) if labels_file.exists() else None
+    return _from_arrays(str(folder), images.array, labels, names, read_from=images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ArrayRecords:
+    """Images and labels by index, from memory or from a memory map."""
+
+    images: "np.ndarray | _MemoryMap"
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], 0 if self.labels is None else int(self.labels[index])
+
+    @property
+    def digest(self) -> str:
+        images = self.images.array if isinstance(self.images, _MemoryMap) else self.images
+        rows = np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)
+        some = np.ascontiguousarray(images[rows])
+        labels = b"" if self.labels is None else np.asarray(self.labels, "<i8").tobytes()
+        return short_digest(f"{images.dtype} {images.shape}", some.tobytes(), labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MemoryMap:
+    """A .npy file that pickles as its path: NumPy would pickle the contents of a memory map."""
+
+    path: Path
+
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        try:
+            return np.load(self.path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{self.path}: cannot be memory-mapped ({error}); write it again with np.save"
+            ) from error
+
+    def __reduce__(self):
+        return _MemoryMap, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.array[index]
+
+
+def _from_arrays(
+    place: str,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    class_names: Sequence[str],
+    read_from: _MemoryMap | None = None,
+) -> Source:
+    """Checks arrays and makes a source of them, which reads `read_from` if given, or `images`."""
+    if images.ndim != 4:
+        raise ValueError(
+            f"{place}: images of shape {images.shape}; they must be (count, height, width, "
+            "channels), with a channel axis even for gray"
+        )
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(
+            f"{place}: images of type {images.dtype}; they must be uint8 pixels, or "
+            "floating-point posteriors of latents"
+        )
+    *size, channels = images.shape[1:]
+    latents = images.dtype != np.uint8
+    if latents and channels % 2:
+        raise ValueError(
+            f"{place}: latents of {channels} channels; they must be even in number, the mean's "
+            "and then the standard deviation's (pixels are uint8)"
+        )
+    if labels is not None:
+        class_names = _check_labels(place, labels, len(images), class_names)
+    elif class_names:
+        raise ValueError(
+            f"{place}: {len(class_names)} class names but no labels; give labels (labels.npy) or "
+            "leave out the names (class_names.txt)"
+        )
+    return Source(
+        name=place,
+        records=_ArrayRecords(images if read_from is None else read_from, labels),
+        image_shape=(*size, channels // 2 if latents else channels),
+        class_names=tuple(class_names),
+        kind=ExampleKind.POSTERIORS if latents else ExampleKind.PIXELS,
+    )
+
+
+def _check_labels(
+    place: str, labels: np.ndarray, count: int, class_names: Sequence[str]
+) -> Sequence[str]:
+    """The class names, or the labels' own numbers where there are none.
+
+    Raises:
+      ValueError: labels that do not fit the names or the `count` images.
+    """
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{place}: labels of shape {labels.shape} and type {labels.dtype} for {count} images; "
+            "there must be one integer for each"
+        )
+    if count and labels.min() < 0:
+        raise ValueError(f"{place}: label {labels.min()}; labels count from 0")
+    if count and class_names and labels.max() >= len(class_names):
+        raise ValueError(
+            f"{place}: label {labels.max()} with {len(class_names)} class names; labels must be "
+            f"0 ... {len(class_names) - 1}, or class_names.txt have a line for each class"
+        )
+    return class_names or [str(label) for label in range(labels.max() + 1 if count else 0)]
