@@ -276,7 +276,7 @@ def processor_name() -> str:
     return next(named, platform.machine())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def results_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `record` as Markdown."""
     header = ("", "images", "median", "images/s", "TFLOP/s", "MFU", "compile", "memory")
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]

@@ -85,7 +85,7 @@ def measure(f: flags.FlagValues) -> list[dict[str, Any]]:
         (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats).values()
         rows.append(benchmarking.record(workload, seconds, parts.run))
         print(json.dumps(rows[-1]), flush=True)
-    print(benchmarking.table(rows))
+    print(benchmarking.results_table(rows))
     return rows
 
 

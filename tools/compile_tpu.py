@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.compilers import advice, programs, topologies
 from mdt_jax.compilers.programs import Program, TrainingJob
-from mdt_jax.compilers.report import Report, create_report, is_calibrated
+from mdt_jax.compilers.report import CompileReport, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.train import parse_flags
@@ -43,7 +43,7 @@ ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
 
 def compile_job(
     job: TrainingJob, arguments: Any, known: dict[int | None, Program] | None = None
-) -> Report:
+) -> CompileReport:
     """Compiles a job's programs and reports on them.
 
     Args:
@@ -127,7 +127,7 @@ def find_fitting(
     return job, {count: first}, tried
 
 
-def markdown_row(report: Report) -> str:
+def markdown_row(report: CompileReport) -> str:
     """A line of `--all`'s table."""
     c, peak = report.config, report.largest.memory.peak
     settings = [f"fsdp {report.mesh['fsdp']}", f"scan_unroll {c.model.scan_unroll}"]
@@ -158,7 +158,7 @@ def compile_all(arguments: Any) -> list[dict[str, Any]]:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     records = []
     for name in arguments.models:
-        for topology in map(topologies.parse, arguments.topologies):
+        for topology in map(topologies.parse_topology, arguments.topologies):
             config = imagenet_config(name, topology, arguments.unroll)
             job, known, _ = find_fitting(TrainingJob(config, topology), arguments)
             report = compile_job(job, arguments, known)
@@ -189,7 +189,7 @@ def run(arguments: Any) -> Any:
         return compile_all(arguments)
     if not arguments.topology:
         raise ValueError("--topology is missing: such as v4-512, v5litepod-16, v5p:2x2x4")
-    topology = topologies.parse(arguments.topology, arguments.num_slices)
+    topology = topologies.parse_topology(arguments.topology, arguments.num_slices)
     if arguments.calibrate:
         share = programs.calibrate(topology)
         mark = "" if is_calibrated(share) else "  UNCALIBRATED"

@@ -358,7 +358,7 @@ def _wrap(value: int, kind: str) -> int:
     return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
-def parse(text: str) -> Module:
+def parse_module(text: str) -> Module:
     """The program of `compiled.as_text()`.
 
     Raises:

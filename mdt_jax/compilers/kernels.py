@@ -29,7 +29,7 @@ from mdt_jax.compilers.topologies import Chip
 
 TARGET = "tpu_custom_call"
 ArrayType = tuple[str, tuple[int, ...]]  # element type as HLO writes it, shape
-Key = tuple[str, tuple[ArrayType, ...]]  # a kernel's name and results
+KernelKey = tuple[str, tuple[ArrayType, ...]]  # a kernel's name and results
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "float16": "f16"}
 
 
@@ -60,7 +60,7 @@ class Kernel:
         return bytes(self.exported.serialize())
 
     @property
-    def key(self) -> Key:
+    def key(self) -> KernelKey:
         return self.name, self.outputs
 
     def transfer_cycles(self, chip: Chip) -> int:
@@ -85,10 +85,10 @@ class Work:
     flops: int
 
 
-def find(function: Any, arguments: Any) -> list[Kernel]:
+def find_kernels(function: Any, arguments: Any) -> list[Kernel]:
     """The kernels of a jitted function, each once."""
     jaxpr = function.trace(*arguments).jaxpr.jaxpr
-    found: dict[Key, Kernel] = {}
+    found: dict[KernelKey, Kernel] = {}
     for equation in _pallas_calls(jaxpr):
         outputs = tuple(_array(v.aval) for v in equation.outvars)
         name = equation.params["name"]
@@ -153,7 +153,7 @@ def _product_flops(jaxpr: Any) -> int:
 _texts: dict[tuple[str, bytes], str] = {}  # schedules that were asked for, by chip and program
 
 
-def work(kernels: list[Kernel], chip: Chip) -> dict[Key, Work]:
+def kernel_work(kernels: list[Kernel], chip: Chip) -> dict[KernelKey, Work]:
     """What each kernel takes, by name and results.
 
     Raises:
@@ -171,7 +171,7 @@ def work(kernels: list[Kernel], chip: Chip) -> dict[Key, Work]:
     return found
 
 
-def of_instruction(one: hlo.Instruction, known: dict[Key, Work]) -> Work | None:
+def instruction_work(one: hlo.Instruction, known: dict[KernelKey, Work]) -> Work | None:
     """The work of a program's instruction that is one of the kernels, else None."""
     if f'custom_call_target="{TARGET}"' not in one.attributes:
         return None

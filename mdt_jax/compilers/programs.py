@@ -124,9 +124,9 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Topology
     seconds = time.perf_counter() - began
     memory = Memory.of(compiled)
     several = topology.chips_per_slice if topology.num_slices > 1 else None
-    found = kernels.find(function, arguments)
-    known = kernels.work(found, topology.chip)
-    work = estimate.parse(compiled.as_text(), several, known)
+    found = kernels.find_kernels(function, arguments)
+    known = kernels.kernel_work(found, topology.chip)
+    work = estimate.estimate_program(compiled.as_text(), several, known)
     fits = memory.peak <= topology.chip.hbm_bytes
     each = tuple((kernel, known[kernel.key]) for kernel in found)
     return Program(name, fits, memory, work, seconds, kernels=each)
@@ -151,7 +151,7 @@ class TrainingJob:
     def __init__(self, config: ConfigDict, topology: Topology):
         self.config = on_tpu(config)
         self.topology = topology
-        self.mesh: Mesh = topologies.create_mesh(topology, **self.config.mesh)
+        self.mesh: Mesh = topologies.create_topology_mesh(topology, **self.config.mesh)
         self.trainer: Trainer = create_trainer(self.config, self.mesh)
         self.counts, self.probabilities = config_lib.kept_counts(self.config, self.trainer.model)
         self.abstract = self.trainer.abstract_state()
@@ -213,7 +213,7 @@ def calibrate(topology: Topology, size: int = 8192) -> float:
     """
     chip = topology.chip
     small = Topology(chip, (2,) * 2 if chip.dimensions == 2 else (2, 2, 1))
-    whole = sharding.replicated(topologies.create_mesh(small))
+    whole = sharding.replicated(topologies.create_topology_mesh(small))
     operand = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=whole)
     product = jax.jit(jnp.matmul, out_shardings=whole)
     program = compile_program("calibration", product, (operand, operand), small)

@@ -18,7 +18,7 @@ _DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompileReport:
     """A run's programs on a topology.
 
     Attributes:
@@ -210,9 +210,9 @@ def is_calibrated(share: float | None) -> bool:
 
 
 def create_report(job: TrainingJob, steps: tuple[Program, ...], probabilities: tuple[float, ...],
-                  **more: Any) -> Report:  # fmt: skip
-    """A report of a job's programs; see `Report` for the rest."""
-    return Report(
+                  **more: Any) -> CompileReport:  # fmt: skip
+    """A report of a job's programs; see `CompileReport` for the rest."""
+    return CompileReport(
         topology=job.topology,
         config=job.config,
         mesh=dict(job.mesh.shape),

@@ -36,7 +36,7 @@ class Bundle:
     text: str
 
 
-def parse(text: str) -> list[Bundle]:
+def parse_bundles(text: str) -> list[Bundle]:
     """The bundles of a dump's `final_bundles` file, in order."""
     bundles = []
     for line in text.splitlines():
@@ -60,7 +60,7 @@ def cycles(text: str, grid: tuple[int, ...], steps: int | None = None) -> int:
     Raises:
       ValueError: a text without bundles.
     """
-    bundles = parse(text)
+    bundles = parse_bundles(text)
     if not bundles:
         raise ValueError("the schedule has no bundles; the compiler's dump may have changed")
     steps = math.prod(grid) if steps is None else steps

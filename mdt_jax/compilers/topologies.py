@@ -125,7 +125,7 @@ class Topology:
         return self.name + slices
 
 
-def parse(name: str, num_slices: int | None = None) -> Topology:
+def parse_topology(name: str, num_slices: int | None = None) -> Topology:
     """A topology by its name.
 
     Args:
@@ -228,7 +228,9 @@ def devices(topology: Topology) -> list[Any]:
     return list(found)
 
 
-def create_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def create_topology_mesh(
+    topology: Topology, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
     """The training mesh (data, fsdp, tensor) over a topology; only data crosses slices.
 
     Raises:
