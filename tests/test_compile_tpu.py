@@ -21,9 +21,9 @@ from mdt_jax.sampling.sampler import SAMPLING_SCOPE
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from configs.imagenet256 import get_config  # noqa: E402
 
-# As the TPU compiler writes it: two turns of an outer loop, four of an inner one that goes by two
-# steps at a time to a bound of eight; a fusion holding a product, a gather of weights, a copy
-# beside the core, a kernel without an estimate.
+# A program as the TPU compiler writes it: an outer loop of two turns, in it one of four turns that
+# counts by two to a bound of eight; a fusion with a product, a gather of weights, a copy beside the
+# core, a kernel without an estimate.
 STEP = """HloModule jit_step, is_scheduled=true
 
 %fused_dot (p.0: bf16[16,64,32], p.1: bf16[32,128]) -> bf16[16,64,128] {
@@ -227,7 +227,7 @@ def test_a_transfer_written_again_where_it_is_driven_counts_once():
         return next(c for c in found if c.opcode == "all-reduce")
 
     assert counted(driven, again) == once
-    # Of another chain, or of none, it is another transfer, though layers may share a channel.
+    # In another chain, or without one, it is another transfer, though layers may share a channel.
     for other in (again.replace('"7"', '"8"'), line.replace("%all-reduce.1 =", "%all-reduce.2 =")):
         assert counted(driven, other).count == 2 * once.count
         assert counted(driven, other).bytes == 2 * once.bytes
@@ -468,7 +468,7 @@ def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
     assert compiled[3:] == [(8, "dots", count) for count in others]
     assert [step.name for step in made.steps] == [f"step {n}" for n in (most, *others)]
 
-    # Nothing fits: the first, as it was given, is reported.
+    # If nothing fits, the report is on the first, the job as given.
     monkeypatch.setattr(
         TrainingJob,
         "compile_step",
@@ -522,8 +522,8 @@ def test_the_compiler_itself_on_a_small_run():
     made = report.create_report(job, (step,), (1.0,), sampler=None, calibration=0.88)
     work = step.estimate
     assert made.fits and step.memory.arguments >= job.state_bytes
-    # The formula gives the embeddings gradients towards their inputs, which nobody computes; in a
-    # model as narrow as this one they are some per cent.
+    # The formula counts gradients of the embeddings' inputs, which are never computed: some per
+    # cent in a model as narrow as this one.
     assert 0.9 < 4 * work.flops / made.step_flops < 1
     assert all(work.by_kind[kind] > 0 for kind in ("dense", "attention", "optimiser"))
     assert all(c.group in (2, 4) for c in work.collectives) and work.collectives

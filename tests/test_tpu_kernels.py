@@ -1,4 +1,4 @@
-"""Kernels' cycles: read off a schedule, and asked of the TPU compiler."""
+"""The cycles of kernels: read from a schedule, and found by the TPU compiler."""
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,8 @@ def test_the_compilers_schedules(chip):
     chip = topologies.CHIPS[chip]
     found = kernels.find_kernels(jax.jit(both_kernels), arguments())
     attention, norm = (kernels.kernel_work(found, chip)[k.name, k.outputs] for k in found)
-    # The matrix units' floor, heads padded to 128, and not far above it; memory's bandwidth.
+    # Attention takes more than the matrix units' floor (heads are padded to 128), but not far more;
+    # the norm takes at least its time at the memory's bandwidth.
     floor = 2 * attention.flops / (2 * chip.mxu_macs)
     assert floor < attention.cycles < 10 * floor
     assert norm.cycles >= found[1].bytes / chip.hbm_bandwidth * chip.clock - 1
