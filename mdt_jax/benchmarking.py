@@ -1,4 +1,4 @@
-"""What a run's programs cost on this machine: timing them, by turns if compared, and the record."""
+"""Times a run's programs on this machine, by turns if they are compared, and records it."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ VERSIONED = ("mdt-jax", "jax", "jaxlib", "flax", "numpy", "torch")
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Something to time, compiled.
+    """A compiled program to be timed.
 
     Attributes:
-      name: what it is, for a person.
-      images: how many one call takes or makes.
-      call: does it once, and waits for the devices.
-      compile_seconds: what tracing and compiling took.
-      model_flops: of one call, by formula; None where there is none.
-      program_bytes: what the compiler says its program needs of a device, arguments included.
+      name: a name for people.
+      images: the number of images that one call takes or makes.
+      call: runs the program once and waits for the devices.
+      compile_seconds: the time of tracing and compiling.
+      model_flops: the FLOPs of one call by formula, None where there is no formula.
+      program_bytes: a device's memory for the program and its arguments, as the compiler says;
+        None if unknown.
     """
 
     name: str
@@ -53,7 +54,11 @@ class Workload:
 
 
 class Workloads:
-    """The programs of a run, the very ones that `mdt_jax.train` and `mdt_jax.sample` run.
+    """The programs of a run, the same as `mdt_jax.train` and `mdt_jax.sample` run.
+
+    Attributes:
+      run: the training run.
+      batch: random images and labels for its steps, on the devices.
 
     Raises:
       ValueError: settings that cannot work.
@@ -76,7 +81,7 @@ class Workloads:
         return self.run.kept_tokens.nearest_to_mean
 
     def compile_step(self, num_kept: int | None) -> tuple[Any, float, float]:
-        """The compiled training step, and the seconds of tracing and of compiling it."""
+        """The compiled training step, the seconds of tracing it, and those of compiling it."""
         began = time.perf_counter()
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.batch
@@ -87,7 +92,7 @@ class Workloads:
         return compiled, traced - began, time.perf_counter() - traced
 
     def train_step(self) -> Workload:
-        """Full and masked pass, optimiser and EMA, for `num_kept` kept tokens."""
+        """A training step for `num_kept` tokens: full and masked pass, optimiser and EMA."""
         run, kept = self.run, self.num_kept
         compiled, tracing, compiling = self.compile_step(kept)
         state = run.trainer.create_state()
@@ -107,7 +112,7 @@ class Workloads:
         )
 
     def forward(self) -> Workload:
-        """The full pass of the network alone."""
+        """The network's full pass alone."""
         run = self.run
         batch = sharding.batch_sharding(run.mesh)
 
@@ -138,12 +143,12 @@ class Workloads:
         steps: int | str | None = None,
         autoencoder: Autoencoder | None = None,
     ) -> Workload:
-        """A whole sampling run of one batch, noise to latents, or to pixels with an autoencoder.
+        """Sampling one batch from noise to latents, or to pixels with an autoencoder.
 
         Args:
-          batch_size: over all devices.
-          steps: of the sampler; the config's by default, as all else.
-          autoencoder: what decodes.
+          batch_size: the number of samples over all devices.
+          steps: the sampler's steps; by default the config's, like its other options.
+          autoencoder: decodes the latents, if given.
         """
         model = sampling.DiffusionModel.from_config(self.run.config)
         options = sampling.resolve_options(model, steps=steps)
@@ -170,7 +175,7 @@ class Workloads:
             size,
             call,
             seconds,
-            # Outside an interval a step is one pass; an autoencoder's work is not counted.
+            # The formula knows neither steps outside a guidance interval nor an autoencoder's work.
             None if options.cfg_interval or autoencoder else work,
         )
 
@@ -189,12 +194,21 @@ def random_autoencoder(mesh: jax.sharding.Mesh, dtype: Any) -> Autoencoder:
 def time_by_turns(
     calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after some that do not count.
+    """Times calls by turns.
 
-    Every round runs all of them, in turn forwards and backwards, so that what else the machine does
-    falls on all alike: the ratios within a round mean something where the times do not. Of several,
-    each runs twice in its turn and the second counts: what the others do meanwhile (a virtual
-    machine may hand idle memory back to its host) is no part of a step that follows a step.
+    Every round runs all calls, every other round in the opposite order, so that other work of the
+    machine slows all of them alike: ratios within a round can be trusted even where times vary. If
+    there are several calls, each runs twice in its turn and the second run counts. Its first run
+    pays for what the other calls left behind (a virtual machine may hand idle memory back to its
+    host), which is no cost of a step that follows a step.
+
+    Args:
+      calls: the calls by name.
+      rounds: how often each is timed.
+      warm_up: how often each is called before the first round.
+
+    Returns:
+      The seconds of each call in each round.
     """
     for call in calls.values():
         for _ in range(warm_up):
@@ -211,12 +225,12 @@ def time_by_turns(
 
 
 def median_ratio(others: list[float], ours: list[float]) -> float:
-    """Median over the rounds of other / ours: above 1, ours was faster."""
+    """The median over rounds of the ratio other / ours; above 1 ours was faster."""
     return statistics.median(a / b for a, b in zip(others, ours, strict=True))
 
 
 def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]:
-    """A workload's row: its times, throughput, and share of the devices' peak where it is known."""
+    """A workload's times, throughput and share of the devices' peak (None where unknown)."""
     median = statistics.median(seconds)
     work = workload.model_flops
     used = None
@@ -242,7 +256,7 @@ def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Date, devices, processor, versions and load of where something is measured."""
+    """The date, devices, processor, versions and load of this machine, for a record."""
     devices = jax.devices()
     versions = {"python": platform.python_version()}
     for name in VERSIONED:
@@ -272,8 +286,8 @@ def processor_name() -> str:
     return next(named, platform.machine())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `record` as Markdown."""
+def results_table(rows: list[dict[str, Any]]) -> str:
+    """The results of `record` as a table in Markdown."""
     header = ("", "images", "median", "images/s", "TFLOP/s", "MFU", "compile", "memory")
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what it times is the run's own, its arithmetic, its output, its refusals."""
+"""tools/benchmark.py: it times a run's own programs; its arithmetic, output and refusals."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_of_two_calls_in_a_turn_the_second_counts(monkeypatch):
 
 
 def test_a_ratio_is_the_median_of_those_within_rounds():
-    # The second round fell into a busy moment: its ratio stands all the same.
+    # The second round fell into a busy moment of the machine, and its ratio is as good as others.
     assert benchmarking.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 2.0]) == 2.0
 
 

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, a local job of several processes, and SLURM's tasks."""
+"""The launch scripts: their dry runs, a local job of several processes, and SLURM's tasks."""
 
 import configparser
 import os
@@ -48,7 +48,7 @@ def dry_run(script, *arguments):
     return [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
 
 
-# ---- What would be run -------------------------------------------------------------------------
+# ---- Dry runs ----------------------------------------------------------------------------------
 
 
 def test_the_local_job_says_who_is_who():
@@ -174,7 +174,7 @@ def test_a_signal_reaches_the_command_and_its_last_words_are_read(name):
     assert process.returncode == 75
 
 
-# Answers as gcloud would: the slice is preempted under the first run, the second stops early.
+# It answers like gcloud: the slice is preempted during the first run, the second stops early.
 GCLOUD = """#!/bin/bash
 verb=$4
 for last; do :; done
@@ -197,7 +197,7 @@ exit 0
 
 
 def fake(folder, **commands):
-    """Settings under which a script finds commands of those texts, and no `sleep`ing."""
+    """Settings with which a script finds commands of those texts, and a `sleep` that returns."""
     for name, text in ({"sleep": "#!/bin/bash\n"} | commands).items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -287,7 +287,7 @@ TASK = {
 
 
 def test_a_slurm_task_is_told_from_its_variables(monkeypatch):
-    """What `jax.distributed.initialize` is left to find out, read by JAX's own code."""
+    """JAX's own code reads from the variables all that `jax.distributed.initialize` needs."""
     assert is_cluster(TASK)
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)

@@ -109,7 +109,7 @@ def sums(mesh, kernel, x):
     at = (cut, sharding.batch_sharding(mesh))
     lowered = jax.jit(gradient, in_shardings=at, out_shardings=cut).lower(kernel, x)
     program = lowered.compile(sharding.compiler_options(mesh)).as_text()
-    collectives = estimate.parse(program).collectives
+    collectives = estimate.estimate_program(program).collectives
     return {(c.opcode, c.group, c.bytes) for c in collectives if c.opcode != "all-gather"}
 
 
@@ -124,7 +124,7 @@ def test_only_parts_of_a_gradient_leave_the_group_that_divides_it():
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
 def test_the_tpus_compiler_keeps_the_reduce_scatter_of_a_part_of_the_mesh(topology):
     """Of a sharding constraint it makes an all-reduce: twice the bytes."""
-    mesh = topologies.create_mesh(topologies.parse(topology), data=2, fsdp=8)
+    mesh = topologies.create_topology_mesh(topologies.parse_topology(topology), data=2, fsdp=8)
     kernel = jax.ShapeDtypeStruct((1152, 4608), jnp.float32)
     x = jax.ShapeDtypeStruct((64, 256, 1152), jnp.bfloat16)
     whole = 1152 * 4608 * 4

@@ -101,7 +101,7 @@ def test_gradients_equal_the_authors(name):
     assert gradients.keys() == theirs.keys()
     vectors = [torch.cat([g[k].flatten() for k in theirs]) for g in (gradients, theirs)]
     assert relative_error(*vectors) < GRADIENT_TOLERANCE
-    # The bound's gradient drowns in the rest: the variance's rows by themselves.
+    # The bound's gradient drowns in the rest, so the variance's rows are compared by themselves.
     r = reference(name)
     channels = 2 * r.settings["in_channels"]
     for k in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -140,9 +140,9 @@ def test_losses_of_three_steps_equal_the_authors(name):
 
 
 def movement(name, model, prefix):
-    """Our and the authors' movement from `param/` as vectors, key biases left out.
+    """Our and the authors' movement from `param/` as vectors, without key biases.
 
-    The true gradient of a key's bias is zero, so that Adam moves it by the sign of rounding.
+    The true gradient of a key's bias is zero, so that Adam moves it by the sign of rounding errors.
     """
     before, after, moved = state(name), state(name, prefix), ([], [])
     for weight, value in model.named_parameters():
@@ -189,7 +189,7 @@ def test_adan_counts_steps_by_group_and_keeps_minus_the_clipped_gradient():
 
 
 def saved_files(name, folder):
-    """What a run saved after the fixture's steps, read again: weights, EMA, optimiser's state."""
+    """Weights, EMA and optimiser's state that a run saved after the fixture's steps, read again."""
     model, ema, optimizer, _ = trained(name)
     if name == "dit":
         path = folder / "0000003.pt"
@@ -230,6 +230,6 @@ def test_a_dit_file_is_refused_by_weights_only_for_its_arguments(tmp_path):
 
 
 def test_layer_norm_epsilon_is_1e_6():
-    # The fixtures scarcely tell it from PyTorch's 1e-5; a row as small as its square root does.
+    # The fixtures hardly tell it from PyTorch's 1e-5; a row as small as its square root does.
     x = 1e-3 * torch.tensor([1.0, -1.0, 1.0, -1.0])
     torch.testing.assert_close(torch_models.norm(x), x / np.sqrt(2e-6))

@@ -1,10 +1,10 @@
-"""Kernels' cycles: read off a schedule, and asked of the TPU compiler."""
+"""The cycles of kernels: read from a schedule, and found by the TPU compiler."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mdt_jax.compilers import estimate, hlo, kernels, schedule, topologies
+from mdt_jax.compilers import estimate, kernels, schedule, topologies
 from mdt_jax.compilers.kernels import Work
 from mdt_jax.models import attention_kernel, norm_kernels
 
@@ -79,7 +79,7 @@ def test_a_programs_kernels_are_found_once_each():
     def twice(*args):
         return both_kernels(*args), jax.checkpoint(both_kernels)(*args)
 
-    found = kernels.find(jax.jit(twice), arguments())
+    found = kernels.find_kernels(jax.jit(twice), arguments())
     assert [k.name for k in found] == ["attention_forward", "norm_kernel"]
     attention, norm = found
     assert attention.outputs[0] == ("bf16", (4, 2, 64, 256))
@@ -99,7 +99,7 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 }
 """  # noqa: E501
     known = {("attention_forward", (("bf16", (4, 8)),)): Work(cycles=100, flops=7)}
-    found = estimate.estimate(hlo.parse(text), kernels=known)
+    found = estimate.estimate_program(text, kernels=known)
     assert (found.cycles, found.by_kind["attention"], found.flops) == (100, 100, 7)
     assert found.not_estimated == {"custom-call tpu_custom_call": 64}  # the one not known
 
@@ -108,9 +108,10 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_compilers_schedules(chip):
     chip = topologies.CHIPS[chip]
-    found = kernels.find(jax.jit(both_kernels), arguments())
-    attention, norm = (kernels.work(found, chip)[k.name, k.outputs] for k in found)
-    # The matrix units' floor, heads padded to 128, and not far above it; memory's bandwidth.
+    found = kernels.find_kernels(jax.jit(both_kernels), arguments())
+    attention, norm = (kernels.kernel_work(found, chip)[k.name, k.outputs] for k in found)
+    # Attention takes more than the matrix units' floor (heads are padded to 128), but not far more;
+    # the norm takes at least its time at the memory's bandwidth.
     floor = 2 * attention.flops / (2 * chip.mxu_macs)
     assert floor < attention.cycles < 10 * floor
     assert norm.cycles >= found[1].bytes / chip.hbm_bandwidth * chip.clock - 1
@@ -134,6 +135,6 @@ def test_the_kernels_fit_a_v4_core(dtype, heads, width, kept):
         ((2, kept), jnp.int32),
     )
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    found = kernels.find(jax.jit(gradients), arguments)
-    work = kernels.work(found, topologies.CHIPS["v4"])
+    found = kernels.find_kernels(jax.jit(gradients), arguments)
+    work = kernels.kernel_work(found, topologies.CHIPS["v4"])
     assert {name for name, _ in work} == {"attention_forward_masked", "attention_backward_masked"}

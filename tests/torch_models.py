@@ -1,21 +1,24 @@
-"""The PyTorch models of tools/benchmark_torch.py as the authors trained and saved them.
+"""The PyTorch networks of tools/torch_networks.py, trained and saved as the authors did.
 
-Our own, as a second opinion: test_torch_models.py holds them to the authors' reference arrays, and
-the tests of conversions then hold our weight files and runs to them. State dicts load with
+They are written here, not copied: test_torch_models.py holds them to the authors' reference arrays,
+and the tests of conversions hold our weight files and runs to them. State dicts load with
 strict=True, and optimiser states index the same parameters.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tools import benchmark_torch
-from tools.benchmark_torch import build, create_optimizer, ema_of, norm, update_ema
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import torch_training  # noqa: E402
+from torch_networks import build, norm  # noqa: E402
+from torch_training import create_optimizer, ema_of, update_ema  # noqa: E402
 
 __all__ = ["build", "create_optimizer", "ema_of", "norm"]
 
@@ -28,8 +31,8 @@ def kept_ids(noise: Tensor, ratio: float) -> Tensor:
 
 
 def losses(model: nn.Module, x0: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Per-sample terms of one pass, as `benchmark_torch.losses`, in float64."""
-    return benchmark_torch.losses(model, x0.double(), *args, **kwargs)
+    """Per-sample terms of one pass in float64, see `torch_training.losses`."""
+    return torch_training.losses(model, x0.double(), *args, **kwargs)
 
 
 def training_loss(

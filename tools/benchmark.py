@@ -53,11 +53,14 @@ RECIPES = ROOT / "configs" / "imagenet256.py"
 PARTS = ("step", "forward", "sample", "latency")
 LATENCY_STEPS = (10, 20, 50)
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
-FIRST_STEP_SECONDS = 600  # after which the digits run is given up
+FIRST_STEP_SECONDS = 600  # the digits run is given up after this time
 
 
 def workloads(f: flags.FlagValues) -> Iterator[tuple[Workloads, Workload]]:
-    """What the flags ask for, each compiled when it is its turn, so that one is held at a time."""
+    """Yields the workloads that the flags ask for, each compiled when it is asked for.
+
+    So only one of them is in memory at a time.
+    """
     parts = Workloads(f.config)
     dtype = parts.run.model.dtype
     if "step" in f.parts:
@@ -79,19 +82,19 @@ def workloads(f: flags.FlagValues) -> Iterator[tuple[Workloads, Workload]]:
             yield parts, parts.sampling(1, steps, decoder)
 
 
-def measure(f: flags.FlagValues) -> list[dict[str, Any]]:
-    """Times each workload by itself; prints a line of JSON for each, then the table."""
+def time_alone(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times each workload by itself; prints a line of JSON for each, then a table."""
     rows = []
     for parts, workload in workloads(f):
         (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats).values()
         rows.append(benchmarking.record(workload, seconds, parts.run))
         print(json.dumps(rows[-1]), flush=True)
-    print(benchmarking.table(rows))
+    print(benchmarking.results_table(rows))
     return rows
 
 
-def compare(f: flags.FlagValues) -> list[dict[str, Any]]:
-    """Times the training step and the forward pass beside PyTorch's, by turns."""
+def time_beside_torch(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times the training step and the forward pass by turns with PyTorch's."""
     import benchmark_torch
     import torch
 
@@ -178,10 +181,17 @@ def time_compilation(f: flags.FlagValues) -> list[dict[str, Any]]:
 
 
 def seconds_to_first_step(workdir: Path, cache: Path) -> float:
-    """From starting `mdt_jax.train` on the digits to its first step's metrics; then ends it.
+    """Starts `mdt_jax.train` on the digits, waits for its first step's metrics, then ends it.
+
+    Args:
+      workdir: the run's folder.
+      cache: the folder of compiled programs.
+
+    Returns:
+      The seconds from the start to the metrics.
 
     Raises:
-      RuntimeError: it failed, or took more than `FIRST_STEP_SECONDS`.
+      RuntimeError: training failed, or took more than `FIRST_STEP_SECONDS`.
     """
     command = [sys.executable, "-m", "mdt_jax.train", "--config", "configs/digits.py"]
     command += ["--workdir", str(workdir), "--config.log_every=1"]
@@ -207,7 +217,7 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
 
 
 def expand_model(argv: list[str]) -> list[str]:
-    """`--model NAME` as the --config that it is short for."""
+    """The arguments with `--model NAME` replaced by the --config that it is short for."""
     words, expanded = iter(argv), []
     for word in words:
         flag, equals, value = word.partition("=")
@@ -217,8 +227,8 @@ def expand_model(argv: list[str]) -> list[str]:
     return expanded
 
 
-def run(f: flags.FlagValues) -> list[dict[str, Any]]:
-    """Measures what the flags ask for, and writes --output."""
+def run_benchmark(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Does the measurements that the flags ask for, and writes them to --output."""
     unknown = sorted(set(f.parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--parts {unknown[0]!r} is unknown; known: {', '.join(PARTS)}")
@@ -228,8 +238,8 @@ def run(f: flags.FlagValues) -> list[dict[str, Any]]:
         raise ValueError(f"--repeats {f.repeats} is below 1")
     about = benchmarking.describe_machine()
     print(json.dumps(about), flush=True)
-    action = compare if f.reference_torch else time_compilation if f.compile else measure
-    rows = action(f)
+    alone = time_compilation if f.compile else time_alone
+    rows = time_beside_torch(f) if f.reference_torch else alone(f)
     if f.output:
         Path(f.output).parent.mkdir(parents=True, exist_ok=True)
         about["model"], about["dtype"] = f.config.model.name, f.config.model.dtype
@@ -243,11 +253,11 @@ def main(_: list[str]) -> None:
     """The command."""
     with command_ending(also=(RuntimeError,)):  # such as JAX's, of a device that is not there
         set_up(flags.FLAGS)
-        run(flags.FLAGS)
+        run_benchmark(flags.FLAGS)
 
 
 def set_up(f: flags.FlagValues) -> None:
-    """What must be settled before JAX looks for its devices; and compiling is to be compiling."""
+    """Sets up JAX before it looks for its devices; no program comes from the compilation cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     if f.device:
         jax.config.update("jax_platforms", DEVICES[f.device])
@@ -264,7 +274,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("device", None, list(DEVICES), "What to run on; JAX's choice by default.")
     flags.DEFINE_list("parts", list(PARTS), "What to time.")
     flags.DEFINE_integer("repeats", 7, "How often each is timed, warm-up calls apart.")
-    flags.DEFINE_integer("sample_batch_size", None, "Of sampling; config.batch_size if none.")
+    flags.DEFINE_integer("sample_batch_size", None, "Samples at a time; config.batch_size if none.")
     flags.DEFINE_string("vae", None, "Weights of the autoencoder; random ones by default.")
     flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
     flags.DEFINE_bool("compile", False, "Time compilation instead.")

@@ -8,16 +8,16 @@
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler, libtpu (pip install "mdt_jax[tpu]"), is the
-TPU's own. No data and no TPU are needed; XL/2 takes minutes and some gigabytes of memory, unrolled
-up to 12; --all takes hours.
+TPU's own. No data and no TPU are needed. Compiling XL/2 takes minutes and some gigabytes of memory,
+up to 12 GB if its layers are unrolled; --all takes hours.
 
 --topology takes v4-512 and v5p-32 (TensorCores, two a chip), v5litepod-16 and v6e-16 (chips), and
 grids (v5e:4x4, v5p:2x2x4), each also "x 4 slices". The time is the compiler's own expectation: its
-estimated cycles over the clock, loops' bodies as often as they run. Transfers between chips have
-none there; they stand beside it, by their bytes over the links' bandwidth, as if nothing hid them.
-Beside each MFU stands what a lone 8192³ product gets by the same arithmetic, and where that is not
-0.85 to 1 the line says UNCALIBRATED. The last line is everything as JSON. Exit status: 0 if all
-was compiled, whether it fits or not.
+estimated cycles over the clock, with every turn of a loop counted. It has no estimate for transfers
+between chips; their time, bytes over the links' bandwidth, is printed beside it, as if no work hid
+them. Beside each MFU is the share of the peak that a lone 8192³ product gets by the same
+arithmetic; where that is not 0.85 to 1 the line says UNCALIBRATED. The last line is the whole
+report as JSON. Exit status: 0 if all was compiled, whether it fits or not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.compilers import advice, programs, topologies
 from mdt_jax.compilers.programs import Program, TrainingJob
-from mdt_jax.compilers.report import Report, create_report, is_calibrated
+from mdt_jax.compilers.report import CompileReport, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.parallel.command import command_ending
@@ -44,13 +44,13 @@ ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
 
 def compile_job(
     job: TrainingJob, arguments: Any, known: dict[int | None, Program] | None = None
-) -> Report:
+) -> CompileReport:
     """Compiles a job's programs and reports on them.
 
     Args:
       job: the run.
       arguments: the flags.
-      known: steps that are compiled already, by their number of kept tokens.
+      known: the training steps that are compiled already, by number of kept tokens.
     """
     known = dict(known or {})
     chances = chosen_counts(job, arguments.quick)
@@ -73,7 +73,7 @@ def compile_job(
     told: list[str] = []
     refused = next((p for p in (*steps, sampler) if p is not None and not p.fits), None)
     if refused is not None:
-        told = advice.in_numbers(job, refused)
+        told = advice.advice_lines(job, refused)
     return create_report(
         job,
         tuple(steps),
@@ -88,7 +88,7 @@ def compile_job(
 def chosen_counts(job: TrainingJob, quick: bool) -> dict[int | None, float]:
     """The numbers of kept tokens to compile for, and how often each runs.
 
-    Quickly: only the one nearest to the mean from above, which stands for all of them.
+    `quick` takes only the one nearest to the mean from above, which stands for all of them.
     """
     kept = job.kept_tokens
     if not quick or kept.mean is None:
@@ -101,14 +101,14 @@ def find_fitting(
 ) -> tuple[TrainingJob, dict[int | None, Program], list[str]]:
     """The job, or the first with other settings, whose largest step fits.
 
-    With --quick that is the one step that stands for all, not the largest of a run.
+    With --quick the one step that stands for all is tried, not the largest of a run.
 
     Returns:
-      The job that fits, or else the job as it was given; that step of it, by its number of kept
-      tokens; and what was tried.
+      The job that fits, or else the given job; its compiled step by number of kept tokens; and a
+      line on each attempt.
     """
     before, tried = advice.Levers.of(job), []
-    count = max(chosen_counts(job, arguments.quick)[0], key=lambda n: n or 0)
+    count = max(chosen_counts(job, arguments.quick), key=lambda n: n or 0)
     first: Program | None = None
     candidates = [(before, job)]
     for levers, candidate in (*candidates, *advice.attempts(job)):
@@ -125,8 +125,8 @@ def find_fitting(
     return job, {count: first}, tried
 
 
-def markdown_row(report: Report) -> str:
-    """A line of `--all`'s table."""
+def markdown_row(report: CompileReport) -> str:
+    """A report as a line of the table of `--all`."""
     c, peak = report.config, report.largest.memory.peak
     settings = [f"fsdp {report.mesh['fsdp']}", f"scan_unroll {c.model.scan_unroll}"]
     settings += [f"remat {c.model.remat}"] if c.model.remat != "none" else []
@@ -150,13 +150,16 @@ def markdown_row(report: Report) -> str:
 
 
 def compile_all(arguments: Any) -> list[dict[str, Any]]:
-    """S to XL over the four generations, each with the first settings that fit."""
+    """Compiles --models for --topologies, each pair with the first settings that fit.
+
+    Prints the table and returns the reports as plain values.
+    """
     print("| model | chips | settings | GiB a chip | ms a step + transfers | MFU | lone product "
           "| days | chip-hours |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     records = []
     for name in arguments.models:
-        for topology in map(topologies.parse, arguments.topologies):
+        for topology in map(topologies.parse_topology, arguments.topologies):
             config = imagenet_config(name, topology, arguments.unroll)
             job, known, _ = find_fitting(TrainingJob(config, topology), arguments)
             report = compile_job(job, arguments, known)
@@ -167,7 +170,7 @@ def compile_all(arguments: Any) -> list[dict[str, Any]]:
 
 
 def imagenet_config(model: str, topology: Topology, unroll: int) -> ConfigDict:
-    """The recipe of a family on ImageNet's latents, its state in as many shards as can be."""
+    """A family's recipe on ImageNet's latents, with the state in up to 16 shards."""
     config = default_config()
     config.model.update(name=model, scan_unroll=unroll)
     apply_recipe(config)
@@ -177,17 +180,18 @@ def imagenet_config(model: str, topology: Topology, unroll: int) -> ConfigDict:
 
 
 def progress(line: str) -> None:
+    """Prints a line on the progress to standard error."""
     print(f"… {line}", file=sys.stderr, flush=True)
 
 
-def run(arguments: Any) -> Any:
-    """What the command prints last, as plain values."""
+def run_compilation(arguments: Any) -> Any:
+    """Does what the flags ask for; returns the result, printed last as JSON, as plain values."""
     topologies.check_compiler()
     if arguments.all:
         return compile_all(arguments)
     if not arguments.topology:
         raise ValueError("--topology is missing: such as v4-512, v5litepod-16, v5p:2x2x4")
-    topology = topologies.parse(arguments.topology, arguments.num_slices)
+    topology = topologies.parse_topology(arguments.topology, arguments.num_slices)
     if arguments.calibrate:
         share = programs.calibrate(topology)
         mark = "" if is_calibrated(share) else "  UNCALIBRATED"
@@ -209,23 +213,23 @@ def run(arguments: Any) -> Any:
 def main(_: list[str]) -> None:
     """The command."""
     with command_ending():
-        result = run(flags.FLAGS)
+        result = run_compilation(flags.FLAGS)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # which traces; the TPU's compiler compiles
+    jax.config.update("jax_platforms", "cpu")  # it traces; the TPU's compiler compiles
     config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
     flags.DEFINE_string("topology", None, "Such as v4-512, v5litepod-16, v5p:2x2x4.")
     flags.DEFINE_integer("num_slices", None, "Slices of that size, joined by the network.")
     flags.DEFINE_bool("advise", False, "Try other settings until one fits, and report on that.")
     flags.DEFINE_bool("quick", False, "Compile one number of kept tokens for all of them.")
     flags.DEFINE_bool("sampler", True, "Compile the sampler too.")
-    flags.DEFINE_integer("sample_batch_size", None, "Of the sampler; config.batch_size if none.")
+    flags.DEFINE_integer("sample_batch_size", None, "Samples at a time; config.batch_size if none.")
     flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.")
-    flags.DEFINE_bool("calibrate", False, "Only that; needs no --config.")
+    flags.DEFINE_bool("calibrate", False, "Compile only a lone product; needs no --config.")
     flags.DEFINE_bool("all", False, "A table of the MDTv2 models over four kinds of chip.")
     flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles much faster.")
-    flags.DEFINE_list("models", list(ALL_MODELS), "Of --all.")
-    flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "Of --all.")
+    flags.DEFINE_list("models", list(ALL_MODELS), "The models of --all.")
+    flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "The topologies of --all.")
     app.run(main, flags_parser=parse_config_flags)

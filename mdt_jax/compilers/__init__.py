@@ -1,1 +1,1 @@
-"""What a TPU's compiler says of a program, asked without a TPU: memory, work, time."""
+"""Asks a TPU's compiler, without a TPU, for the memory, the work and the time of a program."""

@@ -1,4 +1,4 @@
-"""Which settings make a run fit a chip: what each would do, and which are tried in what order."""
+"""Settings that make a run fit a chip: the effect of each, and the order to try them in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ MICROBATCHES = (2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Levers:
-    """Settings that trade memory for work or communication; they change no result."""
+    """Settings that trade memory for work or communication; they change no result.
+
+    Attributes:
+      fsdp: the size of the mesh's fsdp axis.
+      remat: the policy of rematerialisation, `config.model.remat`.
+      accumulation_steps: the number of microbatches in a step.
+    """
 
     fsdp: int
     remat: str
@@ -23,11 +29,12 @@ class Levers:
 
     @classmethod
     def of(cls, job: TrainingJob) -> Levers:
+        """The settings of a job."""
         c = job.config
         return cls(job.mesh.shape["fsdp"], c.model.remat, c.accumulation_steps)
 
     def apply(self, config: ConfigDict) -> ConfigDict:
-        """The config with these settings, the data axis taking the other chips."""
+        """The config with these settings; the data axis takes the other chips."""
         config = config.copy_and_resolve_references()
         config.mesh.update(data=-1, fsdp=self.fsdp)
         config.model.remat = self.remat
@@ -35,7 +42,7 @@ class Levers:
         return config
 
     def changes(self, other: Levers) -> str:
-        """What differs from others, as flags."""
+        """The settings that differ from `other`'s, as flags of the command."""
         names = {"fsdp": "mesh.fsdp", "remat": "model.remat"}
         return " ".join(
             f"--config.{names.get(field.name, field.name)}={getattr(self, field.name)}"
@@ -45,7 +52,10 @@ class Levers:
 
 
 def attempts(job: TrainingJob) -> Iterator[tuple[Levers, TrainingJob]]:
-    """Settings in the order of what they cost: shards first, recomputation, then microbatches."""
+    """Yields settings that take less memory, with their jobs, those that cost least first.
+
+    More shards come first, then recomputation, then microbatches.
+    """
     levers = Levers.of(job)
     widest = widest_fsdp(job)
     if widest > levers.fsdp:
@@ -60,21 +70,21 @@ def attempts(job: TrainingJob) -> Iterator[tuple[Levers, TrainingJob]]:
             levers = dataclasses.replace(levers, accumulation_steps=count)
             try:
                 tried = TrainingJob(levers.apply(job.config), job.topology)
-            except ValueError:  # the batch has no so many parts
+            except ValueError:  # the batch does not divide into so many parts
                 return
             yield levers, tried
 
 
 def widest_fsdp(job: TrainingJob) -> int:
-    """The largest fsdp axis that divides both a slice and every parameter's axis."""
+    """The largest fsdp axis that divides both a slice's chips and the width of the model."""
     topology: Topology = job.topology
     free = topology.chips_per_slice // job.mesh.shape["tensor"]
     width = job.trainer.model.hidden_size
     return max(n for n in range(1, free + 1) if free % n == 0 and width % n == 0)
 
 
-def in_numbers(job: TrainingJob, refused: Program) -> list[str]:
-    """What would help a program that does not fit, with what is known without compiling."""
+def advice_lines(job: TrainingJob, refused: Program) -> list[str]:
+    """Lines of advice for a program that does not fit, with figures that need no compilation."""
     available = refused.memory.available or job.topology.chip.hbm_bytes
     lines = []
     widest = widest_fsdp(job)

@@ -1,16 +1,16 @@
 """A compiled program's work in numbers: cycles by kind, FLOPs, collectives with their bytes.
 
-Kinds, the first that applies:
+The kinds of instructions; the first one that applies counts:
 
-    collectives  all-gather and its like, with no product; most of them carry no cycles
-    copies       what only moves data: copies, transposes, slices, updates, padding, filling
-    attention    under a module `attn`, but for the products of `qkv` and `proj`: logits, bias,
+    collectives  all-gather and its like, without a matrix product; most of them carry no cycles
+    copies       instructions that only move data: copies, transposes, slices, updates, padding
+    attention    all under a module `attn` but the products of `qkv` and `proj`: logits, bias,
                  softmax and the product with the values, and their gradients, or their kernel
-    dense        what holds a matrix product (XLA's dot or convolution), and a transfer beside it
+    dense        matrix products (XLA's dot or convolution), with a transfer fused into them
     draws        random numbers
-    optimiser    outside of the loss and its gradient: clipping, moments, parameters, averages
-    reductions   what holds a reduction: norms, sums over the batch
-    elementwise  the rest; the kernels of norms and residuals, sums included
+    optimiser    work outside the loss and its gradient: clipping, moments, parameters, averages
+    reductions   norms, sums over the batch
+    elementwise  the rest, and the kernels of norms and residuals with the sums in them
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import numpy as np
 
 from mdt_jax.compilers import hlo
 from mdt_jax.compilers.hlo import Computation, Instruction, Module
-from mdt_jax.compilers.kernels import Key, Work, of_instruction
+from mdt_jax.compilers.kernels import KernelKey, Work, instruction_work
 from mdt_jax.compilers.topologies import Chip
+from mdt_jax.sampling.sampler import SAMPLING_SCOPE
 
 KINDS = ("dense", "attention", "reductions", "elementwise", "draws", "optimiser", "copies",
          "collectives")  # fmt: skip
@@ -40,7 +41,7 @@ _MOVES = frozenset((
     "gather", "fusion", "convert", "copy-start", "copy-done", "slice-start", "slice-done",
 ))  # fmt: skip
 _DRAWS = re.compile(r"threefry|random|erf_inv|shuffle|fold_in|rng")
-# What takes no time to speak of, or runs on the scalar core, and so carries no cycles.
+# Instructions that take next to no time, or run on the scalar core, and so carry no cycles.
 _FREE = frozenset((
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done",
     "partition-id", "replica-id", "after-all", "opt-barrier", "async-update", "async-done",
@@ -49,21 +50,20 @@ _FREE = frozenset((
 _FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
                "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceToDynamic", "PinTensor",
                "annotate_device_placement", "MoveToHost", "MoveToDevice")  # fmt: skip
-_SMALL = 4096  # bytes of a result below which an instruction without cycles is not told of
+_SMALL = 4096  # an instruction without cycles whose result has fewer bytes is not reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of transfer of a program, all its occurrences together.
+    """All of a program's transfers of one kind.
 
     Attributes:
-      opcode: such as "all-gather".
-      group: chips that take part together, 0 where the text does not tell.
-      count: how often it runs.
-      bytes: one chip's data in all of them: of the whole array for a gather, of what goes in for
-        the others.
-      wire_bytes: what a chip has to send at least, in a ring.
-      across_slices: whether it leaves a slice.
+      opcode: the operation, such as "all-gather".
+      group: the number of chips that exchange data with each other, 0 where the text does not say.
+      count: how often such a transfer runs.
+      bytes: one chip's data in all of them: the whole array of a gather, the operands of others.
+      wire_bytes: the fewest bytes that a chip sends for them, in a ring.
+      across_slices: whether they leave a slice.
     """
 
     opcode: str
@@ -76,15 +76,15 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a program takes on one chip.
+    """The work of a program on one chip.
 
     Attributes:
-      cycles: the compiler's, of all that is scheduled on the core.
-      by_kind: the same, by kind.
-      flops: of its matrix products, recomputation and loops' turns counted.
-      collectives: by opcode and size of the group, the largest first.
-      not_estimated: what runs on the core, moves data and carries no cycles: name → bytes written.
-      loops_counted_once: loops whose turns the text does not tell.
+      cycles: the compiler's estimate for everything that is scheduled on the core.
+      by_kind: the same cycles by kind, a key of `KINDS`.
+      flops: the FLOPs of its matrix products, with recomputation and all turns of loops.
+      collectives: the transfers by opcode and size of the group, the largest first.
+      not_estimated: bytes written, by name, of instructions on the core without an estimate.
+      loops_counted_once: the loops whose number of turns the text does not say.
     """
 
     cycles: int
@@ -95,33 +95,38 @@ class Estimate:
     loops_counted_once: tuple[str, ...]
 
     def seconds(self, chip: Chip) -> float:
-        """The cycles over the clock."""
+        """The time of the cycles at the chip's clock, in seconds."""
         return self.cycles / chip.clock
 
     def wire_seconds(self, chip: Chip) -> float:
-        """What the collectives take at the least, were nothing of them hidden behind the work."""
+        """Seconds that the collectives inside a slice take at least, if no work hides them."""
         inside = sum(c.wire_bytes for c in self.collectives if not c.across_slices)
         return inside / chip.ici_bandwidth
 
 
-def estimate(
-    module: Module, chips_per_slice: int | None = None, kernels: dict[Key, Work] | None = None
+def estimate_program(
+    text: str, chips_per_slice: int | None = None, kernels: dict[KernelKey, Work] | None = None
 ) -> Estimate:
-    """The program's numbers, of its optimised HLO.
+    """The work of a compiled program.
 
     Args:
-      module: from `hlo.parse`.
-      chips_per_slice: to tell which collectives leave a slice; None: there is one slice.
-      kernels: the work of its Pallas kernels, from `kernels.work`.
+      text: its optimised HLO, from `compiled.as_text()`.
+      chips_per_slice: the size of a slice, to find the collectives that leave it; None for a single
+        slice.
+      kernels: the work of its Pallas kernels, from `kernels.kernel_work`.
+
+    Raises:
+      ValueError: a text without an entry computation.
     """
+    module = hlo.parse_module(text)
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
     flops, moved = 0, defaultdict(lambda: [0, 0, 0])
     not_estimated: dict[str, int] = {}
     chains: set[tuple[str, ...]] = set()
     for computation, one, times in module.executed():
         for where, transfer in _transfers(module, computation, one):
-            # One that runs beside other work is written again into each fusion that drives it, all
-            # of one chain. (A channel alone may be shared by the layers of an unrolled loop.)
+            # A transfer that runs beside other work is written again into each fusion that drives
+            # it, always with the same chain. (The layers of an unrolled loop may share a channel.)
             chain = re.findall(r'(?:channel_id=|chain_id=")\d+', transfer.attributes)
             if len(chain) > 1 and tuple(chain) in chains:
                 continue
@@ -136,7 +141,7 @@ def estimate(
             total[1] += times * size
             total[2] += times * _wire_bytes(opcode, size, group)
         flops += times * product_flops(module, computation, one)
-        if (work := of_instruction(one, kernels or {})) is not None:
+        if (work := instruction_work(one, kernels or {})) is not None:
             by_kind[kind_of(module, one)] += times * work.cycles
             flops += times * work.flops
         elif one.cycles is not None:
@@ -168,7 +173,7 @@ def kind_of(module: Module, one: Instruction) -> str:
         return "collectives"
     if not products and {inner.opcode for inner in inside} <= _MOVES:
         return "copies"
-    # Of a product with what follows it, the product's place decides.
+    # Where a product is fused with later instructions, the product's own name decides.
     names = [inner.op_name for inner in products] or [one.op_name or inside[-1].op_name]
     if all(re.search(r"/attn(/|$)", name) for name in names):
         core = not any(re.search(r"/attn/(qkv|proj)(/|$)", name) for name in names)
@@ -178,16 +183,11 @@ def kind_of(module: Module, one: Instruction) -> str:
         return "dense"
     if _DRAWS.search(names[0]):
         return "draws"
-    inside_gradient = re.search(r"jvp\(|rematted|checkpoint|while", names[0])
-    if names[0] and not inside_gradient and not _is_forward(names[0]):
+    in_gradient = re.search(r"jvp\(|rematted|checkpoint|while", names[0])
+    if names[0] and not in_gradient and SAMPLING_SCOPE not in names[0]:
         return "optimiser"
     reduces = {inner.opcode for inner in inside} & set(_REDUCTIONS)
     return "reductions" if reduces else "elementwise"
-
-
-def _is_forward(name: str) -> bool:
-    """Whether the path lies in a network's forward pass, as all of a sampler's does."""
-    return bool(re.search(r"MDT|DiT|LatentTransformer|jit\(chunk\)", name))
 
 
 def _is_collective(one: Instruction) -> bool:
@@ -211,26 +211,26 @@ def _transfers(
 
 
 def _collective_bytes(computation: Computation, one: Instruction) -> int:
-    """Of the whole array for an all-gather, of what goes in for the others."""
+    """The bytes of an all-gather's whole array, of the operands for other collectives."""
     operands = [computation.by_name[name] for name in one.operands if name in computation.by_name]
     if not one.opcode.startswith("all-gather"):
         return sum(operand.bytes for operand in operands)
     if not one.opcode.endswith("-start"):
         return one.bytes
-    # (what goes in, what comes out, …), the second part being the larger.
+    # The result is a tuple (operands, whole array, …); the whole array is the rest.
     return max(one.bytes - sum(operand.bytes for operand in operands), 0)
 
 
 def _wire_bytes(opcode: str, size: int, group: int) -> int:
-    """What a chip sends in a ring of `group` chips."""
-    if opcode in ("collective-permute", "send") or group == 0:  # from one to another, or not told
+    """Bytes that a chip sends in a ring of `group` chips."""
+    if opcode in ("collective-permute", "send") or group == 0:  # from one to another, or unknown
         return size
     rounds = 2 if opcode == "all-reduce" else 1
     return round(size * rounds * (group - 1) / group)
 
 
 def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[int, bool]:
-    """Chips of one group of a collective, and whether a group spans slices; 0 if not told."""
+    """The chips in a group of a collective, 0 if unknown, and whether a group spans slices."""
 
     def spans(ids: list[int]) -> bool:
         return chips_per_slice is not None and len({i // chips_per_slice for i in ids}) > 1
@@ -261,9 +261,13 @@ def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
-    """Groups along axes of a mesh: 'x'=4,'y'=2 and 'x', or a part of one: 'x':(1)2.
+    """The groups along axes of a mesh.
 
-    The devices are in order, listed (0,2,1,3), or an iota that is reshaped and transposed.
+    Args:
+      mesh: the axes and their sizes, such as 'x'=4,'y'=2.
+      device_ids: the order of the devices, listed (0,2,1,3) or as an iota that is reshaped and
+        transposed; None for their own order.
+      axes: the axes of a group, such as 'x', or a part of one, such as 'x':(1)2.
     """
     sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", mesh)}
     count = math.prod(sizes.values())
@@ -272,7 +276,7 @@ def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]
         (chips,) = _iota_groups(1, count, iota[1], iota[2])
     else:
         chips = [int(i) for i in device_ids.split(",")] if device_ids else list(range(count))
-    # Of an axis' part: how often what precedes it, and its own size; the rest follows.
+    # A part of an axis: the product of the sizes before it, and its own size.
     parts = {
         k: (int(before or 1), int(size or sizes[k]))
         for k, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
@@ -297,7 +301,7 @@ def _iota_groups(count: int, size: int, shape: str, order: str | None) -> list[l
 
 
 def _lacks_estimate(one: Instruction) -> bool:
-    """Whether the core does something here of which the compiler gives no cycles."""
+    """Whether the core does work here for which the compiler gives no cycles."""
     if one.opcode in _FREE or _is_collective(one) or one.opcode.endswith("-done"):
         return False
     if one.opcode == "custom-call":
@@ -312,7 +316,7 @@ def _label(one: Instruction) -> str:
 
 
 def product_flops(module: Module, computation: Computation, one: Instruction) -> int:
-    """FLOPs of an instruction's matrix products, those inside of a fusion too."""
+    """FLOPs of an instruction's matrix products, with those inside a fusion."""
     pairs = [(computation, one), *module.inside(one)]
     return sum(_flops(where, inner) for where, inner in pairs if inner.opcode in _PRODUCTS)
 
@@ -349,10 +353,10 @@ def _window(attributes: str) -> dict[str, list]:
 
 
 def _positions(size: int, kernel: int, out: int, window: dict[str, int]) -> int:
-    """Pairs (output, kernel element) of one dimension that meet an element of the input.
+    """The number of pairs (output, kernel element) of one dimension that meet an input element.
 
-    The compiler writes batched products as convolutions whose dilated window meets one element in
-    each place; counting every kernel element would count products that are never made.
+    The compiler writes batched products as convolutions whose dilated window meets one input
+    element at each place; counting every kernel element would count products that are never made.
     """
     stride, pad = window.get("stride", 1), window.get("pad", 0)
     base, spread = window.get("lhs_dilate", 1), window.get("rhs_dilate", 1)
@@ -364,10 +368,3 @@ def _positions(size: int, kernel: int, out: int, window: dict[str, int]) -> int:
             position = o * stride + offset
             count += 0 <= position <= last and position % base == 0
     return count
-
-
-def parse(
-    text: str, chips_per_slice: int | None = None, kernels: dict[Key, Work] | None = None
-) -> Estimate:
-    """The numbers of `compiled.as_text()`."""
-    return estimate(hlo.parse(text), chips_per_slice, kernels)

@@ -1,8 +1,8 @@
-"""Reads optimised HLO text: which instructions run, how often, and what each is said to take.
+"""Reads optimised HLO text: which instructions run, how often, and the cycles estimated for each.
 
-The TPU compiler writes `estimated_cycles` into the `backend_config` of what it schedules on the
-core. A fusion's figure covers the fusion; what is inside has none of its own to add. Transfers that
-run beside the core (collectives, `copy-start`) have none at all.
+The TPU compiler writes `estimated_cycles` into the `backend_config` of the instructions that it
+schedules on the core. A fusion's figure covers the whole fusion; the instructions inside must not
+be added to it. Transfers that run beside the core (collectives, `copy-start`) have no figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-# Bytes of an element; what is not here (tokens, opaque) has none.
+# Bits of an element by its type; other types (tokens, opaque) hold no data.
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
          "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
          "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8}  # fmt: skip
@@ -32,12 +32,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: without the percent sign.
-      opcode: such as "fusion".
-      type: the result's, as written.
-      operands: names, in the same computation.
-      attributes: everything after the operands.
-      literal: what a constant's or parameter's parentheses hold.
+      name: its name, without the percent sign.
+      opcode: its operation, such as "fusion".
+      type: the type of its result, as written.
+      operands: the names of its operands, in the same computation.
+      attributes: the text after the operands.
+      literal: the text in the parentheses, such as a constant's value or a parameter's number.
       is_root: whether it is the computation's result.
     """
 
@@ -51,13 +51,13 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it gives none."""
+        """The compiler's estimate of its cycles, None where there is none."""
         found = _CYCLES.search(self.attributes)
         return int(found[1]) if found else None
 
     @property
     def op_name(self) -> str:
-        """JAX's path of the operation, with its transformations and scopes; may be empty."""
+        """JAX's path of the operation through transformations and scopes; may be empty."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
@@ -71,17 +71,17 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result, unpadded."""
+        """The size of the result in bytes, without padding."""
         return sum(array_bytes(kind, shape) for kind, shape in self.arrays)
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute (`calls`, `body`, …) names."""
+        """The name of the computation in an attribute (`calls`, `body`, …), None without it."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The computations of a conditional."""
+        """The names of a conditional's computations."""
         found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if found:
             return tuple(_NAME.findall(found[1]))
@@ -96,37 +96,40 @@ def array_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order of their schedule."""
+    """A function of the program: its instructions in the order of their schedule."""
 
     name: str
     instructions: tuple[Instruction, ...]
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
+        """The instructions by their names."""
         return {instruction.name: instruction for instruction in self.instructions}
 
     @cached_property
     def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Numbers of the parameters, by name."""
+        """The parameters' numbers by their names."""
         return {i.name: int(i.literal) for i in self.instructions if i.opcode == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: computations by name, and which of them is the entry."""
+    """A program: its computations by name, and the name of the entry."""
 
     computations: dict[str, Computation]
     entry: str
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that is scheduled, its computation, and how often it runs.
+        """Yields every scheduled instruction with its computation and how often it runs.
 
-        A loop's body runs as often as `trip_count` finds, once where that cannot be known. Of a
-        conditional's branches the longest counts. Inside of fusions and reducers nothing is given.
+        A loop's body runs as often as the text tells, and counts once where it does not tell. The
+        longest branch of a conditional counts. Instructions inside fusions and reducers are left
+        out.
         """
         yield from self._executed(self.computations[self.entry], 1, {})
 
@@ -158,7 +161,7 @@ class Module:
         return sum((one.cycles or 0) * times for _, one, times in inside)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """The instructions of a fusion, those of the fusions in it too; of others, none."""
+        """Yields the instructions of a fusion and of the fusions in it; none for others."""
         name = instruction.called("calls")
         if instruction.opcode != "fusion" or name not in self.computations:
             return
@@ -167,7 +170,7 @@ class Module:
             yield from self.inside(one)
 
     def loops_of_unknown_length(self) -> list[str]:
-        """Names of the loops whose number of turns the text does not tell."""
+        """The names of the loops whose number of turns the text does not tell."""
         return sorted(self._unknown(self.computations[self.entry], {}))
 
     def _unknown(self, computation: Computation, elements: _Elements) -> Iterator[str]:
@@ -181,11 +184,11 @@ class Module:
 
 
 class _Frame:
-    """The integers of a computation, as far as its text and its caller's tell them.
+    """The integer values in a computation, as far as its text and its caller's tell them.
 
     Attributes:
-      elements: what is known of the parameter's elements, where that is a tuple.
-      arguments: what is known of each parameter, where they are scalars.
+      elements: the known elements of the parameter, where that is a tuple.
+      arguments: the value of each parameter, where they are scalars; None if unknown.
     """
 
     def __init__(
@@ -200,7 +203,7 @@ class _Frame:
         self._known: dict[str, int | None] = {}
 
     def value(self, name: str) -> int | None:
-        """An integer scalar, None where it is not known."""
+        """The value of an integer scalar, None if unknown."""
         if name not in self._known:
             self._known[name] = None  # a value that depends on itself is not known
             self._known[name] = self._evaluate(self.computation.by_name[name])
@@ -234,19 +237,19 @@ class _Frame:
         return self.value(name)
 
     def _element(self, name: str, index: int) -> int | None:
-        """An element of a tuple."""
+        """The value of a tuple's element, None if unknown."""
         one = self.computation.by_name[name]
         if one.opcode == "parameter":
             return self.elements.get(index)
         if one.opcode == "tuple":
             return self._argument(one.operands[index])
-        if one.opcode == "while":  # what a loop hands on unchanged
+        if one.opcode == "while":  # an element that the loop does not change
             body = self.module.computations[one.called("body")]
             return self.unchanged(one, body).get(index)
         return None
 
     def unchanged(self, loop: Instruction, body: Computation) -> _Elements:
-        """The elements of a loop's state that every turn leaves as they are."""
+        """The elements of a loop's state that no turn changes."""
         if body.root.opcode != "tuple":
             return {}
         return {
@@ -256,9 +259,9 @@ class _Frame:
         }
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Turns of a loop, found by running the integers that its condition depends on.
+        """The turns of a loop, found by computing the integers that its condition depends on.
 
-        None where one of them is not in the text, as the bounds of a loop that come as arguments.
+        None where the text lacks one of them, as for a loop whose bounds are arguments.
         """
         stated = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if stated:
@@ -291,7 +294,7 @@ class _Frame:
         return None
 
     def _reads(self, computation: Computation, name: str) -> set[int]:
-        """Elements of the loop's state that a value depends on."""
+        """The elements of the loop's state that a value depends on."""
         seen, stack, found = set(), [name], set()
         while stack:
             one = computation.by_name[stack.pop()]
@@ -306,7 +309,7 @@ class _Frame:
 
 
 def _passed_on(body: Computation, name: str, index: int) -> bool:
-    """Whether a turn returns an element of its state untouched."""
+    """Whether a turn returns an element of its state unchanged."""
     one = body.by_name[name]
     while one.opcode in ("copy", "bitcast"):
         one = body.by_name[one.operands[0]]
@@ -358,8 +361,8 @@ def _wrap(value: int, kind: str) -> int:
     return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
-def parse(text: str) -> Module:
-    """The program of `compiled.as_text()`.
+def parse_module(text: str) -> Module:
+    """Reads the text of a compiled program, `compiled.as_text()`.
 
     Raises:
       ValueError: a text without an entry computation.

@@ -1,8 +1,8 @@
 """Cycles of the Pallas kernels in a program, for which the compiler gives no estimate.
 
-Each kernel is compiled alone, in a child process that has the compiler write its schedule
-(`mdt_jax.compilers.schedule`), and takes the larger of that and of its transfers: what it reads and
-writes over the bandwidth of the chip's memory.
+Each kernel is compiled alone, in a child process that makes the compiler write its schedule
+(`mdt_jax.compilers.schedule`). A kernel takes the cycles of its schedule or those of its transfers,
+the bytes it reads and writes over the bandwidth of the chip's memory, whichever are more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mdt_jax.compilers.topologies import Chip
 
 TARGET = "tpu_custom_call"
 ArrayType = tuple[str, tuple[int, ...]]  # element type as HLO writes it, shape
-Key = tuple[str, tuple[ArrayType, ...]]  # a kernel's name and results
+KernelKey = tuple[str, tuple[ArrayType, ...]]  # a kernel's name and results
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "float16": "f16"}
 
 
@@ -38,12 +38,13 @@ class Kernel:
     """One kernel of a program, for one device's shapes.
 
     Attributes:
-      name: as in the program.
-      outputs: its results, by which it is found in the program.
-      grid, parallel: its grid, and which dimensions cores may share.
-      bytes: that its blocks read and write, each array once at the most.
-      flops: of its matrix products, in all turns of the grid.
-      exported: the kernel alone.
+      name: its name in the program.
+      outputs: the types of its results, by which it is found in the program.
+      grid: the sizes of its grid.
+      parallel: for each dimension of the grid, whether cores may share it.
+      bytes: the bytes that its blocks read and write, each array counted once at the most.
+      flops: the FLOPs of its matrix products, in all turns of the grid.
+      exported: the kernel alone, as a program.
     """
 
     name: str
@@ -60,35 +61,36 @@ class Kernel:
         return bytes(self.exported.serialize())
 
     @property
-    def key(self) -> Key:
+    def key(self) -> KernelKey:
+        """Name and results, which tell it from a program's other kernels."""
         return self.name, self.outputs
 
     def transfer_cycles(self, chip: Chip) -> int:
-        """What its transfers take at the memory's bandwidth."""
+        """The cycles of its transfers at the memory's bandwidth."""
         return round(self.bytes / chip.hbm_bandwidth * chip.clock)
 
     def product_cycles(self, chip: Chip) -> int:
-        """What its products take at the matrix units' peak, were their sides multiples of them."""
+        """The cycles of its products at the matrix units' peak, as if their sides filled them."""
         return round(self.flops / (2 * chip.mxu_macs))
 
     def steps(self, cores: int) -> int:
-        """Turns of the grid that one of a chip's cores does."""
+        """Turns of the grid on one of a chip's cores."""
         shared = any(p and n % cores == 0 for p, n in zip(self.parallel, self.grid, strict=True))
         return math.prod(self.grid) // (cores if shared else 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a kernel takes on one chip."""
+    """A kernel's cycles and FLOPs on one chip."""
 
     cycles: int
     flops: int
 
 
-def find(function: Any, arguments: Any) -> list[Kernel]:
-    """The kernels of a jitted function, each once."""
+def find_kernels(function: Any, arguments: Any) -> list[Kernel]:
+    """The Pallas kernels of a jitted function, each once, for arguments of given shapes."""
     jaxpr = function.trace(*arguments).jaxpr.jaxpr
-    found: dict[Key, Kernel] = {}
+    found: dict[KernelKey, Kernel] = {}
     for equation in _pallas_calls(jaxpr):
         outputs = tuple(_array(v.aval) for v in equation.outvars)
         name = equation.params["name"]
@@ -107,7 +109,7 @@ def _pallas_calls(jaxpr: Any) -> Iterator[Any]:
 
 
 def _inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs that an equation holds: a loop's body, a call's function."""
+    """Yields the jaxprs inside an equation, such as a loop's body or a call's function."""
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
         if _is_jaxpr(value):
             yield getattr(value, "jaxpr", value)
@@ -153,7 +155,7 @@ def _transferred(block: Any, steps: int) -> int:
 
 
 def _product_flops(jaxpr: Any) -> int:
-    """Of the products in a jaxpr and those inside; loops' bodies once: ours hold none."""
+    """FLOPs of the products in a jaxpr and its inner ones; a loop's body counts once."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -165,11 +167,11 @@ def _product_flops(jaxpr: Any) -> int:
     return total
 
 
-_texts: dict[tuple[str, bytes], str] = {}  # schedules that were asked for, by chip and program
+_texts: dict[tuple[str, bytes], str] = {}  # the schedules so far, by chip and program
 
 
-def work(kernels: list[Kernel], chip: Chip) -> dict[Key, Work]:
-    """What each kernel takes, by name and results.
+def kernel_work(kernels: list[Kernel], chip: Chip) -> dict[KernelKey, Work]:
+    """Compiles kernels for a chip and gives the work of each, by name and results.
 
     Raises:
       ValueError: the child process failed or wrote no schedule.
@@ -186,8 +188,8 @@ def work(kernels: list[Kernel], chip: Chip) -> dict[Key, Work]:
     return found
 
 
-def of_instruction(one: hlo.Instruction, known: dict[Key, Work]) -> Work | None:
-    """The work of a program's instruction that is one of the kernels, else None."""
+def instruction_work(one: hlo.Instruction, known: dict[KernelKey, Work]) -> Work | None:
+    """The work of an instruction that calls one of the known kernels, None for others."""
     if f'custom_call_target="{TARGET}"' not in one.attributes:
         return None
     names = one.op_name.split("/")
@@ -197,7 +199,7 @@ def of_instruction(one: hlo.Instruction, known: dict[Key, Work]) -> Work | None:
 
 
 def _schedules(kernels: list[Kernel], chip: Chip) -> list[str]:
-    """The compiler's final schedules, from a child process."""
+    """The compiler's final schedules of kernels, from a child process."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump"
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -229,7 +231,7 @@ def _schedules(kernels: list[Kernel], chip: Chip) -> list[str]:
 
 
 def _compile_each(task: dict[str, Any]) -> list[str]:
-    """Compiles kernels one by one; returns the names of their schedules' files."""
+    """Compiles kernels one by one, in the child; returns the names of their schedules' files."""
     chip = topologies.CHIPS[task["chip"]]
     small = topologies.Topology(chip, (2, 2) if chip.dimensions == 2 else (2, 2, 1))
     device = SingleDeviceSharding(topologies.devices(small)[0])
@@ -241,7 +243,7 @@ def _compile_each(task: dict[str, Any]) -> list[str]:
             for aval in exported.in_avals
         ]
         jax.jit(exported.call).lower(*arguments).compile()
-        # What a program consists of besides its kernel, moves of arguments at most, is small.
+        # Beside its kernel a program holds moves of arguments at most, which are small.
         new = {path for path in dump.glob("*-final_bundles.txt") if "schedule" not in path.name}
         if not new - seen:
             sys.exit("this libtpu wrote no final_bundles of a kernel; update jax[tpu]")

@@ -1,4 +1,4 @@
-"""Compiles a run's own step, and its sampler's, for TPUs that are not there, and measures them."""
+"""Compiles a run's own step and its sampler's for TPUs that are not there, and measures them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ _AMOUNT = r"([\d.]+)([KMGT]?)B?"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM on one chip, None where a compilation that failed does not tell.
+    """Bytes of HBM on one chip; None where a failed compilation does not tell.
 
     Attributes:
-      arguments: the state and the batch, or parameters and samples.
-      outputs: what comes out; `aliased` of it takes the place of arguments.
-      temporaries: what lives while the program runs.
+      arguments: the program's arguments: the state and the batch, or parameters and samples.
+      outputs: the results, those in the place of arguments included.
+      aliased: the part of the results that takes the place of arguments.
+      temporaries: the buffers that exist only while the program runs.
       code: the program itself.
-      peak: of all of them at once.
-      available: what the compiler may use, of a compilation that failed.
+      peak: the most that all of them take at once.
+      available: the memory that the compiler may use, told by a failed compilation alone.
     """
 
     arguments: int | None = None
@@ -50,7 +51,7 @@ class Memory:
 
     @classmethod
     def of(cls, compiled: Any) -> Memory:
-        """What `memory_analysis` tells of a compiled program."""
+        """The memory of a compiled program, from its `memory_analysis`."""
         m = compiled.memory_analysis()
         parts = {
             "arguments": m.argument_size_in_bytes,
@@ -63,7 +64,12 @@ class Memory:
 
     @classmethod
     def of_failure(cls, message: str, arguments: int) -> Memory:
-        """What the compiler tells when a program does not fit; its arguments' size is known."""
+        """The memory in the compiler's message about a program that does not fit.
+
+        Args:
+          message: the compiler's error.
+          arguments: the size of the program's arguments, known without compiling.
+        """
 
         def amount(*patterns: str) -> int | None:
             for pattern in patterns:
@@ -87,16 +93,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program that was compiled, or that the compiler refused for want of memory.
+    """A program that was compiled, or that the compiler refused for lack of memory.
 
     Attributes:
-      name: what it is, for a person.
-      fits: whether the compiler took it.
-      memory: its HBM.
-      estimate: its work, None if it does not fit.
-      seconds_to_compile: here, on this machine's processors.
-      failure: the compiler's words, where it does not fit.
-      kernels: its Pallas kernels, each with what it takes.
+      name: a name for people, such as "step, 144 kept".
+      fits: whether the compiler accepted it and it fits the chip's memory.
+      memory: the HBM that it takes.
+      estimate: its work, None if the compiler refused it.
+      seconds_to_compile: the time of its compilation on this machine.
+      failure: the compiler's message, if it refused the program.
+      kernels: its Pallas kernels, each with its work.
     """
 
     name: str
@@ -109,7 +115,14 @@ class Program:
 
 
 def compile_program(name: str, function: Any, arguments: Any, topology: Topology) -> Program:
-    """Compiles a jitted function for arguments that are ShapeDtypeStructs with shardings."""
+    """Compiles a jitted function for a topology and estimates its memory and work.
+
+    Args:
+      name: the program's name, for people.
+      function: the jitted function.
+      arguments: its arguments as trees of jax.ShapeDtypeStruct with shardings.
+      topology: the slices that the shardings are made of.
+    """
     lowered = function.lower(*arguments)
     began = time.perf_counter()
     try:
@@ -124,25 +137,25 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Topology
     seconds = time.perf_counter() - began
     memory = Memory.of(compiled)
     several = topology.chips_per_slice if topology.num_slices > 1 else None
-    found = kernels.find(function, arguments)
-    known = kernels.work(found, topology.chip)
-    work = estimate.parse(compiled.as_text(), several, known)
+    found = kernels.find_kernels(function, arguments)
+    known = kernels.kernel_work(found, topology.chip)
+    work = estimate.estimate_program(compiled.as_text(), several, known)
     fits = memory.peak <= topology.chip.hbm_bytes
     each = tuple((kernel, known[kernel.key]) for kernel in found)
     return Program(name, fits, memory, work, seconds, kernels=each)
 
 
 def is_out_of_memory(message: str) -> bool:
-    """Whether the compiler failed for want of HBM, and nothing else."""
+    """Whether a compiler's error says that HBM does not suffice."""
     return "RESOURCE_EXHAUSTED" in message and "hbm" in message.lower()
 
 
 class TrainingJob:
-    """A run on a topology: its trainer, and what there is to compile of it.
+    """A run on a topology: its trainer, and the programs to compile.
 
     Args:
-      config: the run's; `model.dtype` "auto" is bfloat16, as on a TPU.
-      topology: the slices.
+      config: the run's settings; `model.dtype` "auto" is bfloat16, as on a TPU.
+      topology: the slices to compile for.
 
     Raises:
       ValueError: settings that cannot work, before anything is compiled.
@@ -151,23 +164,23 @@ class TrainingJob:
     def __init__(self, config: ConfigDict, topology: Topology):
         self.config = on_tpu(config)
         self.topology = topology
-        self.mesh: Mesh = topologies.create_mesh(topology, **self.config.mesh)
+        self.mesh: Mesh = topologies.create_topology_mesh(topology, **self.config.mesh)
         self.trainer: Trainer = create_trainer(self.config, self.mesh)
         self.kept_tokens = self.trainer.model.kept_tokens(**self.config.masking)
         self.abstract = self.trainer.abstract_state()
 
     @property
     def sampling_steps(self) -> int:
-        """Of one run of the sampler."""
+        """The number of the sampler's steps in one run."""
         return self.trainer.diffusion.respaced(self.config.sample.steps).num_steps
 
     @property
     def state_bytes(self) -> int:
-        """Of parameters, optimiser and averages, on one chip."""
+        """Bytes of parameters, optimiser and averages on one chip."""
         return sharding.bytes_per_device(self.abstract)
 
     def compile_step(self, num_kept: int | None) -> Program:
-        """The training step of a number of kept tokens."""
+        """Compiles the training step for a number of kept tokens, None without a masked pass."""
         c, image = self.config, self.trainer.model.image_shape
         batch = sharding.batch_sharding(self.mesh)
         arguments = {
@@ -179,7 +192,7 @@ class TrainingJob:
         return compile_program(name, step, (self.abstract, arguments), self.topology)
 
     def compile_sampler(self, batch_size: int) -> Program:
-        """The sampler's loop over steps, with the config's guidance; its work is one step's."""
+        """Compiles the sampler's loop, with the config's guidance; its work is that of one step."""
         model = sampling.DiffusionModel.from_config(self.config)
         options = sampling.resolve_options(model)
         sampler = sampling.CompiledSampler(model, self.mesh, batch_size, options)
@@ -197,7 +210,7 @@ class TrainingJob:
 
 
 def on_tpu(config: ConfigDict) -> ConfigDict:
-    """The config as a TPU would resolve it: this machine's backend is not what it compiles for."""
+    """The config as a TPU would resolve it, whatever this machine's backend is."""
     config = config.copy_and_resolve_references()
     if config.model.num_classes == -1:
         config = config_lib.with_classes(config, ())
@@ -207,13 +220,13 @@ def on_tpu(config: ConfigDict) -> ConfigDict:
 
 
 def calibrate(topology: Topology, size: int = 8192) -> float:
-    """The share of the chip's peak that a lone size³ bfloat16 product gets by the same arithmetic.
+    """The share of the chip's peak that a lone size³ bfloat16 product gets by these estimates.
 
-    Of estimates that are worth the name it is 0.85 to 1.
+    Estimates can be trusted where it is 0.85 to 1.
     """
     chip = topology.chip
     small = Topology(chip, (2,) * 2 if chip.dimensions == 2 else (2, 2, 1))
-    whole = sharding.replicated(topologies.create_mesh(small))
+    whole = sharding.replicated(topologies.create_topology_mesh(small))
     operand = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=whole)
     product = jax.jit(jnp.matmul, out_shardings=whole)
     program = compile_program("calibration", product, (operand, operand), small)

@@ -1,37 +1,41 @@
-"""What compiling a run for a topology tells: one record, and the lines for a person to read."""
+"""The report on a run compiled for a topology: a record in JSON, and lines for people."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mdt_jax.compilers import estimate
+from mdt_jax.compilers.estimate import Estimate
 from mdt_jax.compilers.programs import Memory, Program, TrainingJob
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.models import flops
 
-CALIBRATED = (0.85, 1.0)  # share of peak of a lone product between which estimates are trusted
+CALIBRATED = (0.85, 1.0)  # estimates are trusted where a lone product's share of peak is in here
 _DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompileReport:
     """A run's programs on a topology.
 
     Attributes:
-      topology, config: what was compiled, for what.
-      mesh: sizes of its axes.
-      steps: the training step of each number of kept tokens.
-      probabilities: of each of them.
+      topology: the slices that the programs were compiled for.
+      config: the run's settings.
+      mesh: the sizes of the mesh's axes.
+      steps: the training step for each number of kept tokens.
+      probabilities: the share of training steps that each of them runs.
       sampler: the sampler's step, None if not asked for.
-      step_flops: model FLOPs of a step by formula, at the mean number of kept tokens.
-      state_bytes: parameters, optimiser and averages on one chip.
-      calibration: share of peak of a lone product by the same arithmetic, None if not asked for.
-      sample_batch, sampling_steps: samples in a batch of the sampler's, and steps of a run.
-      advice: settings with which it fits or should, where it does not.
+      step_flops: the model FLOPs of a step by formula, at the mean number of kept tokens.
+      state_bytes: the bytes of parameters, optimiser and averages on one chip.
+      calibration: a lone product's share of the peak by the same estimates, None if not asked for.
+      sample_batch: the number of samples in a batch of the sampler.
+      sampling_steps: the number of the sampler's steps in a run.
+      advice: settings that would make the run fit, if it does not.
     """
 
     topology: Topology
@@ -49,46 +53,55 @@ class Report:
 
     @property
     def programs(self) -> tuple[Program, ...]:
+        """All programs: the training steps and the sampler's."""
         return self.steps + ((self.sampler,) if self.sampler else ())
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took every program, within the chip's HBM."""
+        """Whether every program fits the chip's HBM."""
         return all(program.fits for program in self.programs)
 
     @property
     def largest(self) -> Program:
-        """The program with the highest peak of memory; one that does not fit before all others."""
+        """The training step with the highest peak of memory; one that does not fit comes first."""
         return max(self.steps, key=lambda p: (not p.fits, p.memory.peak or 0))
 
-    def mean(self, of: Any) -> float | None:
-        """The mean over the steps' variants by their probabilities; None if one does not fit."""
+    def mean(self, figure: Callable[[Estimate], float]) -> float | None:
+        """The mean of a figure of the training steps by their probabilities.
+
+        Args:
+          figure: a function from an `Estimate` to the figure.
+
+        Returns:
+          The mean, None if a step does not fit.
+        """
         if any(program.estimate is None for program in self.steps):
             return None
-        values = [of(program.estimate) for program in self.steps]
+        values = [figure(program.estimate) for program in self.steps]
         return sum(p * v for p, v in zip(self.probabilities, values, strict=True))
 
     @property
     def step_seconds(self) -> float | None:
-        """What the compiler expects of a step's work on the core."""
+        """The time of a training step's work on the core, as the compiler expects it."""
         return self.mean(lambda e: e.seconds(self.topology.chip))
 
     @property
     def wire_seconds(self) -> float | None:
-        """What the collectives of a step add at most by bandwidth: none of them hidden."""
+        """The time that a step's collectives add by bandwidth, if no work hides any of them."""
         return self.mean(lambda e: e.wire_seconds(self.topology.chip))
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation at a step time."""
+        """The model FLOPs utilisation of steps that take so many seconds."""
         peak = self.topology.num_chips * self.topology.chip.peak_flops
         return self.step_flops / seconds / peak
 
     @property
     def calibrated(self) -> bool:
+        """Whether a lone product shows that the estimates can be trusted."""
         return is_calibrated(self.calibration)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, of plain values; bytes are of one chip, times in seconds."""
+        """The whole report as plain values: bytes on one chip, times in seconds."""
         chip, c = self.topology.chip, self.config
         record: dict[str, Any] = {
             "model": c.model.name,
@@ -144,7 +157,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """The report for a person."""
+        """The report as lines for people."""
         t, c = self.topology, self.config
         mesh = " × ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         out = [
@@ -204,15 +217,15 @@ class Report:
 
 
 def is_calibrated(share: float | None) -> bool:
-    """Whether what a lone product gets lets the estimates be trusted."""
+    """Whether a lone product's share of the peak shows that the estimates can be trusted."""
     low, high = CALIBRATED
     return share is not None and low <= share <= high
 
 
 def create_report(job: TrainingJob, steps: tuple[Program, ...], probabilities: tuple[float, ...],
-                  **more: Any) -> Report:  # fmt: skip
-    """A report of a job's programs; see `Report` for the rest."""
-    return Report(
+                  **more: Any) -> CompileReport:  # fmt: skip
+    """The report on a job's programs; `more` are the other attributes of `CompileReport`."""
+    return CompileReport(
         topology=job.topology,
         config=job.config,
         mesh=dict(job.mesh.shape),
@@ -226,7 +239,7 @@ def create_report(job: TrainingJob, steps: tuple[Program, ...], probabilities: t
 
 
 def step_flops(job: TrainingJob) -> float:
-    """Model FLOPs of a step by formula, each number of kept tokens by its probability."""
+    """The model FLOPs of a training step by formula, averaged over the numbers of kept tokens."""
     size, model = job.config.batch_size, job.trainer.model
     return math.fsum(
         probability * flops.train_step_flops(model, size, None if count is None else float(count))
@@ -266,7 +279,7 @@ def _notes(program: Program) -> list[str]:
 
 
 def _kernel_lines(program: Program, topology: Topology) -> list[str]:
-    """The Pallas kernels of a program, beside what bounds them from below."""
+    """Lines on a program's Pallas kernels, each beside the lower bounds of its cycles."""
     chip = topology.chip
     return [
         f"kernel         {kernel.name} -> {kind}[{','.join(map(str, shape))}]: {work.cycles:,} "

@@ -1,10 +1,10 @@
 """Cycles of a Pallas kernel, from the TPU compiler's final schedule of it.
 
 The compiler gives no estimate for a kernel, but writes its schedule: very long instruction words
-("bundles"), one a cycle, waits included. It tells how deep in loops a bundle is and how often they
-turn. What a comparison with a constant guards, as the first or the last step's work is, runs once
-for each turn of the outer grid; but not a region of most of the kernel, which is its body. Whatever
-else is guarded counts in every turn.
+("bundles"), one for each cycle, waits included. The text tells how deep in loops a bundle is and
+how often they turn. A region guarded by a comparison with a constant, such as the work of the first
+or the last step, is counted once for each turn of the outer grid, unless it holds most of the
+bundles: then it is the kernel's body. Regions with other guards are counted in every turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Bundle:
 
     Attributes:
       opens_loop: whether it is the first of a loop's body.
-      depth: loops it is in.
+      depth: the number of loops around it.
       text: its instructions.
     """
 
@@ -36,8 +36,8 @@ class Bundle:
     text: str
 
 
-def parse(text: str) -> list[Bundle]:
-    """The bundles of a dump's `final_bundles` file, in order."""
+def parse_bundles(text: str) -> list[Bundle]:
+    """Reads the bundles of a dump's `final_bundles` file, in order."""
     bundles = []
     for line in text.splitlines():
         found = _BUNDLE.match(line)
@@ -50,17 +50,17 @@ def parse(text: str) -> list[Bundle]:
 
 
 def cycles(text: str, grid: tuple[int, ...], steps: int | None = None) -> int:
-    """Cycles that a kernel takes on one core.
+    """The cycles of a kernel on one core.
 
     Args:
-      text: of its `final_bundles` file.
-      grid: the kernel's.
-      steps: turns of the grid that this core does; all by default.
+      text: the contents of its `final_bundles` file.
+      grid: the sizes of the kernel's grid.
+      steps: the turns of the grid on this core; all by default.
 
     Raises:
       ValueError: a text without bundles.
     """
-    bundles = parse(text)
+    bundles = parse_bundles(text)
     if not bundles:
         raise ValueError("the schedule has no bundles; the compiler's dump may have changed")
     steps = math.prod(grid) if steps is None else steps
@@ -74,9 +74,9 @@ def cycles(text: str, grid: tuple[int, ...], steps: int | None = None) -> int:
 
 
 def _turns(bundles: list[Bundle], steps: int) -> list[int]:
-    """How often each bundle runs: the grid's loop `steps` times, others as their tests say."""
+    """How often each bundle runs: the grid's loop `steps` times, inner ones by their exit tests."""
     counts: list[int] = []
-    # Turns of the loops around, outermost first; two loops may follow each other at one depth.
+    # The turns of the loops around a bundle, outermost first; loops of one depth may follow.
     stack: list[int] = []
     for i, bundle in enumerate(bundles):
         del stack[bundle.depth :]
@@ -89,7 +89,7 @@ def _turns(bundles: list[Bundle], steps: int) -> list[int]:
 
 
 def _loop_turns(bundles: list[Bundle], first: int, depth: int) -> int:
-    """The constant of the exit test of a loop that starts at a bundle; 1 where there is none."""
+    """The turns of a loop that starts at a bundle, from its exit test; 1 without such a test."""
     for i in range(first, len(bundles)):
         bundle = bundles[i]
         if bundle.depth < depth or (i > first and bundle.opens_loop and bundle.depth == depth):
@@ -100,7 +100,7 @@ def _loop_turns(bundles: list[Bundle], first: int, depth: int) -> int:
 
 
 def _guarded(bundles: list[Bundle]) -> list[bool]:
-    """Which bundles a comparison with a constant guards."""
+    """For each bundle, whether a comparison with a constant guards it."""
     guards = {name for bundle in bundles for name in _COMPARISON.findall(bundle.text)}
     guarded = [False] * len(bundles)
     for i, bundle in enumerate(bundles):

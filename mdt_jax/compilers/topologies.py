@@ -1,4 +1,4 @@
-"""TPU slices by the names people type, their chips' figures, and their devices for compiling."""
+"""TPU slices: their names as people type them, figures of their chips, devices to compile for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import peak_flops
 
 GIB = 2**30
-# libtpu's: not to ask Google's metadata server, not to stop another process that compiles, and not
-# to tell at length that this machine has no TPU.
+# For libtpu: it shall not ask Google's metadata server, not stop another process that compiles, and
+# not log at length that this machine has no TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -32,17 +32,18 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; a chip is one JAX device here, v4's and v5p's two cores together.
+    """One chip. A chip is one JAX device here, v4's and v5p's two cores together.
 
     Attributes:
-      name: the generation.
+      name: the generation, such as "v5e".
       device_kind: JAX's name, the key of `peak_flops`.
-      hbm_bytes, hbm_bandwidth: capacity, and bytes a second.
-      ici_bandwidth: bytes a second that the chip sends to all its neighbours together.
-      mxu_macs: multiply-adds a cycle: matrix units × their elements, of all cores.
-      cores: TensorCores, in which v4-512 and v5p-32 count.
-      dimensions: of the torus.
-      source: where the figures stand.
+      hbm_bytes: the capacity of its memory in bytes.
+      hbm_bandwidth: the bandwidth of its memory in bytes a second.
+      ici_bandwidth: the bytes a second that the chip sends to all its neighbours together.
+      mxu_macs: the multiply-adds in a cycle of all matrix units of all cores.
+      cores: the number of TensorCores, which names such as v4-512 and v5p-32 count.
+      dimensions: the number of dimensions of the torus.
+      source: the page that has the figures.
     """
 
     name: str
@@ -57,20 +58,20 @@ class Chip:
 
     @property
     def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
+        """The peak of dense bfloat16 products in FLOP/s."""
         return peak_flops(self.device_kind, "bfloat16")
 
     @property
     def clock(self) -> float:
-        """Cycles a second: the peak over what the matrix units do in one."""
+        """Cycles a second: the peak over the FLOPs that the matrix units do in one cycle."""
         return self.peak_flops / (2 * self.mxu_macs)
 
 
-# Capacity, bandwidths and number of matrix units: the pages' tables of "system architecture", of
-# which several versions are about; where they differ, the lower figure. Links are theirs where they
-# give them for one direction, half of their "bidirectional" ones; v4's page has none (6 links of
-# 50 GB/s). The units are of 128 × 128 up to v5p, of 256 × 256 in v6e. Of those its page has said
-# both two and four; two would need a clock of 3.5 GHz for the peak, and calibrate at 1.41.
+# Capacity, bandwidths and numbers of matrix units are from the pages' tables of "system
+# architecture"; where versions of a page differ, the lower figure is here. The links' bandwidth is
+# for one direction, half of a "bidirectional" figure; v4's page has none (6 links of 50 GB/s). The
+# matrix units have 128 × 128 elements up to v5p, 256 × 256 in v6e. v6e's page has said both two and
+# four units; two would need a clock of 3.5 GHz for the peak, and calibrate at 1.41.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -85,7 +86,7 @@ CHIPS = {
     )
 }  # fmt: skip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e", "trillium": "v6e"}
-# Slices by number of chips, as Cloud TPU makes them.
+# The grids of Cloud TPU's slices, by dimensions of the torus and number of chips.
 _GRIDS = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
@@ -98,9 +99,9 @@ class Topology:
     """Slices of one kind of chip.
 
     Attributes:
-      chip: the generation.
-      grid: chips along each dimension of a slice.
-      num_slices: of that size, joined by the data centre's network.
+      chip: the kind of chip.
+      grid: the number of chips along each dimension of a slice.
+      num_slices: the number of such slices, joined by the data centre's network.
     """
 
     chip: Chip
@@ -109,15 +110,17 @@ class Topology:
 
     @property
     def chips_per_slice(self) -> int:
+        """The number of chips in one slice."""
         return math.prod(self.grid)
 
     @property
     def num_chips(self) -> int:
+        """The number of chips in all slices."""
         return self.chips_per_slice * self.num_slices
 
     @property
     def name(self) -> str:
-        """Such as "v5e:4x4"."""
+        """The name of one slice, such as "v5e:4x4"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     def __str__(self) -> str:
@@ -125,16 +128,16 @@ class Topology:
         return self.name + slices
 
 
-def parse(name: str, num_slices: int | None = None) -> Topology:
-    """A topology by its name.
+def parse_topology(name: str, num_slices: int | None = None) -> Topology:
+    """The topology of a name.
 
     Args:
       name: "v5e:4x4", "v4:2x2x4" (grids of chips); "v4-512", "v5p-32" (TensorCores, two a chip);
         "v5litepod-16", "v5e-16", "v6e-16" (chips). Any may end in "x 4 slices".
-      num_slices: in place of that ending.
+      num_slices: the number of slices, instead of that ending.
 
     Raises:
-      ValueError: a generation, size or grid that there is not, naming those there are.
+      ValueError: an unknown generation, size or grid; the message lists the known ones.
     """
     text = name.strip().lower().replace("×", "x")
     several = re.fullmatch(r"(.*?)\s*x\s*(\d+)\s*slices?", text)
@@ -164,7 +167,7 @@ def parse(name: str, num_slices: int | None = None) -> Topology:
 
 
 def _grid_of(chip: Chip, name: str, number: int) -> str:
-    """The grid of a slice that is named by its cores (v4, v5p) or chips."""
+    """The grid of a slice, as text, by its number of cores (v4, v5p) or chips."""
     grids = _GRIDS[chip.dimensions]
     if number % chip.cores or number // chip.cores not in grids:
         known = ", ".join(f"{chip.name}-{chips * chip.cores}" for chips in grids)
@@ -191,7 +194,7 @@ def _check_grid(chip: Chip, name: str, sizes: str) -> tuple[int, ...]:
 
 
 def check_compiler() -> None:
-    """Refuses, with ValueError, to go on without the TPU's compiler."""
+    """Raises ValueError if the TPU's compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             'the TPU compiler, libtpu, is not installed: pip install "mdt_jax[tpu]" (no TPU needed)'
@@ -199,7 +202,7 @@ def check_compiler() -> None:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The topology's devices, to compile for; no TPU is needed.
+    """The devices of a topology to compile for; no TPU is needed.
 
     Raises:
       ValueError: libtpu is missing, or does not know the topology.
@@ -228,7 +231,9 @@ def devices(topology: Topology) -> list[Any]:
     return list(found)
 
 
-def create_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def create_topology_mesh(
+    topology: Topology, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
     """The training mesh (data, fsdp, tensor) over a topology; only data crosses slices.
 
     Raises:

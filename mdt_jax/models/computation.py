@@ -1,7 +1,7 @@
 """How a block's parts are computed: by what the compiler makes of them, or by kernels.
 
 A block has three parts that can be computed in more than one way: the modulated norm, attention,
-and the gated residual. `Computation` is their interface; a model chooses one for all of its blocks.
+and the gated residual. `BlockComputation` is their interface; a model chooses one for its blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROJECTION = "projection"  # the name of attention's output in rematerialisation
 REMAT = ("none", "full", "dots")
 
 
-class Computation(abc.ABC):
+class BlockComputation(abc.ABC):
     """The parts of a block that are computed in more than one way.
 
     Attributes:
@@ -88,7 +88,7 @@ class Computation(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainComputation(Computation):
+class PlainComputation(BlockComputation):
     """What the compiler makes of the plain forms.
 
     Attributes:
@@ -106,14 +106,14 @@ class PlainComputation(Computation):
     def modulated_norm(
         self, x: Array, shift: Array, scale: Array, packing: Packing
     ) -> tuple[Array, Array]:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
         h = layers.modulated_norm(x, shift, scale, packing.lengths)
         return h.astype(x.dtype), x
 
     def attention(
         self, h: Array, qkv: Linear, table: Array | None, packing: Packing
     ) -> Float[Array, "batch n heads width"]:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
 
         def attend(part: Array, pairs: Array | None) -> Array:
             bias = None if table is None else jnp.moveaxis(table[pairs], -1, -3)
@@ -122,13 +122,13 @@ class PlainComputation(Computation):
         return passes.join(list(map(attend, packing.split(qkv(h)), packing.pairs)))
 
     def gated_residual(self, x: Array, gate: Array, branch: Product, packing: Packing) -> Array:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
         h = branch.added()
         return x + passes.over_tokens(gate.astype(h.dtype), packing.lengths) * h
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasComputation(Computation):
+class PallasComputation(BlockComputation):
     """Pallas kernels for a TPU: they read each activation once, and sum the biases' gradients."""
 
     # Attention and its output are computed again for less than keeping them costs.
@@ -140,13 +140,13 @@ class PallasComputation(Computation):
     def modulated_norm(
         self, x: Array, shift: Array, scale: Array, packing: Packing
     ) -> tuple[Array, Array]:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
         return norm_kernels.modulated_norm(x, shift, scale, packing.lengths, layers.EPSILON)
 
     def attention(
         self, h: Array, qkv: Linear, table: Array | None, packing: Packing
     ) -> Float[Array, "batch n heads width"]:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
         projected = qkv.product_tokens_last(h)
         value, heads = projected.added_without_gradient(), qkv.features
         out = attention_kernel.attention(
@@ -159,12 +159,12 @@ class PallasComputation(Computation):
         return jnp.transpose(out, (0, 3, 1, 2))
 
     def gated_residual(self, x: Array, gate: Array, branch: Product, packing: Packing) -> Array:
-        """As `Computation` has it."""
+        """As `BlockComputation` has it."""
         h = branch.added_without_gradient()
         return norm_kernels.gated_residual(x, h, branch.bias, gate, packing.lengths)
 
 
-COMPUTATIONS: dict[str, Computation] = {
+COMPUTATIONS: dict[str, BlockComputation] = {
     "plain": PlainComputation(plain_attention.attention),
     "pallas": PallasComputation(),
     "cudnn": PlainComputation(plain_attention.cudnn_attention),
@@ -208,7 +208,7 @@ class BlockSettings:
     num_heads: int
     mlp_ratio: float
     grid_size: int | None
-    computation: Computation
+    computation: BlockComputation
     remat: str
     unroll: int
     dtype: DTypeLike

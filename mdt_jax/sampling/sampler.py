@@ -27,6 +27,8 @@ from mdt_jax.sampling.model import DiffusionModel
 from mdt_jax.sampling.options import check_options, resolve_labels, resolve_options
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
+# The named scope of a sampler's steps in its program, by which `compilers.estimate` knows its work.
+SAMPLING_SCOPE = "sampling_steps"
 # tqdm's own bar, except that a batch half done counts as half its samples, and that the rate is
 # always in samples a second.
 _BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -235,11 +237,15 @@ class CompiledBatch:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
             return keys, initial(self._noise(keys, *first_noise))
 
+        def steps(*arguments: Any) -> Any:
+            with jax.named_scope(SAMPLING_SCOPE):
+                return chunk(*arguments)
+
         batch, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
         return (
             jax.jit(begin, in_shardings=(whole, whole), out_shardings=(batch, batch)),
             jax.jit(
-                chunk,
+                steps,
                 out_shardings=batch,
                 donate_argnums=1,
                 compiler_options=sharding.compiler_options(self.mesh),
