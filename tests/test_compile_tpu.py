@@ -1,5 +1,6 @@
 """Compiling for TPUs: names of slices, reading HLO, what fits, and the compiler itself."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from mdt_jax.compilers import advice, estimate, hlo, programs, report, topologies
 from mdt_jax.compilers.estimate import Estimate
 from mdt_jax.compilers.programs import Memory, Program, TrainingJob
-from mdt_jax.models import flops
+from mdt_jax.models import create_model, flops
+from mdt_jax.models.blocks import Block
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling.sampler import SAMPLING_SCOPE
 
@@ -125,6 +128,28 @@ def test_cycles_go_to_the_kind_of_work_they_are_for():
         "attention": 600,
         "optimiser": 70,
     }
+
+
+@pytest.mark.parametrize("kernels", ["plain", "pallas"])
+def test_attentions_linear_maps_are_dense_and_its_own_products_are_not(kernels):
+    """By the names that a block's modules and their methods give to what they compute."""
+    sizes = {"hidden_size": 32, "depth": 4, "num_heads": 2, "decoder_depth": 2}
+    model = create_model("MDTv2", **sizes, kernels=kernels)
+    block, packing = Block(model.block_settings), model.whole
+    x, c = jnp.zeros((2, 256, 32)), jnp.zeros((2, 1, 32))
+    params = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), x, c, packing))
+    apply = lambda params, x, c: block.apply(params, x, c, packing)  # noqa: E731
+    scopes = {str(e.source_info.name_stack) for e in jax.make_jaxpr(apply)(params, x, c).eqns}
+    scopes = {scope for scope in scopes if "/attn" in scope}
+    linear = {scope for scope in scopes if "/qkv" in scope or "/proj" in scope}
+    assert len(linear) >= 2 and linear < scopes
+
+    module = hlo.parse_module(STEP)
+    _, one, _ = next(module.executed())
+    for scope in scopes:
+        where = f'metadata={{op_name="jit(f)/{scope}/dot_general"}}'
+        product = dataclasses.replace(one, opcode="dot", attributes=where)
+        assert estimate.kind_of(module, product) == ("dense" if scope in linear else "attention")
 
 
 def test_flops_of_the_products_in_the_loops():

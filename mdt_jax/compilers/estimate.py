@@ -176,7 +176,7 @@ def kind_of(module: Module, one: Instruction) -> str:
     # Where a product is fused with later instructions, the product's own name decides.
     names = [inner.op_name for inner in products] or [one.op_name or inside[-1].op_name]
     if all(re.search(r"/attn(/|$)", name) for name in names):
-        core = not any(re.search(r"/attn/(qkv|proj)(/|$)", name) for name in names)
+        core = not any(re.search(r"/attn/(qkv|proj)([./]|$)", name) for name in names)
         if core or not products:
             return "attention"
     if products:
