@@ -22,6 +22,7 @@ FLOORS = (
     ("benchmarking", "sample"),
     ("train", "evaluate", "digits_report"),
 )
+MOST_LINES = 450
 HEIGHT = {entry: height for height, floor in enumerate(FLOORS) for entry in floor}
 
 
@@ -67,6 +68,17 @@ def test_no_import_climbs(entry):
 )
 def test_an_import_that_climbs_is_found(line):
     assert climbs("sampling", f"from mdt_jax.models import MDT\n{line}\n") != []
+
+
+def test_no_file_is_too_long():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert {file: n for file, n in lengths.items() if n > MOST_LINES} == {}
+
+
+def test_a_block_knows_of_no_kernels():
+    code = (PACKAGE / "models" / "blocks.py").read_text()
+    assert re.findall(r"pallas|kernel|\btpu\b", code, re.IGNORECASE) == []
 
 
 def test_the_readmes_map_is_the_tree_in_the_floors_order():
