@@ -111,9 +111,9 @@ def default_config() -> ConfigDict:
     config.keep_last = 3  # checkpoints kept
     config.keep_every = integer()  # checkpoints at its multiples are kept for ever; None: none are
 
-    config.sample = ConfigDict()  # how this model is sampled, in training and by default after it
+    config.sample = ConfigDict()  # sampling while training, and the defaults of mdt_jax.sample
     config.sample.every = 5_000  # steps between grids of EMA samples; 0: none
-    config.sample.num_samples = 16
+    config.sample.num_samples = 16  # samples in a grid
     # sampler, steps, cfg_scale and the other options of a sampler: see diffusion/options.py.
     for name, option in SAMPLER_OPTIONS.items():
         # A reference keeps its type while it is None, for flags that set it again.
@@ -121,19 +121,21 @@ def default_config() -> ConfigDict:
         config.sample[name] = reference if option.none else option.config
 
     config.eval_every = 0  # steps between judgements of EMA samples (and at the end); 0: none
-    config.eval = ConfigDict()  # how
+    config.eval = ConfigDict()  # how samples are judged
     config.eval.num_samples = 5_000  # classes in turn; published FIDs are of 50,000
     config.eval.batch_size = 256  # samples at a time, over all devices
-    config.eval.seed = 0  # of the noise, the same at every judgement
-    # The same options of the sampler; None: as config.sample has it.
+    config.eval.seed = 0  # seed of the noise, the same at every judgement
+    # The sampler's options; None: config.sample's value.
     for name, option in SAMPLER_OPTIONS.items():
         config.eval[name] = config_dict.placeholder(option.kind)
-    # "inception", or "classifier", a small one of the training images (labelled, up to 64 pixels);
-    # "auto": inception where its weights are given, else the classifier where it can be.
+    # The network whose features are compared: "inception", or "classifier", a small one trained on
+    # the training images (labelled, up to 64 pixels). "auto": inception if its weights are given,
+    # else the classifier if it can be trained.
     config.eval.evaluator = "auto"
     config.eval.inception = ""  # weights of the FID Inception-v3: a folder or a file
-    config.eval.reference = ""  # npz in ADM's layout, or a folder; "", classifier: training images
-    config.eval.vae = ""  # what decodes latents: "ema", as published numbers are, "mse", a path
+    # npz in ADM's layout, or a folder; "" with the classifier: the training images
+    config.eval.reference = ""
+    config.eval.vae = ""  # decoder of latents: "ema" (published numbers'), "mse", or a path
     return config
 
 
