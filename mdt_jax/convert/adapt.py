@@ -1,7 +1,8 @@
 """Fitting a network's parameters to one of other classes, resolution, patches or decoder depth.
 
-What keeps its meaning is kept bit for bit, what depends on the resolution is resampled, and what
-has no counterpart is drawn afresh; a report names everything that is not as it was.
+Parameters that keep their meaning keep their bits, those that depend on the resolution are
+resampled, and those without a counterpart are freshly initialised. A report names everything that
+changed.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from mdt_jax.convert import trees
 from mdt_jax.convert.architecture import Architecture
 from mdt_jax.convert.trees import Tree
 
-# The network's blocks themselves: nothing sensible can be made of weights that differ in these.
+# Settings of the blocks themselves: weights that differ in one of these cannot be fitted.
 _FIXED = ("family", "hidden_size", "depth", "num_heads", "mlp_ratio")
-_UNUSED_BIAS_ROWS = 3  # at the end of every bias table, and used by no model
+_UNUSED_BIAS_ROWS = 3  # at the end of every bias table; no model uses them
 
 
 @dataclasses.dataclass
 class AdaptationReport:
-    """What became of the parameters: (path, what was done and why) by kind.
+    """The changes of an adaptation: by kind, pairs of a parameter's path and the change's text.
 
     Attributes:
-      loaded: as they were, bit for bit.
-      resplit: loaded bit for bit, but in other stacks.
-      resized: resampled to another grid of tokens.
-      redrawn: freshly initialised, in whole or the part the text names.
-      left: the source's, or the part of it the text names, that the new network has no place for.
+      loaded: parameters with the source's bits.
+      resplit: parameters with the source's bits, but in other stacks.
+      resized: parameters resampled to another grid of tokens.
+      redrawn: parameters freshly initialised, in whole or in the part that the text names.
+      left: parameters of the source, or the parts of them that the text names, that the new network
+        has no place for.
     """
 
     loaded: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -40,7 +42,7 @@ class AdaptationReport:
     left: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        """One line for all that was loaded, then one for each other entry."""
+        """One line for all loaded parameters, then one for each other change."""
         lines = [f"loaded    {len(self.loaded)} arrays unchanged"]
         for kind, label in (
             ("resplit", "re-split"),
@@ -52,7 +54,7 @@ class AdaptationReport:
         return "\n".join(lines)
 
 
-# An adapted array, the list of the report it belongs to, and the text beside its path.
+# An adapted array, the name of the report's list it belongs to, and its text there.
 _Fitted = tuple[np.ndarray, str, str]
 
 
@@ -63,17 +65,18 @@ def adapt(
 
     Args:
       source: parameter tree of NumPy arrays, float32, float16 or bfloat16.
-      have: the network `source` is of.
+      have: the source's network.
       want: the network to fit it to. Classes, input and patch size, channels, the learned variance
         and MDT v1's decoder depth may differ.
-      fresh: the freshly initialised array of `want`'s parameter at a path, such as "label_embed";
-        called only for those re-drawn. To adapt the parameters and their EMA alike, it must give
-        both the same.
+      fresh: returns the freshly initialised array of `want`'s parameter at a path, such as
+        "label_embed"; called only for those re-drawn. To adapt parameters and their EMA alike, it
+        must return the same for both.
 
     Returns:
       The tree, of `want`'s structure and shapes, and the report. Arrays that need no change are the
-      very objects of `source`. Resized ones are float32, partly re-drawn ones keep the source's
-      dtype, and so the bits of the part they keep, and wholly re-drawn ones have `fresh`'s.
+      very objects of `source`. Resized ones are float32. Partly re-drawn ones have the source's
+      dtype, so that the part they keep has its bits; wholly re-drawn ones have the dtype of
+      `fresh`.
 
     Raises:
       ValueError: networks too different, naming the setting, both values and the way out; or an
@@ -121,10 +124,10 @@ def resize_position_table(table: np.ndarray, grid_size: int) -> np.ndarray:
 def resize_relative_bias(table: np.ndarray, grid_size: int) -> np.ndarray:
     """A relative-position bias table for another grid of the same picture.
 
-    An offset of o tokens on the new grid spans o·G/grid_size tokens of the old one: the table is
-    read there, linearly between offsets and linearly continued beyond the outermost, so that a
-    table linear in the offset stays so, and offset 0 keeps its value. A grid of one token knows
-    offset 0 alone, whose value all offsets then take.
+    An offset of o tokens on the new grid spans o·G/grid_size tokens of the old one. The table is
+    interpolated there, linearly between offsets and linearly continued beyond the outermost, so
+    that a table linear in the offset stays so, and offset 0 keeps its value. A grid of one token
+    has offset 0 alone, whose value all offsets then take.
 
     Args:
       table: (..., (2G - 1)² + 3, heads), the rows of `positions.relative_position_index`;
@@ -135,7 +138,7 @@ def resize_relative_bias(table: np.ndarray, grid_size: int) -> np.ndarray:
       (..., (2·grid_size - 1)² + 3, heads) float32.
 
     Raises:
-      ValueError: the number of rows is that of no grid.
+      ValueError: no grid has that number of rows.
     """
     span = round((table.shape[-2] - _UNUSED_BIAS_ROWS) ** 0.5)
     if span**2 + _UNUSED_BIAS_ROWS != table.shape[-2] or span % 2 == 0:
@@ -149,7 +152,7 @@ def resize_relative_bias(table: np.ndarray, grid_size: int) -> np.ndarray:
 
 
 def _bicubic_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) float64: what each old sample contributes to each new one, along one axis."""
+    """(new, old) float64 weights of the old samples in each new one, along one axis."""
     a = -0.75
     positions = (np.arange(new) + 0.5) * old / new - 0.5
     lower = np.floor(positions).astype(int)
@@ -165,7 +168,10 @@ def _bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def _offset_weights(old: int, new: int) -> np.ndarray:
-    """(2·new - 1, 2·old - 1) float64: the same for offsets, linear, grids of old and new tokens."""
+    """(2·new - 1, 2·old - 1) float64 weights of the old offsets in each new one, linear.
+
+    `old` and `new` are the sides of the grids in tokens.
+    """
     if old == 1:
         return np.ones((2 * new - 1, 1))
     positions = np.arange(1 - new, new) * old / new + (old - 1)
@@ -182,7 +188,7 @@ def _refuse_other_networks(have: Architecture, want: Architecture) -> None:
     for setting in _FIXED:
         old, new = getattr(have, setting), getattr(want, setting)
         if setting == "mlp_ratio" and int(have.hidden_size * old) == int(want.hidden_size * new):
-            continue  # a ratio read off the weights is of whole numbers
+            continue  # a ratio that was read off the weights is a quotient of whole numbers
         if old != new:
             raise ValueError(
                 f"{setting} is {old} in the weights and {new} in the model, and blocks cannot be "
@@ -201,7 +207,7 @@ def _refuse_other_networks(have: Architecture, want: Architecture) -> None:
 def _resplit(
     arrays: dict[str, np.ndarray], have: Architecture, want: Architecture, report: AdaptationReport
 ) -> dict[str, np.ndarray]:
-    """MDT v1's blocks, which are all of one kind, cut into encoder and decoder elsewhere."""
+    """MDT v1's blocks, which are all of one kind, divided at another depth between its stacks."""
     cut = want.depth - want.decoder_depth
     resplit = dict(arrays)
     for path, decoder in arrays.items():
@@ -228,7 +234,7 @@ def _fit(
     want: Architecture,
     fresh: Callable[[str], np.ndarray],
 ) -> _Fitted:
-    """One parameter by the rule for its path."""
+    """One parameter, fitted by the rule for its path."""
     if path == "label_embed":
         return _fit_labels(path, array, have, want, fresh)
     if path in ("pos_embed", "decoder_pos_embed") or path.endswith("attn/relative_bias"):
@@ -248,10 +254,9 @@ def _fit_labels(
     want: Architecture,
     fresh: Callable[[str], np.ndarray],
 ) -> _Fitted:
-    """Class rows of another number of classes re-drawn; the null row, the last, kept.
+    """The label table: class rows are re-drawn for other classes, and the last, null row is kept.
 
-    An unconditional network's one row is what a conditional one's null row is: the label when there
-    is none.
+    The single row of an unconditional network is its null row: the label where there is none.
     """
     had_null, wants_null = (a.null_class or a.num_classes == 0 for a in (have, want))
     if len(table) != have.num_classes + had_null:
@@ -286,11 +291,11 @@ def _fit_labels(
 
 
 def _fit_grid(path: str, table: np.ndarray, have: Architecture, want: Architecture) -> _Fitted:
-    """Tables over the grid of tokens, by what they are, resized if the grid changes.
+    """A table over the grid of tokens, of positions or relative positions, resized with the grid.
 
-    DiT's fixed table too: its blocks learned to read sin-cos coordinates from 0 to G - 1, and on a
-    larger grid the formula would give coordinates they never saw, where the resized table spreads
-    the known ones over the same picture. The table is part of every checkpoint, so it need not
+    DiT's fixed table is resized too. Its blocks learned to read sin-cos coordinates from 0 to
+    G - 1. On a larger grid the formula would give coordinates they never saw; the resized table
+    spreads the known ones over the same picture. Every checkpoint holds the table, so it need not
     follow the formula.
     """
     old, new = have.grid_size, want.grid_size
@@ -315,7 +320,7 @@ def _fit_output(
     want: Architecture,
     fresh: Callable[[str], np.ndarray],
 ) -> _Fitted:
-    """The last linear layer: its features are (p_row, p_col, channels), mean before variance."""
+    """The last linear layer, whose features are (p_row, p_col, channels), mean before variance."""
     changes = _changes(have, want, "patch_size", "in_channels")
     if changes:
         return fresh(path), "redrawn", changes

@@ -1,4 +1,4 @@
-"""What network a set of PyTorch weights is: read off the names and shapes alone."""
+"""Recognising the network of a set of PyTorch weights by their names and shapes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdt_jax.models.registry import SIZES, model_names
 
 # Widths the authors trained, and the heads they gave them (DiT, table 1).
 KNOWN_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-# Label tables of this many rows are ImageNet's without a null row; any other has one.
+# A label table of this many rows is taken for ImageNet's without a null row; any other has one.
 _KNOWN_CLASSES = 1000
 
 
@@ -25,7 +25,8 @@ class Architecture:
     Attributes:
       family: "MDT", "MDTv2" or "DiT".
       decoder_depth: 0 for DiT, which has no decoder.
-      The others as in `LatentTransformer`.
+
+    The other fields are those of `LatentTransformer`.
     """
 
     family: str
@@ -43,17 +44,17 @@ class Architecture:
 
     @property
     def grid_size(self) -> int:
-        """Side of the token grid."""
+        """The side of the token grid."""
         return self.input_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """Number of patch tokens."""
+        """The number of patch tokens."""
         return self.grid_size**2
 
     @property
     def name(self) -> str:
-        """The published name, such as "MDTv2-XL/2", of these sizes; the family if there is none."""
+        """The published model's name, such as "MDTv2-XL/2"; the family's if it is not published."""
         sizes = {key: getattr(self, key) for key in ("depth", "hidden_size", "num_heads")}
         size = next((size for size, known in SIZES.items() if known == sizes), None)
         name = f"{self.family}-{size}/{self.patch_size}"
@@ -79,10 +80,10 @@ class Architecture:
 
 
 class UnknownWeights(ValueError):
-    """Weights that are not those of an MDT, MDTv2 or DiT; one line says what is wrong."""
+    """Weights that are not those of an MDT, MDTv2 or DiT; the message says what is wrong."""
 
 
-BUFFER = "relative_position_index"  # a fixed int64 table in every block, no parameter
+BUFFER = "relative_position_index"  # a fixed int64 table in every block, not a parameter
 
 
 def state_dict_shapes(a: Architecture) -> dict[str, Shape]:
@@ -130,7 +131,7 @@ def state_dict_shapes(a: Architecture) -> dict[str, Shape]:
 
 
 def parameter_shapes(a: Architecture) -> dict[str, Shape]:
-    """The same without the buffers: in the order of `parameters()`, an optimiser's own."""
+    """`state_dict_shapes` without the buffers, in the order of `parameters()` and optimisers."""
     shapes = state_dict_shapes(a)
     return {name: shape for name, shape in shapes.items() if not name.endswith(BUFFER)}
 
@@ -160,12 +161,13 @@ def identify(
     """The architecture behind a state dict of the authors' names, checked name by name.
 
     Args:
-      shapes: of every array, by name.
+      shapes: every array's shape, by name.
       decode_layers: decoder depth of an MDT v1, which its weights do not show.
-      num_heads: of a DiT, whose weights do not show it; by the known widths if None.
-      num_classes: settles whether the last row of the label table is the null class. If None: a
-        table of 1000 rows has no null row, one of 1 row is an unconditional model's, and any other
-        ends in the null row.
+      num_heads: heads of a DiT, whose weights do not show them; None takes those of the known
+        widths.
+      num_classes: number of classes, which tells whether the last row of the label table is the
+        null class. If None, a table of 1000 rows has no null row, one of 1 row is an unconditional
+        model's, and any other ends in the null row.
 
     Raises:
       UnknownWeights: another kind of weights; a key that is missing or unknown, with the nearest
@@ -238,7 +240,7 @@ def _guess(
 
 
 def _classes(rows: int, num_classes: int | None) -> tuple[int, bool]:
-    """Classes, and whether there is a null row, of a label table."""
+    """The number of classes of a label table, and whether it has a null row."""
     if num_classes is None:
         if rows == 1:
             return 0, True
@@ -282,13 +284,13 @@ def _check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], a: Archit
 
 
 def nearest(name: str, names: Iterable[str], what: str = "the nearest there") -> str:
-    """The end of a message, naming the most similar of some names; empty if none is."""
+    """The end of a message that gives the most similar of some names; empty if none is similar."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.1)
     return f"; {what} is {near[0]}" if near else ""
 
 
 def _what_else(shapes: Mapping[str, Shape]) -> str:
-    """What weights that are none of ours look like."""
+    """Words for weights of another network: its name if it is known, or the first names in it."""
     if any("encoder.conv_in" in name for name in shapes):
         return "these are an autoencoder's (a VAE); give it as --vae instead"
     if is_inception(shapes):

@@ -2,8 +2,9 @@
 
 Three namings are in use for one network: CompVis's (latent-diffusion, and every checkpoint that
 carries its first stage), diffusers', and diffusers' before its attention layers were renamed. Each
-is a column of one table, and each kind of layer has one einops pattern an array, read backwards for
-the inverse: the directions cannot disagree, and since patterns only move entries, both are exact.
+is a column of one table, and each array of a kind of layer has one einops pattern, which read
+backwards is the inverse: the directions cannot disagree, and since patterns only move entries, both
+are exact.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from mdt_jax.convert import trees
 from mdt_jax.convert.autoencoder_settings import DEFAULT_NORM_GROUPS, AutoencoderSettings
 from mdt_jax.convert.trees import Shape, Tree
 
-# Where layers are: our path, diffusers' name, CompVis's. Stages i are counted as they run, CompVis
-# counts the decoder's the other way: `rest` come after stage i. j counts blocks.
+# Places of layers: our path, diffusers' name, CompVis's. i counts stages in the order they run, and
+# `rest` the stages after i, by which CompVis counts the decoder's. j counts blocks.
 _PLACES = (
     ("conv_in", "conv_in", "conv_in"),
     ("down_{i}/block_{j}", "down_blocks.{i}.resnets.{j}", "down.{i}.block.{j}"),
@@ -37,7 +38,7 @@ _PLACES = (
     ("quant", "quant_conv", "quant_conv"),
     ("post_quant", "post_quant_conv", "post_quant_conv"),
 )
-# What residual blocks and attention are made of: ours, diffusers', its old names, CompVis's.
+# Parts of residual blocks and attention: our names, diffusers', its old ones, CompVis's.
 _PARTS = (
     ("norm1", "norm1", "norm1", "norm1"),
     ("conv1", "conv1", "conv1", "conv1"),
@@ -60,21 +61,21 @@ _PART_NAMES = {
     naming: {ours: theirs[naming] for ours, *theirs in _PARTS}
     for naming in (_DIFFUSERS, _OLD_DIFFUSERS, _COMPVIS)
 }
-# (PyTorch's name, our name, pattern) of each array of a kind of layer. A linear layer may be stored
-# as a 1 × 1 convolution, as CompVis does.
+# (PyTorch's name, our name, pattern) of each array of a kind of layer. CompVis stores linear layers
+# as 1 × 1 convolutions.
 _ARRAYS = {
     "conv": (("weight", "kernel", "o i p q -> p q i o"), ("bias", "bias", "o -> o")),
     "linear": (("weight", "kernel", "o i -> i o"), ("bias", "bias", "o -> o")),
     "norm": (("weight", "scale", "c -> c"), ("bias", "bias", "c -> c")),
 }
-# What training files carry beside the autoencoder: discriminator and LPIPS, Lightning's averages.
+# Names in training files that are not the autoencoder's: discriminator and LPIPS, averages.
 _IGNORED = ("loss.", "model_ema.")
 
 
 def settings_from_shapes(shapes: Mapping[str, Shape]) -> AutoencoderSettings:
-    """The settings that show in the names and shapes of weights, in any naming.
+    """The settings of an autoencoder, read off the names and shapes of its weights, in any naming.
 
-    The number of norm groups does not show, nor the scale: they are taken to be Stable Diffusion's.
+    The number of norm groups and the scale do not show: they are taken to be Stable Diffusion's.
 
     Raises:
       ValueError: these are no KL autoencoder's weights.
@@ -126,14 +127,13 @@ def settings_from_shapes(shapes: Mapping[str, Shape]) -> AutoencoderSettings:
 
 
 def from_torch(weights: Mapping[str, np.ndarray], settings: AutoencoderSettings) -> Tree:
-    """The parameter tree of a state dict in any of the three namings, its types kept.
+    """The parameter tree of a state dict in any of the three namings, in its types.
 
-    Keys of what training files carry beside the autoencoder are left out: everything outside the
-    prefix that the autoencoder is under (`first_stage_model.`), `loss.` and `model_ema.`.
+    Other weights of a training file are left out: everything outside the autoencoder's prefix
+    (`first_stage_model.`), `loss.` and `model_ema.`.
 
     Raises:
-      ValueError: a weight is missing, unknown or of a wrong shape; or all of them are, since the
-        file holds something else.
+      ValueError: a weight is missing, unknown or of a wrong shape, or the file holds other things.
     """
     prefix, naming = _locate(weights)
     layers = {prefix + _name(naming, layer): layer for layer in _layers(settings)}
@@ -174,8 +174,16 @@ def to_torch(params: Tree, settings: AutoencoderSettings) -> dict[str, np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A layer with arrays: its place (a template of `_PLACES`, after its side), what part of it,
-    kind, channels, and the numbers that fill the template."""
+    """A layer with arrays.
+
+    Attributes:
+      place: a template of `_PLACES`, after its side: "encoder/conv_in"; "quant" has no side.
+      part: its name in `_PARTS`, "" outside blocks and attention.
+      kind: "conv", "linear" or "norm".
+      inputs, outputs: channels.
+      i, j, rest: the numbers that fill the template.
+      kernel: side of a convolution's kernel.
+    """
 
     place: str
     part: str
@@ -189,13 +197,13 @@ class _Layer:
 
     @property
     def path(self) -> str:
-        """Where it is in our tree."""
+        """Its path in our tree."""
         path = self.place.format(i=self.i, j=self.j)
         return f"{path}/{self.part}" if self.part else path
 
     @property
     def shape(self) -> Shape:
-        """Of its weight in PyTorch."""
+        """The shape of its weight in PyTorch."""
         if self.kind == "norm":
             return (self.outputs,)
         kernel = (self.kernel, self.kernel) if self.kind == "conv" else ()
@@ -203,7 +211,7 @@ class _Layer:
 
 
 def _name(naming: int, layer: _Layer) -> str:
-    """A layer's name in a naming."""
+    """A layer's PyTorch name in one of the namings."""
     side, _, place = layer.place.partition("/")
     names = _PLACE_NAMES[naming]
     template = f"{side}.{names[place]}" if place else names[side]
@@ -269,7 +277,11 @@ def _attention(place: str, width: int, *numbers: int) -> Iterator[_Layer]:
 
 
 def _locate(names: Iterable[str]) -> tuple[str, int]:
-    """The prefix that an autoencoder's weights are under, and their naming."""
+    """The prefix of an autoencoder's weights, and their naming.
+
+    Raises:
+      ValueError: there is no autoencoder, or more than one.
+    """
     names, root = list(names), "encoder.conv_in.weight"
     prefixes = [n.removesuffix(root) for n in names if n == root or n.endswith(f".{root}")]
     chosen = next((p for p in ("", "first_stage_model.") if p in prefixes), None)
@@ -294,7 +306,7 @@ def _locate(names: Iterable[str]) -> tuple[str, int]:
 
 
 def _check_names(names: Iterable[str], prefix: str, layers: Mapping[str, _Layer]) -> None:
-    """Refuses unknown and missing names, the first by name with the nearest that would fit."""
+    """Refuses, with ValueError, unknown and missing names; the message gives the first of them."""
     expected = [
         f"{name}.{array}" for name, layer in layers.items() for array, _, _ in _ARRAYS[layer.kind]
     ]
@@ -304,7 +316,7 @@ def _check_names(names: Iterable[str], prefix: str, layers: Mapping[str, _Layer]
     unknown, missing = [n for n in found if n not in known], sorted(known - set(found))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
-        # One that is missing is likelier meant than one that is there.
+        # It was more likely meant for a missing name than for one that is there.
         nearest = difflib.get_close_matches(unknown[0], missing or expected, n=1, cutoff=0)[0]
         state = "is missing" if missing else "is there"
         raise ValueError(

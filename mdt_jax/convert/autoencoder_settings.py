@@ -1,4 +1,4 @@
-"""An autoencoder's settings, and diffusers' config.json, which gives them."""
+"""An autoencoder's settings, and reading them from diffusers' config.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 # The scale of a config.json that gives none, Stable Diffusion's (Rombach et al. 2022, appendix G).
 # Training scales latents by the same number, `data.transforms.LATENT_SCALE`. It is not imported
-# from there, since the package of the data needs JAX and Grain, and this one needs neither; a test
-# compares the two.
+# from there: the package data imports JAX and Grain, and this one may not. A test compares the two.
 DEFAULT_SCALE = 0.18215
 DEFAULT_NORM_GROUPS = 32
-# Entries of a config.json that change nothing of the network, and the values of those that would
-# that the network here has.
+# Entries of a config.json that do not change the network, and entries that do, with the values that
+# the network here has.
 _WITHOUT_EFFECT = ("sample_size", "force_upcast")
 _ONLY_VALUES = {
     "_class_name": ("AutoencoderKL",),
@@ -26,8 +25,10 @@ _ONLY_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderSettings:
-    """What an autoencoder is: the fields of `mdt_jax.models.autoencoder.AutoencoderKL`, and how its
-    latents are scaled for a diffusion model, (latent − shift)·scale."""
+    """The fields of `mdt_jax.models.autoencoder.AutoencoderKL`, and the scaling of its latents.
+
+    A diffusion model's latents are (latent − shift)·scale.
+    """
 
     in_channels: int
     out_channels: int
@@ -59,7 +60,7 @@ class AutoencoderSettings:
 
 
 def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
-    """The settings that a `config.json` of diffusers' AutoencoderKL gives, with its defaults.
+    """The settings in a `config.json` of diffusers' AutoencoderKL, with its defaults.
 
     Raises:
       ValueError: a value of a wrong type, or a value or an entry that the network here does not
@@ -128,7 +129,7 @@ def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
 _COUNT = (_is_count, "a whole number above 0")
 _NAMES = (lambda v: _is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
 _SWITCH = (lambda v: isinstance(v, bool), "true or false")
-# The entries that are read: whether a value is of the right type, and that type in words.
+# The entries that are read: a check of a value's type, and that type in words.
 _READ = {
     "in_channels": _COUNT,
     "out_channels": _COUNT,

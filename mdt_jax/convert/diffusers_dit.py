@@ -1,7 +1,7 @@
 """diffusers' layout of DiT (`facebook/DiT-XL-2-256`, a Transformer2DModel), under DiT's own names.
 
-Every block there has its own copy of the two embedders, and q, k and v apart; the position table is
-not stored. Everything else is DiT's under another name.
+Every block there has its own copy of the two embedders, and separate arrays for q, k and v; the
+position table is not stored. Everything else is DiT's under another name.
 
 The outputs are DiT's, not quite those of diffusers: its timestep embedding spaces the frequencies
 by 1/127 where the weights were trained with 1/128.
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from mdt_jax.convert.architecture import UnknownWeights, nearest
 from mdt_jax.convert.trees import Shape
 
-MARK = "transformer_blocks.0.norm1.linear.weight"  # no other layout has it
+MARK = "transformer_blocks.0.norm1.linear.weight"  # a name that no other layout has
 _EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
@@ -34,12 +34,12 @@ _BLOCK = {
 
 
 def depth(names: Iterable[str]) -> int:
-    """Number of blocks among diffusers' names."""
+    """The number of blocks among diffusers' names."""
     return 1 + max(int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks."))
 
 
 def sources(num_blocks: int) -> dict[str, tuple[str, ...]]:
-    """The authors' names and, for each, diffusers' whose arrays are joined along axis 0."""
+    """The authors' names, each with diffusers' names whose arrays it joins along axis 0."""
     found: dict[str, tuple[str, ...]] = {}
     embeddings = "transformer_blocks.0.norm1.emb"
     for kind in ("weight", "bias"):
@@ -57,7 +57,10 @@ def sources(num_blocks: int) -> dict[str, tuple[str, ...]]:
 
 
 def copies(num_blocks: int) -> dict[str, list[str]]:
-    """Block 0's embedders, and their copies in the other blocks, which must hold the same."""
+    """The names of block 0's embedders, each with its copies in the other blocks.
+
+    The copies must hold the same numbers.
+    """
     names = [f"{theirs}.{kind}" for theirs in _EMBEDDERS.values() for kind in ("weight", "bias")]
     block = "transformer_blocks.{}.norm1.emb.{}"
     return {

@@ -1,8 +1,8 @@
 """Constants of a TensorFlow graph, read from its protobuf bytes without TensorFlow.
 
 A protobuf message is a sequence of fields: a key, (number << 3 | wire type), and a value
-(https://protobuf.dev/programming-guides/encoding). Of a GraphDef only what leads to its float32
-constants is followed; the numbers are those of TensorFlow's graph.proto, node_def.proto,
+(https://protobuf.dev/programming-guides/encoding). Only the fields that lead to a GraphDef's
+float32 constants are read; their numbers are those of TensorFlow's graph.proto, node_def.proto,
 attr_value.proto, tensor.proto, tensor_shape.proto and types.proto.
 """
 
@@ -21,7 +21,7 @@ _TENSOR_DTYPE, _TENSOR_SHAPE, _TENSOR_CONTENT, _TENSOR_FLOATS = 1, 2, 4, 5
 _SHAPE_DIMENSION, _DIMENSION_SIZE = 2, 1
 _DT_FLOAT = 1
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
-# More than any network here has, and far less than a damaged length may say.
+# More than any network here has, and far less than a damaged length may give.
 _MOST_NUMBERS = 2**26
 _FIXED_SIZES = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
 
@@ -29,7 +29,7 @@ _FIXED_SIZES = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
 def constants(data: bytes) -> dict[str, np.ndarray]:
     """The float32 constants of a serialised GraphDef by the names of their nodes.
 
-    The arrays are read-only views of the bytes, where these hold them whole.
+    Arrays whose bytes are all stored are read-only views of `data`.
 
     Raises:
       ValueError: the bytes are not a GraphDef, or not all of one.
@@ -65,7 +65,7 @@ def _constant(node: memoryview) -> dict[str, np.ndarray]:
 
 
 def _tensor(name: str, tensor: memoryview) -> np.ndarray | None:
-    """A TensorProto's array, None if it is of another type than float32."""
+    """A TensorProto's array; None if its type is not float32."""
     dtype, shape, content, floats = 0, (), memoryview(b""), []
     for number, value in _fields(tensor):
         if number == _TENSOR_DTYPE:
@@ -85,7 +85,7 @@ def _tensor(name: str, tensor: memoryview) -> np.ndarray | None:
     if len(data) % 4:
         raise ValueError(f"constant {name!r} holds {len(data)} bytes, not whole float32 numbers")
     array = np.frombuffer(data, "<f4")
-    if not len(content) and 0 < len(array) < size:  # the last stands for all that are left out
+    if not len(content) and 0 < len(array) < size:  # those left out equal the last
         array = np.concatenate([array, np.full(size - len(array), array[-1])])
     if len(array) != size:
         raise ValueError(f"constant {name!r} holds {len(array)} numbers for the shape {shape}")

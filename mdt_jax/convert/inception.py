@@ -1,8 +1,8 @@
 """Weights of the FID Inception-v3 under PyTorch's names, the TensorFlow graph's, and ours.
 
-One table has a row an array: its three names, its shape, and the einops pattern from PyTorch's
-layout to ours, read backwards for the inverse. The graph keeps arrays in our layout. Patterns only
-move entries: every direction is exact.
+One table has a row for each array: its three names, its shape, and the einops pattern from
+PyTorch's layout to ours, which read backwards is the inverse. The graph keeps arrays in our layout.
+Patterns only move entries, so every direction is exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mdt_jax.convert.trees import Shape, Tree
 # A convolution of a block: PyTorch's name, the graph's, channels in and out, kernel.
 _Row = tuple[str, str, int, int, tuple[int, int]]
 
-# By a convolution of the first block the weights are known among others, in each naming.
+# A convolution of the first block, by which the weights are recognised, in each naming.
 BLOCK = "Mixed_5b"
 _MARKS = (
     f"{BLOCK}.branch1x1.conv.weight",
@@ -140,7 +140,7 @@ class _Weight:
 
     @property
     def our_shape(self) -> Shape:
-        """In our tree, and in the graph."""
+        """The shape in our tree and in the graph."""
         return tuple(_moved(self.shape, self.pattern))
 
 
@@ -158,8 +158,8 @@ def from_torch(weights: Mapping[str, np.ndarray]) -> Tree:
     """The parameter tree of the state dict of `pt_inception-2015-12-05-6726825d.pth`.
 
     Raises:
-      ValueError: torchvision's weights, which are others; a weight that is missing, unknown, of a
-        wrong shape or not float32, by name.
+      ValueError: torchvision's weights, which are not FID's; a weight that is missing, unknown, of
+        a wrong shape or not float32, by name.
     """
     names = [name for name in weights if not name.endswith(_COUNTER)]
     classes = weights["fc.weight"].shape[:1] if "fc.weight" in weights else ()
@@ -197,10 +197,10 @@ def from_graph(constants: Mapping[str, np.ndarray]) -> Tree:
 
 
 def from_flat(arrays: Mapping[str, np.ndarray]) -> Tree:
-    """The parameter tree of its arrays by path, "Mixed_5b/branch1x1/conv/kernel".
+    """The parameter tree of arrays by path, such as "Mixed_5b/branch1x1/conv/kernel".
 
     Raises:
-      ValueError: as `from_torch`'s.
+      ValueError: an array that is missing, unknown, of a wrong shape or not float32, by path.
     """
     arrays = dict(arrays)
     _check(arrays, {w.path: w.our_shape for w in _weights()})
@@ -232,7 +232,7 @@ def _convolution(row: _Row) -> Iterator[_Weight]:
 
 
 def _moved(shape: Shape, pattern: str) -> Iterator[int]:
-    """A shape's sides in the order that a pattern brings them into."""
+    """The sides of a shape in the order that a pattern moves them to."""
     left, right = (side.split() for side in pattern.split(" -> "))
     return (shape[left.index(axis)] for axis in right)
 

@@ -1,4 +1,4 @@
-"""PyTorch optimiser states (AdamW's, the authors' Adan's) as moments by weight name."""
+"""PyTorch optimisers' states, of AdamW and the authors' Adan, as moments by weight name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 from mdt_jax.convert.trees import Shape
 
-# Our name of each moment, and PyTorch's.
+# Our name of each moment → PyTorch's.
 MOMENTS = {
     "adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"},
     "adan": {"m": "exp_avg", "v": "exp_avg_diff", "n": "exp_avg_sq", "previous": "neg_pre_grad"},
 }
-# Adan's authors keep the negative of the last gradient; earlier versions kept the gradient itself.
+# Adan's authors keep the negative of the last gradient; their earlier versions kept the gradient.
 _EARLIER = "pre_grad"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerMoments:
-    """What an optimiser remembers.
+    """The state of an optimiser.
 
     Attributes:
       optimizer: "adamw" or "adan".
@@ -39,7 +39,7 @@ class OptimizerMoments:
 def moments_from_torch(
     state_dict: Mapping[str, Any], parameters: Mapping[str, Shape], fallback_count: int = 0
 ) -> OptimizerMoments:
-    """The moments in an optimiser's `state_dict()`, arrays in place of tensors.
+    """The moments in an optimiser's `state_dict()`, whose tensors were made arrays.
 
     Args:
       state_dict: {"state": {index: {...}}, "param_groups": [...]}.
@@ -78,7 +78,7 @@ def moments_from_torch(
 
 
 def _number(value: Any) -> Any:
-    """A setting; PyTorch's compiled optimisers keep their learning rate in a tensor."""
+    """A setting as a number; PyTorch's compiled optimisers keep their learning rate in a tensor."""
     return value.item() if isinstance(value, np.ndarray) else value
 
 

@@ -1,6 +1,6 @@
 """MDT, MDTv2 and DiT weights between the authors' PyTorch names and this project's trees.
 
-Every rule is an einops pattern from PyTorch's layout to ours; read backwards it is the inverse, so
+Every rule is an einops pattern from PyTorch's layout to ours, which read backwards is the inverse:
 the two directions cannot disagree, and since patterns only move entries, both are exact.
 """
 
@@ -18,7 +18,8 @@ from mdt_jax.convert.architecture import BUFFER
 from mdt_jax.convert.trees import LazyArray, Tree
 from mdt_jax.models.positions import relative_position_index
 
-# (PyTorch name, path in our tree, pattern). `h` are the heads, the other named factors fixed.
+# (PyTorch name, path in our tree, pattern). `h` is the number of heads; the other factors that have
+# names are fixed.
 _FACTORS = {"qkv": 3, "six": 6, "two": 2}
 _LINEAR = "o i -> i o"
 _SAME = "... -> ..."
@@ -59,7 +60,7 @@ _MODEL_RULES = (
 
 
 def _stacks(family: str, depth: int, decoder_depth: int) -> list[tuple[str, str, range]]:
-    """(PyTorch module list, our stack, indices in the list) of each stack of a family."""
+    """Each of a family's stacks: (PyTorch module list, our stack, its indices in the list)."""
     half = (depth - decoder_depth) // 2
     return {
         "MDT": [
@@ -87,7 +88,7 @@ def _to_torch(array: np.ndarray, pattern: str) -> np.ndarray:
 
 
 def _prefixes(family: str, depth: int, decoder_depth: int) -> list[tuple[str, list[str], bool]]:
-    """(our path, the PyTorch blocks it holds, whether they are stacked) of everything of blocks."""
+    """Each place of blocks: (our path, the PyTorch blocks there, whether they are stacked)."""
     groups = [
         (f"{stack}/layers", [f"{torch_list}.{i}" for i in indices], True)
         for torch_list, stack, indices in _stacks(family, depth, decoder_depth)
@@ -106,17 +107,17 @@ def from_torch(
 ) -> Tree:
     """The parameter tree of a state dict under the authors' names, in its dtypes.
 
-    Weights are asked for one at a time, so that a lazy mapping never holds more than one.
+    Weights are read one at a time, so that a lazy mapping never holds more than one.
 
     Args:
       weights: arrays by PyTorch name. Gradients or optimiser moments convert the same way.
-      family, depth, num_heads, decoder_depth: of the model (`mdt_jax.models`).
+      family, depth, num_heads, decoder_depth: settings of the model (`mdt_jax.models`).
       lazy: whether leaves are `LazyArray`s, made when they are asked for.
 
     Raises:
       KeyError: a weight is missing, by its PyTorch name.
-      ValueError: a `relative_position_index` that is not the authors', whose order of tokens would
-        be another.
+      ValueError: a `relative_position_index` that is not the authors', which means another order of
+        tokens.
     """
     tree: Tree = {}
     make = LazyArray if lazy else lambda load: load()
@@ -154,7 +155,7 @@ def _convert(
 def _stack(
     weights: Mapping[str, np.ndarray], names: Sequence[str], pattern: str, num_heads: int
 ) -> np.ndarray:
-    """Weights of one kind, one after another on a first axis."""
+    """Converts the weights of several blocks and stacks them on a new first axis."""
     for i, name in enumerate(names):
         array = _to_flax(weights[name], pattern, num_heads)
         if i == 0:
@@ -173,7 +174,7 @@ def _check_index(weights: Mapping[str, np.ndarray], prefix: str) -> None:
 
 
 def _index_of(bias_table: np.ndarray) -> np.ndarray:
-    """The buffer that goes with a bias table of (2G − 1)² + 3 rows."""
+    """The buffer for a bias table of (2G − 1)² + 3 rows."""
     grid_size = (math.isqrt(bias_table.shape[0] - 3) + 1) // 2
     return relative_position_index(grid_size).astype(np.int64)
 
@@ -190,9 +191,9 @@ def to_torch(
 
     Args:
       params: a parameter tree; `LazyArray`s are made one at a time.
-      family, depth, decoder_depth: of the model.
+      family, depth, decoder_depth: settings of the model.
       buffers: whether to add every block's `relative_position_index`, which the authors' strict
-        loading wants.
+        loading needs.
     """
     weights = {}
     for name, path, pattern in _MODEL_RULES:

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]  # an array's
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
-    """What is at a path; None if nothing is."""
+    """The subtree or leaf at a path; None if there is none."""
     node: Any = tree
     for key in path.split("/"):
         if not isinstance(node, Mapping) or key not in node:
@@ -23,7 +23,7 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def put(tree: Tree, path: str, value: Any) -> None:
-    """Puts a value at a path, making the dicts on the way."""
+    """Puts a value at a path, and makes the dicts on the way."""
     *parents, leaf = path.split("/")
     for key in parents:
         tree = tree.setdefault(key, {})
@@ -31,7 +31,7 @@ def put(tree: Tree, path: str, value: Any) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in the tree's order."""
+    """Every leaf with its path, as (path, leaf), in the tree's order."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}/")
@@ -40,7 +40,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def nest(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `flatten`: the tree of leaves by path."""
+    """The inverse of `flatten`: the tree of leaves that are given by path."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         put(tree, path, leaf)
@@ -49,7 +49,7 @@ def nest(leaves: Mapping[str, Any]) -> Tree:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-    """A leaf of a tree that `np.asarray` makes, anew each time it is asked for.
+    """A leaf of a tree that is made anew each time `np.asarray` asks for it.
 
     Attributes:
       load: makes the array.
