@@ -1,11 +1,11 @@
-"""Times and weighs the arithmetic of evaluation on random, correlated features, 2,048 by default.
+"""Measures time and memory of evaluation's arithmetic on random, correlated features.
 
     python tools/benchmark_evaluation.py --output benchmarks/evaluation.json
 
-Moments and Fréchet distance of 50,000 × 2048 features, precision and recall against 10,000 and
-50,000 reference features. Memory is anonymous memory (RssAnon; Linux only) at its peak, the
-features of both sets included. No images and no network: their part is `mdt_jax.evaluate`'s, and
-depends on the device.
+It measures moments and Fréchet distance of 50,000 × 2048 features, and precision and recall against
+10,000 and 50,000 reference features. Memory is anonymous memory (RssAnon; Linux only) at its peak,
+the features of both sets included. Images and the network are not measured: their time depends on
+the device.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.
 
 @contextlib.contextmanager
 def measured(rows: list[dict], **what: str | int) -> Iterator[dict]:
-    """Adds a row with the seconds and the peak of anonymous bytes of what is done inside."""
+    """Adds a row with the seconds and the peak of anonymous bytes of the work in its context.
+
+    Args:
+      rows: the rows so far.
+      **what: the row's other columns.
+    """
     row, done, peak = dict(what), threading.Event(), 0
 
     def watch() -> None:
@@ -72,7 +77,7 @@ def _anonymous_bytes() -> int:
 
 
 def moments(features: np.ndarray) -> Gaussian:
-    """Mean and covariance, in batches as images come."""
+    """Mean and covariance of features that are given in batches, as images come."""
     found = FeatureMoments(features.shape[1])
     for first in range(0, len(features), 64):
         found.update(features[first : first + 64])
@@ -80,7 +85,13 @@ def moments(features: np.ndarray) -> Gaussian:
 
 
 def benchmark_metrics(samples: int, references: list[int], size: int) -> list[dict]:
-    """One row for each part."""
+    """Measures each part of evaluation; one row for each.
+
+    Args:
+      samples: number of samples.
+      references: numbers of reference images, of which precision and recall take each in turn.
+      size: number of features.
+    """
     rows: list[dict] = []
     generated = random_features(samples, size, seed=1, shift=0.01)
     reference = random_features(max(references), size, seed=2)

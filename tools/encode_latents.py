@@ -5,16 +5,16 @@
 
 crops images as ADM does and writes the folder that `data.name=latents data.path=LATENTS` reads:
 ArrayRecord shards of the posteriors' means and standard deviations, with labels, and a manifest
-(see `mdt_jax/data/latent_cache.py`). With --mirror, the default, that of the mirrored image is
-there, too, and `data.flip=True` chooses between them. Without, it mirrors the latents, which is
-half the work and nearly, but not exactly, the latents of the mirrored images.
+(see `mdt_jax/data/latent_cache.py`). With --mirror, the default, the mirrored images are encoded
+too, and `data.flip=True` chooses between an image's two posteriors. With --nomirror, which is half
+the work, it mirrors latents, which are nearly, but not exactly, those of the mirrored images.
 
-The same command again goes on with a run that ended, shard by shard. A shard that is finished is
-not encoded again, one that is damaged is. Several processes, each with its --process_index and the
+The same command again goes on with a run that ended early, shard by shard. It does not encode
+finished shards again, but damaged ones. Several processes, each with its --process_index and the
 same --process_count and --output, encode shards of their own (the hosts of a TPU pod slice know
-theirs), and the last of them writes the manifest. One that ended early can be started again, or,
-when the others have ended, one process alone can do what is left. Two processes are never at one
-shard: the later is refused.
+theirs), and the last of them writes the manifest. One that ended early can be started again, or one
+process alone can do the rest when the others have ended. Two processes never write one shard: the
+later is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.weights.autoencoder import Autoencoder
 
-# A configuration's keys, which messages name, and this command's flags for them.
+# A configuration's keys, which messages contain → this command's flags.
 FLAGS_OF_KEYS = {
     "data.name": "--data_name",
     "data.path": "--data_path",
@@ -65,7 +65,7 @@ FLAGS_OF_KEYS = {
 
 
 class Batch(NamedTuple):
-    """Images of a shard, cropped, in [-1, 1], with their indices in the data set and labels."""
+    """Some images of a shard, cropped, in [-1, 1], with their labels and places in the data set."""
 
     shard: int
     indices: list[int]
@@ -89,25 +89,27 @@ def encode_latents(
     process_count: int = 1,
     progress: bool = False,
 ) -> bool:
-    """Writes the posteriors of a source's images, or what is still missing of them.
+    """Writes the posteriors of a source's images, or those that are still missing.
 
     Args:
       source: images, RGB or gray, not latents.
-      autoencoder: of the scale that training multiplies latents by, on this process's devices.
+      autoencoder: an autoencoder on this process's devices, whose scale is the one that training
+        multiplies latents by.
       output: the folder to make, or to go on with.
       image_size: side that images are cropped to.
       mirror: whether to encode the mirrored images, too.
-      dtype: to store, "float32" or "float16", which rounds means by up to 1 in 2,000: more than
-        most posteriors' standard deviations.
+      dtype: the type to store, "float32" or "float16", which rounds means by up to 1 in 2,000: more
+        than most posteriors' standard deviations.
       batch_size: images at a time, over all devices.
-      images_per_shard: which are encoded again if the run ends in the middle of them.
-      on_bad_image: "error", or "skip", which leaves out images that cannot be used, unless they
-        are more than `max_bad_fraction` of all.
-      process_index, process_count: whose shards to encode, every `process_count`-th.
+      images_per_shard: images in a file; a run that ends in the middle of it encodes them again.
+      on_bad_image: "error", or "skip", which leaves out images that cannot be used.
+      max_bad_fraction: with "skip", stop when more than this part of all images is bad.
+      process_index: encode the shards from this one on, every `process_count`-th.
+      process_count: how many processes share the shards.
       progress: whether to show a progress bar, of this process's shards.
 
     Returns:
-      Whether the whole is finished: other processes may still be at work.
+      Whether the whole cache is finished; other processes may still be at work.
 
     Raises:
       BadImage: an image cannot be used.
@@ -151,7 +153,7 @@ def describe_cache(
     dtype: str,
     images_per_shard: int,
 ) -> CacheDescription:
-    """What the cache is to hold."""
+    """The description of the cache that is to be made."""
     side = image_size // autoencoder.module.downsampling
     return CacheDescription(
         source=source.name,
@@ -171,7 +173,7 @@ def describe_cache(
 
 
 def encoder_digest(autoencoder: Autoencoder) -> str:
-    """SHA-256 of the encoder's weights: "mse" and "ema" differ in their decoders alone."""
+    """The SHA-256 of the encoder's weights alone: "mse" and "ema" differ only in their decoders."""
     digest = hashlib.sha256()
     leaves, _ = jax.tree_util.tree_flatten_with_path(autoencoder.params)
     for path, leaf in leaves:
@@ -189,7 +191,7 @@ def _encode(
     batch_size: int,
     bar: tqdm,
 ) -> Iterator[np.ndarray]:
-    """Batches as arrays of a cache's records, each image's before its mirror image's."""
+    """Encodes batches: arrays of a cache's records, each image's before its mirror image's."""
     for batch in batches:
         versions = [batch.images, batch.images[:, :, ::-1]][: description.versions]
         rows = np.zeros((len(batch.indices), len(versions)), description.record_type)
@@ -202,7 +204,7 @@ def _encode(
 
 
 def _posterior(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> np.ndarray:
-    # The last batch is filled up: another size would be compiled anew.
+    # The last batch is filled up, since another size would be compiled anew.
     filled = np.zeros((batch_size, *images.shape[1:]), np.float32)
     filled[: len(images)] = images
     mean, std = autoencoder.encode(filled, batch_size=batch_size)
@@ -212,8 +214,15 @@ def _posterior(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) ->
 def _reader(
     source: Source, image_size: int, max_bad: float | None
 ) -> Callable[[int], tuple[int, np.ndarray, int] | None]:
-    """What gives an image's index, pixels and label, several threads at a time; None for one that
-    is left out, which raises an error if `max_bad` is None or more of all images are bad."""
+    """A function that reads image i: its index, pixels and label, or None if it is left out.
+
+    Several threads may call it.
+
+    Args:
+      source: the images.
+      image_size: side that images are cropped to.
+      max_bad: the part of all images that may be left out; None: a bad image is an error.
+    """
     bad: dict[int, str] = {}
 
     def read(index: int) -> tuple[int, np.ndarray, int] | None:
@@ -245,7 +254,7 @@ def _batches(
 ) -> Iterator[Batch]:
     """The images of shards, read in threads, a batch ahead of need.
 
-    A shard begins with a batch of its own, so that its bytes do not depend on where a run began.
+    Each shard begins with a new batch, so that its bytes do not depend on where a run began.
     """
     pool = ThreadPoolExecutor()
     ahead: collections.deque[tuple[int, list[Future]]] = collections.deque()
@@ -264,7 +273,7 @@ def _batches(
 
 
 def _batch(description: CacheDescription, shard: int, futures: list[Future]) -> Batch:
-    """Waits for images; those that are left out are not in it."""
+    """A batch of the images that some futures give, without those that are left out."""
     found = [result for future in futures if (result := future.result())]
     images = np.zeros((len(found), description.image_size, description.image_size, 3), np.float32)
     for row, (_, image, _) in enumerate(found):
@@ -341,7 +350,7 @@ def main(_: list[str]) -> None:
 
 
 def _summary(output: Path) -> str:
-    """What a finished cache holds."""
+    """A line that counts the images and files of a finished cache."""
     manifest = json.loads((output / latent_cache.CACHE_MANIFEST).read_text(encoding="utf-8"))
     left_out, count = manifest["left_out"], manifest["num_images"]
     return (
@@ -360,14 +369,14 @@ if __name__ == "__main__":
     flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.")
     flags.DEFINE_string("output", None, "The folder to make, or to go on with.", required=True)
     flags.DEFINE_bool("mirror", True, "Whether the mirrored images are encoded, too.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the stored numbers.")
-    flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Type of the stored numbers.")
+    flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Type computed in.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over a process's devices.")
     flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.")
     flags.DEFINE_integer("process_index", None, "Which of several processes this is, from 0 on.")
     flags.DEFINE_integer("process_count", None, "How many there are; 1, or a TPU pod's hosts.")
     flags.DEFINE_enum(
-        "on_bad_image", "error", ["error", "skip"], "What becomes of an image that cannot be used."
+        "on_bad_image", "error", ["error", "skip"], "Stop at a bad image, or leave it out."
     )
     flags.DEFINE_float("max_bad_fraction", 0.01, "With skip: stop when more of the images are bad.")
     app.run(main)

@@ -5,7 +5,8 @@
     python tools/prepare_dataset.py --lmdb bedroom_train_lmdb --data_dir DIR
     python tools/prepare_dataset.py --parquet 'data/train-*.parquet' --name NAME --data_dir DIR
 
-Its last line says how to train on it. What it makes is DIR/NAME/VERSION, read by TFDS itself too.
+The last line it prints says how to train on the data. They are in DIR/NAME/VERSION, which TFDS
+itself reads too.
 
 --imagenet  a tar of a tar for each class, as ILSVRC2012 comes; it is not unpacked. Classes are in
             the order of their names, which for ImageNet's thousand is TFDS's: NAME is imagenet2012.
@@ -16,7 +17,7 @@ Its last line says how to train on it. What it makes is DIR/NAME/VERSION, read b
             labels if there are classes, whose names are read from the metadata.
 
 FFHQ's images come in folders of a thousand, `images1024x1024/00000/00000.png` and on, and so do its
-thumbnails. Those folders are no classes, of which FFHQ has none: give --labels none.
+thumbnails. FFHQ has no classes, and those folders are none: give --labels none.
 
     python tools/prepare_dataset.py --folder thumbnails128x128 --labels none --name ffhq
 
@@ -48,7 +49,7 @@ from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepa
 from mdt_jax.parallel.command import command_ending, one_line
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
-# A configuration's keys, which messages about folders name, and this command's flags for them.
+# A configuration's keys, which messages about folders contain → this command's flags.
 FLAGS_OF_KEYS = {
     "data.path": "--folder",
     "data.class_order": "--class_order",
@@ -114,7 +115,7 @@ def _open_tar(place: str, **source) -> tarfile.TarFile:
 
 
 def _members(place: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar; `tarfile` by itself takes damage between them for the end."""
+    """The members of a tar; damage between them, which `tarfile` takes for the end, is an error."""
     last = "its beginning"
     try:
         for member in archive:
@@ -195,9 +196,9 @@ def from_parquet(
     """The images of Parquet files as Hugging Face lays them out, file by file in sorted order.
 
     Args:
-      pattern: of the files' paths, as a shell has them.
-      image_column: of encoded images, as bytes or as structs with `bytes`.
-      label_column: of labels; "" for no classes; None for "label" where there is one.
+      pattern: a pattern for the files' paths, as in a shell.
+      image_column: the column of encoded images, as bytes or as structs with `bytes`.
+      label_column: the column of labels; "" for no classes; None for "label" where there is one.
 
     Raises:
       FileNotFoundError: no such files.
@@ -240,7 +241,11 @@ def from_parquet(
 
 
 def _has_labels(path: Path, image_column: str, label_column: str) -> bool:
-    """Whether a Parquet file has labels; refuses one that has no images."""
+    """Whether a Parquet file has labels.
+
+    Raises:
+      ValueError: it is damaged, or its columns are not images and labels.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -273,7 +278,11 @@ def _has_labels(path: Path, image_column: str, label_column: str) -> bool:
 
 
 def _parquet_classes(paths: list[Path], label_column: str) -> tuple[str, ...]:
-    """The names in the first file's metadata, else the labels' numbers; checks every label."""
+    """The class names in the first file's metadata; without any, the labels' numbers.
+
+    Raises:
+      ValueError: a row without a label, or with one that has no name.
+    """
     from pyarrow import compute, parquet
 
     metadata = parquet.read_schema(paths[0]).metadata or {}
@@ -299,12 +308,16 @@ def _parquet_record(
 ) -> InputImage:
     image = example[image_column]
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, "")
-    # Without bytes, an image is bad: Pillow will not know it, and the place names the row.
+    # A row without bytes becomes a bad image, which Pillow cannot read; its place names the row.
     return InputImage(place, name or place, data or b"", example.get(label_column, 0))
 
 
 def default_name(args: argparse.Namespace, images: InputImages) -> str:
-    """What the data set is called if --name does not say, after the place it comes from."""
+    """The data set's name where --name is not given, made of the name of its file or folder.
+
+    Raises:
+      ValueError: Parquet files, which have no such name.
+    """
     if args.parquet is not None:
         raise ValueError("--parquet needs --name, what to call the data set")
     path = Path(args.imagenet or args.folder or args.lmdb).resolve()
@@ -323,7 +336,7 @@ def _is_imagenet(images: InputImages) -> bool:
 
 
 def read_input(args: argparse.Namespace) -> InputImages:
-    """What one of the inputs holds."""
+    """The images of the one input that the flags name."""
     if args.imagenet is not None:
         return from_tar(Path(args.imagenet).expanduser())
     if args.folder is not None:
@@ -336,7 +349,7 @@ def read_input(args: argparse.Namespace) -> InputImages:
 def preparation_summary(
     images: InputImages, name: str, data_dir: Path, split: str, made: PreparedDataset
 ) -> str:
-    """What was written, and how to train on it."""
+    """Two lines: counts of what was written, and the flags to train on it."""
     flags = f"--config.data.name=tfds:{name} --config.data.path={shlex.quote(str(data_dir))}"
     flags += "" if split == "train" else f" --config.data.split={split}"
     return (
@@ -347,7 +360,7 @@ def preparation_summary(
 
 
 def prepare_from_flags(args: argparse.Namespace) -> None:
-    """Prepares the data set that the flags describe, and says what was made."""
+    """Prepares the data set that the flags describe, and prints what was made."""
     import tensorflow_datasets as tfds  # takes seconds, which --help should not
 
     if args.shard_mb < 1:
@@ -388,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs.add_argument("--folder", metavar="DIR", help="image files, or a sub-folder a class")
     inputs.add_argument("--lmdb", metavar="DIR", help="LSUN's folder with data.mdb")
     inputs.add_argument("--parquet", metavar="GLOB", help="Hugging Face's files, in quotes")
-    parser.add_argument("--name", help="what to call it: NAME or NAME/CONFIG")
+    parser.add_argument("--name", help="the data set's name: NAME or NAME/CONFIG")
     parser.add_argument(
         "--data_dir", help="TFDS's data folder, in which it is made; TFDS's own if not given"
     )
@@ -398,15 +411,17 @@ def main(argv: list[str] | None = None) -> None:
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",
-        help="of one that cannot be decoded (%(default)s); skip leaves it out and counts it",
+        help="for an image that cannot be decoded (%(default)s); skip leaves it out and counts it",
     )
-    parser.add_argument("--class_order", choices=CLASS_ORDERS, default="string", help="of --folder")
     parser.add_argument(
-        "--labels", choices=LABELS, default="auto", help="of --folder: where its classes are from"
+        "--class_order", choices=CLASS_ORDERS, default="string", help="with --folder"
     )
-    parser.add_argument("--image_column", default="image", help="of --parquet (%(default)s)")
     parser.add_argument(
-        "--label_column", help="of --parquet; '' for no classes; 'label' if not given and there"
+        "--labels", choices=LABELS, default="auto", help="with --folder: where its classes are"
+    )
+    parser.add_argument("--image_column", default="image", help="with --parquet (%(default)s)")
+    parser.add_argument(
+        "--label_column", help="with --parquet; '' for no classes; 'label' if it is there"
     )
     args = parser.parse_args(argv)
     with command_ending(message=_message, interrupted="interrupted; nothing was left behind"):

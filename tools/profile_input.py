@@ -1,4 +1,4 @@
-"""Measures the input pipeline, beside the rate that a model needs, and what bounds it.
+"""Measures the input pipeline beside the rate that a model needs, and shows its slowest part.
 
     python tools/profile_input.py
     python tools/profile_input.py --data_name folder --data_path PICTURES --image_size 256
@@ -9,14 +9,14 @@ Without data it makes both kinds in a temporary folder: 256-pixel crops of JPEG 
 ImageNet's usual size, and a cache of 32 x 32 x 4 latents in float16. Each line is a number of
 workers (0: threads), in examples a second of this process.
 
-Of a folder of images, what Pillow alone does on the same cores is measured in turns with the
-pipeline: the same files in the same order, decoded and cropped to the same pixels, which then are
-dropped. Its better one of threads and processes is what the pipeline is a part of, in each round;
-the medians of the rounds are given.
+For a folder of images, Pillow alone is measured on the same cores in turns with the pipeline: it
+decodes and crops the same files in the same order to the same pixels, and drops them. A pipeline's
+rate is also given as a part of Pillow's best one, with threads or with processes, in the same
+round. Numbers are medians of the rounds.
 
 Every measurement begins with the run's first example, so all but the first read files that the
-page cache holds, unless they are more than the memory. A slow disk shows in the first round alone,
-which the last line gives: all of it as JSON.
+page cache holds, unless they exceed the memory. A slow disk shows in the first round alone, which
+is in the last line: all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ Rates = dict[str, float]
 
 
 def profile(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rates by number of workers, and of Pillow alone, medians of the rounds; time by stage."""
+    """Measures a source: rates by number of workers and of Pillow alone, and each stage's time.
+
+    Rates are medians of the rounds.
+    """
     size = None if source.latents else arguments.image_size
     batch_size = arguments.batch_size or (256 if source.latents else 32)
     rivals: dict[str, Callable[[], float]] = {
@@ -95,12 +98,15 @@ def profile(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def medians(rounds: list[Rates]) -> Rates:
+    """Each rate's median over the rounds."""
     return {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
 
 
 def parts_of_pillow(rates: Rates) -> Rates:
-    """What part of Pillow's best rate of a round each pipeline has: what else the cores do changes
-    from one round to the next."""
+    """Each pipeline's rate as a part of Pillow's best rate in the same round.
+
+    The cores' other work changes from one round to the next.
+    """
     alone = max(rate for name, rate in rates.items() if name.startswith(ALONE))
     return {name: rate / alone for name, rate in rates.items() if not name.startswith(ALONE)}
 
@@ -125,7 +131,7 @@ def pipeline_rate(
         read_ahead=arguments.read_ahead,
         crop=arguments.crop,
     ) as batches:
-        # What was read ahead while the workers started is no rate.
+        # Batches that were read ahead while the workers started are not counted.
         for _ in range(arguments.read_ahead + 1):
             next(batches)
         began, count = time.perf_counter(), 0
@@ -139,8 +145,10 @@ def pipeline_rate(
 
 
 def image_files(source: Source) -> list[str]:
-    """Files of a folder of images in the order in which the pipeline reads them, as many as are
-    read in a measurement; other sources have none."""
+    """The first files of a folder of images in the order in which the pipeline reads them.
+
+    They are as many as a measurement may read; other sources have none.
+    """
     if not isinstance(source.records, ImageFolder):
         return []
     order = epoch_order(SEED, 0, len(source))[:10_000]
@@ -148,14 +156,14 @@ def image_files(source: Source) -> list[str]:
 
 
 def spawned(workers: int) -> Executor:
-    """Processes that hold nothing but this file's imports."""
+    """A pool of processes that hold nothing but this file's imports."""
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def pillow_rate(
     files: list[str], size: int, crop: str, pool: Callable[[int], Executor], seconds: float
 ) -> float:
-    """Images a second that every core together decodes and crops, and puts nowhere."""
+    """Images a second that all cores together decode and crop with Pillow, and drop."""
     with pool(CORES) as workers:
         list(workers.map(pillow_crops, [(files[:2], size, crop, 0.0)] * CORES))
         shares = [files[k::CORES] or files for k in range(CORES)]
@@ -165,7 +173,11 @@ def pillow_rate(
 
 
 def pillow_crops(task: tuple[list[str], int, str, float]) -> int:
-    """Decodes and crops files one after the other for so many seconds; returns how many."""
+    """Decodes and crops files one after the other for some seconds; returns how many.
+
+    Args:
+      task: (files, size of the crops, "center" or "random", seconds).
+    """
     files, size, crop, seconds = task
     rng = np.random.default_rng(SEED) if crop == "random" else None
     began, count = time.perf_counter(), 0
@@ -176,7 +188,7 @@ def pillow_crops(task: tuple[list[str], int, str, float]) -> int:
 
 
 def pillow_crop(file: str, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """ADM's crop in plain Pillow, from a file to uint8: random with a generator, or central."""
+    """ADM's crop of a file in plain Pillow, uint8: random with a generator, central without."""
     with Image.open(file) as picture:
         picture = picture.convert("RGB")
     shorter = size if rng is None else int(rng.integers(size, math.ceil(size / 0.8) + 1))
@@ -191,11 +203,11 @@ def pillow_crop(file: str, size: int, rng: np.random.Generator | None = None) ->
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
-# What takes the time
+# Time by stage
 
 
 def stages(source: Source, size: int | None, count: int = 256) -> dict[str, float]:
-    """Seconds of one thread for each part of an example."""
+    """The seconds that one thread takes for each stage of an example."""
     indices = np.random.default_rng(0).integers(len(source), size=count)
     if hasattr(source.records, "read_posteriors"):
         reading = best(lambda: source.records.read_posteriors(indices)) / count
@@ -225,7 +237,7 @@ def stages(source: Source, size: int | None, count: int = 256) -> dict[str, floa
 
 
 def best(function: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the fastest of a few calls."""
+    """The seconds of the fastest of a few calls."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
@@ -235,16 +247,19 @@ def best(function: Callable[[], Any], times: int = 5) -> float:
 
 
 def noise_seconds() -> float:
-    """Of a thread to draw one latent's 4,096 normal numbers, which the training step does."""
+    """The seconds a thread takes to draw one latent's 4,096 normal numbers.
+
+    The pipeline does not draw them; the training step does.
+    """
     rng, out = np.random.Generator(np.random.Philox(0)), np.empty(4096, np.float32)
     return best(lambda: [rng.standard_normal(out=out, dtype=np.float32) for _ in range(100)]) / 100
 
 
-# What a model needs
+# The rate that a model needs
 
 
 def needed_rate(arguments: argparse.Namespace) -> tuple[float, str]:
-    """Examples a second that the model takes of one process, and why so many."""
+    """The examples a second that the model needs from one process, and the reason in words."""
     shared = f", shared by {arguments.processes} processes" if arguments.processes > 1 else ""
     if arguments.images_per_second:
         rate = arguments.images_per_second
@@ -268,7 +283,7 @@ def needed_rate(arguments: argparse.Namespace) -> tuple[float, str]:
 
 
 def synthetic_jpegs(folder: Path, count: int) -> Source:
-    """Cuts of scikit-learn's photographs, enlarged a little, as JPEGs of two classes."""
+    """A folder of JPEGs of two classes: parts of scikit-learn's photographs, slightly enlarged."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
@@ -288,7 +303,7 @@ def synthetic_jpegs(folder: Path, count: int) -> Source:
 
 
 def synthetic_latents(folder: Path, count: int) -> Source:
-    """Random posteriors of images and their mirror images, in ImageNet's form."""
+    """A cache of random posteriors of images and mirror images, in ImageNet's shape."""
     description = latent_cache.CacheDescription(
         source="random numbers", num_images=count, class_names=tuple(map(str, range(1000))),
         image_size=256, vae="none", vae_digest="", scale=LATENT_SCALE, compute_dtype="float32",
@@ -315,7 +330,14 @@ def synthetic_latents(folder: Path, count: int) -> Source:
 
 
 def rates_table(kind: str, result: dict[str, Any], needed: float, why: str) -> str:
-    """The measurement for a person."""
+    """A source's measurement as text.
+
+    Args:
+      kind: "images" or "latents".
+      result: the result of `profile`.
+      needed: examples a second that the model needs.
+      why: the reason in words.
+    """
     rates, parts = result["examples_per_second"], result["microseconds_by_stage"]
     of_pillow = result.get("of_pillow", {})
     lines = [f"{result['source']}", f"{'':32}{f'{kind}/s':>12}{'µs each':>12}"]
@@ -339,6 +361,7 @@ def rates_table(kind: str, result: dict[str, Any], needed: float, why: str) -> s
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -348,24 +371,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", default="auto", help="as config.data.labels")
     parser.add_argument("--class_order", default="string", help="as config.data.class_order")
     parser.add_argument("--crop", default="center", help="as config.data.crop")
-    parser.add_argument("--image_size", type=int, default=256, help="of crops")
-    parser.add_argument("--batch_size", type=int, help="of this process; 256 latents, 32 images")
+    parser.add_argument("--image_size", type=int, default=256, help="side of the crops")
+    parser.add_argument(
+        "--batch_size", type=int, help="examples in this process's batch; 256 latents, 32 images"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--read_ahead", type=int, default=4, help="as config.data.read_ahead")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="whose median is given")
-    parser.add_argument("--model", default="MDTv2-XL/2", help="whose need is compared")
-    parser.add_argument("--images_per_second", type=float, help="it trains at, where known")
-    parser.add_argument("--device", default="NVIDIA H200", help="what it trains on, as JAX says")
-    parser.add_argument("--num_devices", type=int, default=1, help="of all processes")
-    parser.add_argument("--processes", type=int, default=1, help="that share the reading")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of measurements, for the medians"
+    )
+    parser.add_argument("--model", default="MDTv2-XL/2", help="the model whose need is compared")
+    parser.add_argument(
+        "--images_per_second", type=float, help="rate the model trains at, where known"
+    )
+    parser.add_argument(
+        "--device", default="NVIDIA H200", help="devices it trains on, in JAX's words"
+    )
+    parser.add_argument("--num_devices", type=int, default=1, help="devices of all processes")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the reading")
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOP/s utilisation")
     parser.add_argument("--examples", type=int, default=4096, help="latents to make")
     return parser.parse_args(argv)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Refuses, with ValueError, numbers with which nothing could be measured."""
+    """Refuses, with ValueError, flags with which nothing can be measured."""
     above_0 = ("image_size", "batch_size", "read_ahead", "seconds", "rounds", "images_per_second",
                "num_devices", "processes", "mfu", "examples")  # fmt: skip
     for flag in above_0:
@@ -400,6 +431,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_source(source: Source, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measures a source, adds the numbers to `results`, and prints them."""
     kind = "latents" if source.latents else "images"
     results[kind] = profile(source, arguments)
     print(rates_table(kind, results[kind], results["needed"], results["needed_for"]))

@@ -3,11 +3,11 @@
     python tools/reference_stats.py --data_name folder --data_path DIR --image_size 256 \\
         --num_images 10000 --inception DIR --output REF.npz
 
-crops images as training does, and writes `arr_0`, a random choice of --num_images of them, for
-precision and recall, `arr_1`, their labels where there are classes, and the moments of the features
-of all images (or of --stats_images): `mu` and `sigma` for FID, `mu_s` and `sigma_s` for sFID. The
-same seed makes the same choice. `metadata` says what made it, with a digest of Inception's weights,
-so that `mdt_jax.evaluate` refuses samples' features of other weights.
+crops images as training does, and writes an npz with `arr_0`, a random choice of --num_images of
+them, for precision and recall; `arr_1`, their labels where there are classes; and the moments of
+the features of all images (or of --stats_images), `mu` and `sigma` for FID, `mu_s` and `sigma_s`
+for sFID. The same seed makes the same choice. `metadata` says how it was made, with a digest of
+Inception's weights, so that `mdt_jax.evaluate` refuses samples' features of other weights.
 
 Images are read once and never held, so memory does not grow with their number.
 """
@@ -38,13 +38,13 @@ from mdt_jax.parallel.command import command_ending
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceImages:
-    """Images of a source in a given order, cropped; `evaluation.batches.ImageSet`.
+    """Images of a source in a given order, cropped; an `evaluation.batches.ImageSet`.
 
     Attributes:
-      source: of pixels.
+      source: a source of pixels.
       order: indices into it.
-      image_size: side they are cropped to.
-      labels: of each; None where the source has no classes. They are known as images are read.
+      image_size: side that images are cropped to.
+      labels: one for each image, filled in as images are read; None without classes.
     """
 
     source: Source
@@ -54,16 +54,16 @@ class SourceImages:
 
     @property
     def name(self) -> str:
-        """The source's."""
+        """The source's name."""
         return self.source.name
 
     @property
     def count(self) -> int:
-        """How many."""
+        """How many images there are."""
         return len(self.order)
 
     def read(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Batches, read in threads; fills in their labels.
+        """As `ImageSet.read`, in threads; fills in the labels of images that are read.
 
         Raises:
           BadImage: an image cannot be used.
@@ -96,13 +96,13 @@ def make_reference(
 
     Args:
       source: images, RGB or gray, not latents.
-      extractor: of the features whose moments are kept.
-      output: the npz; it appears when it is whole.
+      extractor: computes the features whose moments are kept.
+      output: the npz, which appears when it is whole.
       image_size: side that images are cropped to.
-      num_images: how many are kept, all where there are fewer.
-      stats_images: how many the moments are of, a random choice that holds the kept ones; None for
-        all.
-      seed: of the choice.
+      num_images: how many images are kept, all where there are fewer.
+      stats_images: how many images the moments are computed from, a random choice that includes the
+        kept ones; None for all.
+      seed: the seed of the choice.
       batch_size: images at a time.
       progress: whether to show a bar.
 
@@ -150,9 +150,9 @@ def make_reference(
 def choose_images(
     source: Source, image_size: int, num_images: int, stats_images: int | None, seed: int
 ) -> tuple[SourceImages, int]:
-    """The images to read, those to keep first and shuffled, and how many are kept.
+    """The images to read, with those to keep first and shuffled, and how many are kept.
 
-    Shuffled, since splits of an Inception Score over classes in order would mean nothing.
+    They are shuffled since an Inception Score's splits of classes in order would mean nothing.
 
     Raises:
       ValueError: latents, other than 1 or 3 channels, or numbers that are too small.
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.")
     flags.DEFINE_integer("num_images", 10_000, "Images kept, for precision and recall.")
     flags.DEFINE_integer("stats_images", None, "Images of the moments; all by default.")
-    flags.DEFINE_integer("seed", 0, "Of the choice of images.")
+    flags.DEFINE_integer("seed", 0, "Seed of the choice of images.")
     flags.DEFINE_integer("batch_size", 64, "Images through Inception at a time.")
     flags.DEFINE_string("inception", None, "Weights of Inception-v3.", required=True)
     flags.DEFINE_string("output", None, "The npz to write.", required=True)
