@@ -22,17 +22,17 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import whole_file, whole_path
 from mdt_jax.data.latent_cache import CACHE_MANIFEST, ENCODING, VERSION, CacheDescription, read_json
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
+_HALF_WRITTEN = ".*.array_record.*"  # shards while `whole_path` writes them
 
 
 def begin_cache(folder: Path, description: CacheDescription) -> None:
@@ -71,7 +71,7 @@ def claim_shards(
     with _lock_file(folder / CLAIMS, lambda file: _lock_shards(file, description, shards)) as held:
         if held:
             mine = {description.shard_name(shard) for shard in shards}
-            for left in folder.glob(".*.partial"):  # by processes that were killed
+            for left in folder.glob(_HALF_WRITTEN):  # by processes that were killed
                 if _whole_name(left) in mine:
                     left.unlink(missing_ok=True)
         yield
@@ -98,7 +98,7 @@ def bytes_to_come(folder: Path, description: CacheDescription, shards: Iterable[
     files = map(description.shard_name, range(description.num_shards))
     missing = (shard for shard, file in enumerate(files) if not (folder / file).exists())
     needed = sum(map(description.shard_bytes, {*shards, *missing}))
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(_HALF_WRITTEN):
         with contextlib.suppress(FileNotFoundError):
             needed -= partial.stat().st_size
     return max(needed, 0)
@@ -119,23 +119,15 @@ def write_shard(
       OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
-    # Not by `whole_file`: ArrayRecord's writer takes a path, and `claim_shards` and `bytes_to_come`
-    # find a shard's unfinished files by their names. Each has a name of its own, so that not even
-    # two processes with the same shard write one file.
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        images = _write_records(aside, records)
+    with whole_path(path) as aside:
+        images = _write_records(Path(aside), records)
         entry = {
             "file": path.name,
             "records": len(images),
             "left_out": sorted(set(description.shard_images(shard)).difference(images)),
-            "bytes": aside.stat().st_size,
-            "sha256": _digest(aside),
+            "bytes": os.path.getsize(aside),
+            "sha256": _digest(Path(aside)),
         }
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     _write_json(_part(path), entry)
     return entry
 
@@ -158,14 +150,14 @@ def finish_cache(folder: Path, description: CacheDescription) -> bool:
         (folder / ENCODING).unlink(missing_ok=True)
         for shard in range(description.num_shards):
             _part(folder / description.shard_name(shard)).unlink(missing_ok=True)
-        for pattern in (".*.json.*", ".*.partial"):  # left by processes that were killed
+        for pattern in (".*.json.*", _HALF_WRITTEN):  # left by processes that were killed
             for left in folder.glob(pattern):
                 left.unlink(missing_ok=True)
         return True
 
 
 def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
-    """Writes an ArrayRecord file and syncs it to the disk; returns each record's image."""
+    """Writes an ArrayRecord file; returns each record's image."""
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
@@ -179,8 +171,6 @@ def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
     finally:
         with _disk_errors(path):
             writer.close()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
     return images
 
 
@@ -352,7 +342,7 @@ def _part(shard: Path) -> Path:
 
 
 def _whole_name(partial: Path) -> str:
-    """The name of the shard that a .SHARD.ID.partial is to become."""
+    """The name of the shard that a half-written .SHARD.ID.tmp is to become."""
     return partial.name[1:].rsplit(".", 2)[0]
 
 
