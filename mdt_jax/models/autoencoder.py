@@ -22,8 +22,8 @@ class AutoencoderKL(nn.Module):
     """Encoder and decoder, each a stack of residual stages at halving or doubling resolutions.
 
     Attributes:
-      in_channels, out_channels: of images.
-      latent_channels: of latents; the encoder gives twice as many.
+      in_channels, out_channels: channels of images.
+      latent_channels: channels of latents; the encoder gives twice as many.
       block_widths: channels of each stage, finest first; every stage but the last halves the sides.
       layers_per_block: residual blocks in a stage of the encoder; the decoder's have one more.
       norm_groups: groups of every GroupNorm; must divide all widths.

@@ -40,7 +40,10 @@ class Layers(NamedTuple):
 
 
 class LatentTransformer(nn.Module):
-    """Hyper-parameters of a diffusion transformer on square latents or images (B, H, W, C), NHWC.
+    """The base of MDT, MDTv2 and DiT: a diffusion transformer on square images (B, H, W, C), NHWC.
+
+    It has embeddings, the packing of passes, side-interpolator and final layer. A subclass has
+    `outputs`, an `nn.compact` method, and `layers_of`.
 
     Attributes:
       input_size: side H = W of the input; patch_size must divide it.
@@ -55,10 +58,11 @@ class LatentTransformer(nn.Module):
         guidance. An unconditional model has that row alone, and always uses it.
       learn_variance: whether C more output channels give the learned-range variance.
       dtype: compute dtype; parameters are float32. float32 also asks for float32 products.
-      kernels: what computes the blocks, a key of `computation.COMPUTATIONS`, or "auto": by the mesh
+      kernels: the blocks' computation, a key of `computation.COMPUTATIONS`, or "auto": by the mesh
         that is in force, as `computation.choose_kernels` has it.
       remat: rematerialisation of the blocks, one of `computation.REMAT`.
-      scan_unroll: layers per turn of the scanned stacks. None of these changes a parameter's name.
+      scan_unroll: layers per turn of the scanned stacks. `kernels`, `remat` and `scan_unroll`
+        change no parameter's name.
 
     Raises:
       ValueError: sizes that do not fit each other, naming both.
@@ -116,7 +120,7 @@ class LatentTransformer(nn.Module):
             reason = "is for models with a relative-position bias"
         elif self.kernels == "pallas" and not attention_kernel.supports(self.grid_size, width):
             reason = f"takes {attention_kernel.TOKENS} tokens, not {self.num_tokens}"
-        elif self.kernels == "cudnn" and self.dtype != jnp.bfloat16:
+        elif self.kernels == "cudnn" and jnp.dtype(self.dtype) != jnp.bfloat16:
             reason = f"computes in bfloat16, not {jnp.dtype(self.dtype).name}"
         if reason:
             raise ValueError(f"model.kernels {self.kernels!r} {reason}; 'auto' computes any")
@@ -189,15 +193,22 @@ class LatentTransformer(nn.Module):
         labels: Int[Array, " batch"] | None = None,
         ids_keep: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch h w out"]:
-        """Model output for noisy inputs x at original timesteps t: one `Pass`, its arguments'."""
+        """The output of one pass, float32: C channels, or 2C (the variance's after the mean's).
+
+        Args:
+          x, t, labels, ids_keep: as in `Pass`.
+
+        Raises:
+          ValueError: as `run`.
+        """
         (output,) = self.run([Pass(x, t, labels, ids_keep)])
         return output
 
     def run(self, passes: Sequence[Pass]) -> tuple[Float[Array, "batch h w out"], ...]:
         """The output of each of several passes of one batch size, computed side by side (`passes`).
 
-        A layer's kernels are then gathered once for all passes, and what they add to their
-        gradients is summed on the device before it is sent. At most one pass may be masked, and
+        A layer's weights are then gathered once for all passes, and their gradients are summed on
+        the device before they are sent. At most one pass may be masked, and
         `init` takes a single one.
 
         Raises:
@@ -206,7 +217,7 @@ class LatentTransformer(nn.Module):
         """
         if sum(one.ids_keep is not None for one in passes) > 1:
             raise ValueError("more than one masked pass; one can run beside full ones")
-        # The masked one last: kernels find the others at the same places in every packed array.
+        # The masked one last: Pallas kernels find the others at the same places in every array.
         order = sorted(range(len(passes)), key=lambda i: passes[i].ids_keep is not None)
         outputs = self.outputs(self.with_masks([passes[i] for i in order]))
         return tuple(outputs[:, order.index(i)] for i in range(len(passes)))
@@ -257,7 +268,7 @@ class LatentTransformer(nn.Module):
 
     def packing(self, ids_keep: Sequence[Int[Array, "batch kept"] | None]) -> Packing:
         """How passes with these tokens are packed, None for all tokens."""
-        computation = COMPUTATIONS[self.chosen_kernels]
+        computation = self.block_settings.computation
         lengths = (self.num_tokens if ids is None else ids.shape[1] for ids in ids_keep)
         pairs: tuple = (None,) * len(ids_keep)
         if self.relative_bias:
@@ -337,7 +348,10 @@ class LatentTransformer(nn.Module):
         return jnp.stack(parts, axis=1)
 
     def with_masks(self, passes: Sequence[Pass]) -> Sequence[Pass]:
-        """The passes; `init` runs masked ones, of all tokens, for the side-interpolator's sake."""
+        """The passes; at `init` a full one becomes a masked one that keeps all tokens.
+
+        So the side-interpolator's parameters are made, too.
+        """
         if not (self.is_initializing() and self.supports_masking):
             return passes
 

@@ -56,8 +56,8 @@ class Block(nn.Module):
 class BlockStack(nn.Module):
     """`depth` blocks in a row as one scan over stacked parameters, (depth, …) each.
 
-    A 28-layer model compiles as fast as one block. How far the scan is unrolled, and what is
-    rematerialised, changes no parameter's name.
+    Not unrolled, it compiles as fast as one block, however deep it is. Unrolling and
+    rematerialisation change no parameter's name.
     """
 
     settings: BlockSettings

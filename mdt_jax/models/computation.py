@@ -1,4 +1,4 @@
-"""How a block's parts are computed: by what the compiler makes of them, or by kernels.
+"""How a block's parts are computed: in plain JAX, by cuDNN, or by Pallas kernels.
 
 A block has three parts that can be computed in more than one way: the modulated norm, attention,
 and the gated residual. `BlockComputation` is their interface; a model chooses one for its blocks.
@@ -54,9 +54,10 @@ class BlockComputation(abc.ABC):
         scale: Float32[Array, "batch passes width"],
         packing: Packing,
     ) -> tuple[Float[Array, "batch n width"], Float[Array, "batch n width"]]:
-        """LayerNorm(x)·(1 + scale) + shift in x's dtype, and x, to go on with.
+        """(LayerNorm(x)·(1 + scale) + shift in x's dtype, x).
 
-        A kernel adds the gradients of both.
+        The caller goes on with the x that is returned, not with its own, so that a kernel can add
+        the gradients of x's two uses.
         """
 
     @abc.abstractmethod
@@ -84,12 +85,15 @@ class BlockComputation(abc.ABC):
         branch: Product,
         packing: Packing,
     ) -> Float[Array, "batch n width"]:
-        """x + gate · (the branch's product and its bias), each pass with its own gate."""
+        """x + gate · (the branch's product and its bias), each pass with its own gate.
+
+        The bias gets its gradient here: by `branch.added()`, or in a kernel.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainComputation(BlockComputation):
-    """What the compiler makes of the plain forms.
+    """Norm and gated residual in plain JAX, which the compiler fuses; attention by a function.
 
     Attributes:
       attend: attention of one pass, from (qkv, bias).
@@ -176,7 +180,8 @@ def choose_kernels(relative_bias: bool, grid_size: int, head_width: int) -> str:
 
     On a TPU these are the Pallas kernels, for models with a bias of sizes that they take; elsewhere
     the plain forms (docs/performance.md). "cudnn" is never chosen: it has not been timed on a GPU.
-    Without a mesh a kernel of ours could not be divided.
+    Outside of `sharding.activations` it is "plain" on a TPU too: a Pallas call has to be divided
+    over a known mesh. The choice is made when the model is traced.
     """
     platform = placement.current.get().platform
     fits = relative_bias and attention_kernel.supports(grid_size, head_width)
@@ -192,15 +197,16 @@ def kept_position_index(
 
 @dataclasses.dataclass(frozen=True)
 class BlockSettings:
-    """What all blocks of a model have in common.
+    """The settings that all blocks of a model share.
 
     Attributes:
       num_heads: attention heads; they divide the width.
       mlp_ratio: hidden width of the MLP over the width.
       grid_size: side of the token grid for the relative-position bias, None for no bias (DiT).
       computation: how blocks are computed.
-      remat: what is computed again for the gradient: "none", "full" (all of a block), or "dots"
-        (all but the results of linear maps).
+      remat: the part that is computed again for the gradient: "none", "full" (all of a block), or
+        "dots" (all but the results in the computation's `remat_names`). The side-interpolator's
+        block is never computed again.
       unroll: layers in one turn of a loop over layers.
       dtype: compute dtype.
     """

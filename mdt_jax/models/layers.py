@@ -29,7 +29,7 @@ xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
-EPSILON = 1e-6  # of every LayerNorm
+EPSILON = 1e-6  # added to the variance in every LayerNorm
 
 # For functions that cost little: a loop over layers keeps their arguments for the backward pass,
 # and computes their results again, faster than it would write and read them. Where layers are

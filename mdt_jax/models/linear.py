@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from mdt_jax.models import placement
 from mdt_jax.models.placement import Axes
 
-LANES = 128  # of a TPU's vector registers
+LANES = 128  # a TPU's vector registers have so many
 OUTPUT = "linear"  # the name of a linear map's result in rematerialisation policies
 
 
@@ -162,7 +162,7 @@ def _merged(axes: Axes) -> str | None:
 
 def _gathered(kernel: Array, dtype: DTypeLike, axes: Axes) -> Array:
     place = placement.current.get()
-    # As sharded as before it is cast: what travels is of the smaller dtype.
+    # As sharded as before when it is cast, so that the smaller dtype travels.
     return place.gather(place.shard(kernel.astype(dtype), axes), axes)
 
 

@@ -48,7 +48,7 @@ class KeptTokens:
             low, high = num_tokens * (1 - mask_ratio - ratio_span), num_tokens * (1 - mask_ratio)
             # Guards against 0.3 + 0.2 falling on either side of a whole number.
             low, high = round(low, 6), round(high, 6)
-            mean = (low + high - 1) / 2  # of the reference's counts
+            mean = (low + high - 1) / 2  # mean of the reference's counts
             for step, enough in ((16, 3), (8, 2), (1, 1)):
                 multiples = np.arange(-(-int(low) // step), int(high) // step + 1) * step
                 if (num_tokens >= 128 or step == 1) and len(multiples) >= enough:

@@ -39,7 +39,7 @@ def modulated_norm(
 
     Args:
       x: tokens, those of each pass after the other.
-      shift, scale: of each pass.
+      shift, scale: one row for each pass.
       lengths: tokens of each pass.
       epsilon: added to the variance.
       interpret: whether to interpret the kernels, which needs no TPU.
@@ -85,7 +85,7 @@ def gated_residual(
       x: the residual stream.
       h: a linear map's result, its bias added.
       bias: that bias, whose gradient is summed here.
-      gate: of each pass.
+      gate: one row for each pass.
       lengths: tokens of each pass.
       interpret: whether to interpret the kernels, which needs no TPU.
     """

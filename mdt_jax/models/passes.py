@@ -4,7 +4,7 @@ MDT's training step takes a full and a masked pass of every image, which differ 
 tokens. Their tokens lie one pass after the other in one array, as NaViT packs images
 (arXiv:2307.06304, §2.1). Most of a block computes each token for itself and need not know;
 attention takes each pass's segment apart, and `over_tokens` gives each its own conditioning. A
-layer's kernels are so gathered once for all passes, and their gradient is one sum.
+layer's weights are so gathered once for all passes, and their gradient is one sum.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Pass(NamedTuple):
 
     Attributes:
       x: noisy latents or images (batch, H, W, C).
-      t: timesteps of the 1000-step training process (batch,), integers or floats.
-      labels: classes (batch,); num_classes is the null class.
+      t: timesteps of the training process (batch,), integers or floats.
+      labels: classes (batch,); num_classes is the null class; None for an unconditional model.
       ids_keep: kept token ids (batch, kept) of a masked pass, None for the full pass.
     """
 
@@ -43,9 +43,9 @@ class Packing(struct.PyTreeNode):
     Attributes:
       lengths: tokens of each pass, n in all.
       ids_keep: each pass's places of its tokens on the grid (batch, length), None for all in order.
-      pairs: each pass's rows of the relative-position bias table for all pairs of its tokens,
-        (length, length) or (batch, length, length); None where attention needs no such rows.
-        They are the same in every layer.
+      pairs: each pass's row of the relative-position bias table for every (query, key) pair of its
+        tokens, (length, length) or (batch, length, length); None where attention needs no such
+        rows. They are the same in every layer.
     """
 
     lengths: tuple[int, ...] = struct.field(pytree_node=False)
@@ -85,7 +85,10 @@ def _spread(v: Array, lengths: tuple[int, ...]) -> tuple[Array, None]:
 
 
 def _sum_by_pass(lengths: tuple[int, ...], _: None, gradient: Array) -> tuple[Array]:
-    """Sums each pass's own tokens, where the select's transpose would read all of them for each."""
+    """Sums the gradient over each pass's own tokens.
+
+    The gradient of the selects would read all tokens once for each pass.
+    """
     if gradient.shape[1] == 1:
         return (gradient,)
     sums = [gradient[:, a:b].sum(axis=1) for a, b in segments(lengths)]

@@ -31,7 +31,7 @@ class Placement:
       shard: the same array, or its gradient, as the state holds it.
       add_up: where batch_shards is above 1: a parameter's gradients of each part of the batch,
         (batch_shards, *shape), by the parameter's logical axes, to their sum as the state holds it.
-      platform: of the devices: "tpu", "gpu", "cpu"; None where no mesh is in force.
+      platform: the devices' platform: "tpu", "gpu", "cpu"; None where no mesh is in force.
       batch_shards: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
       partition: (function, axes of its arguments, axes of its results) → the function run on each

@@ -41,7 +41,7 @@ def cudnn_attention(
 
     Args:
       qkv, bias: as of `attention`; the bias is rounded to bfloat16.
-      implementation: of `jax.nn.dot_product_attention`.
+      implementation: the argument of `jax.nn.dot_product_attention`.
     """
     if bias is not None and qkv.shape[1] % 2:
         return attention(qkv, bias)
@@ -129,7 +129,7 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 @jax.custom_vjp
 def softmax(logits: Float32[Array, "batch heads n n"]) -> Float32[Array, "batch heads n n"]:
-    """Of the last axis. Its gradient is computed from the result, and nothing else is kept."""
+    """Softmax over the last axis. Its gradient needs the result alone, so nothing else is kept."""
     return jax.nn.softmax(logits, axis=-1)
 
 

@@ -132,7 +132,7 @@ def model_inputs(
 ) -> Float[Array, "batch h w c"]:
     """The model's inputs of a step, made of a batch's images as their kind says.
 
-    Pixels are scaled to [-1, 1]; of posteriors the step draws its own latents.
+    Pixels are scaled to [-1, 1]; latents are drawn from posteriors.
 
     Raises:
       ValueError: uint8 images of another kind than pixels, or pixels of another type.

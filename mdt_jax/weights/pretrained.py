@@ -31,6 +31,10 @@ from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightFile, WeightsError
 
 METADATA = "mdt_jax"  # the metadata key under which our .safetensors files describe themselves
+# How a family's published weights are sampled, where that is not as `config.sample` has it.
+_FAMILY_GUIDANCE: dict[str, dict[str, float | None]] = {
+    "DiT": {"cfg_scale": 1.5, "cfg_power": None}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,15 +272,14 @@ def create_config(architecture: Architecture) -> ConfigDict:
         in_channels=a.in_channels,
         num_classes=a.num_classes,
     )
-    if a.family != "DiT":
+    if "decoder_depth" in a.settings():
         config.model.decoder_depth = a.decoder_depth
     config_lib.apply_recipe(config)
     config.label_dropout = 0.1 if a.null_class else 0.0
     config.diffusion.variance = "learned_range" if a.learn_variance else "fixed_large"
     config.data.name = "latents"
     config.sample.every = 0
-    if a.family == "DiT":
-        config.sample.update(cfg_scale=1.5, cfg_power=None)
+    config.sample.update(_FAMILY_GUIDANCE.get(a.family, {}))
     if a.in_channels in (1, 3):  # pixels
         config.sample.update(clip=True, guided_channels=None)
     if not a.num_classes or not a.null_class:
