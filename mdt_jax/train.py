@@ -207,7 +207,7 @@ def dry_run(config: ConfigDict) -> str:
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """The command; errors that a user can mend end it with one line and exit status 1."""
     with command_ending():
         initialize_distributed()
         use_compilation_cache()
@@ -224,7 +224,7 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
 
 
 def parse_config_flags(argv: list[str]) -> list[str]:
-    """absl's parser; a --config or --config.KEY that is not there ends in one clear line."""
+    """Parses flags as absl does; a missing --config file or key ends with one line."""
     with command_ending():
         _check_config_is_there(argv)
     try:

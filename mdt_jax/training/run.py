@@ -60,8 +60,7 @@ class Run:
       mesh: the device mesh.
       trainer: the training step.
       model: the network.
-      counts: numbers of tokens that masked passes keep.
-      probabilities: how often each is drawn.
+      kept_tokens: the numbers of tokens that masked passes keep.
       abstract: shapes, dtypes and shardings of the state.
       rates: the averages' rates as text, which are their names in the state.
     """
@@ -97,7 +96,7 @@ class Run:
         return "\n".join(lines)
 
     def step_flops(self) -> float:
-        """Model FLOPs of a step, at the mean number of kept tokens."""
+        """Model FLOPs of a step over the whole batch, at the mean number of kept tokens."""
         return flops.train_step_flops(self.model, self.config.batch_size, self.kept_tokens.mean)
 
     def utilisation(self, seconds_per_step: float) -> float | None:
@@ -111,7 +110,7 @@ class Run:
         return state.ema[self.rates[0]]
 
     def kept(self, step: int) -> int | None:
-        """How many tokens the masked pass of a step keeps, None without one."""
+        """The number of tokens that the masked pass of a step keeps; None without such a pass."""
         return self.kept_tokens.draw(self.config.seed, step)
 
     def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:

@@ -132,10 +132,10 @@ def model_inputs(
 ) -> Float[Array, "batch h w c"]:
     """The model's inputs of a step, made of a batch's images as their kind says.
 
-    Pixels are scaled to [-1, 1]; latents are drawn from posteriors.
+    Pixels are scaled to [-1, 1]. From posteriors the step draws latents of its own.
 
     Raises:
-      ValueError: uint8 images of another kind than pixels, or pixels of another type.
+      ValueError: images are uint8 and not of the kind pixels, or the reverse.
     """
     if (images.dtype == jnp.uint8) != (examples is ExampleKind.PIXELS):
         raise ValueError(f"the step takes {examples.value}, the batch holds {images.dtype} images")
