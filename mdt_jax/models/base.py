@@ -83,6 +83,7 @@ class LatentTransformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
 
+    supports_masking = True  # whether there are masked passes, with `ids_keep`: in all but DiT
     relative_bias = True  # whether attention has a relative-position bias: in all families but DiT
     frozen = ()  # parameters (top-level names) that checkpoints hold and training leaves alone
     # The share of masked passes among the steps of inpainting (`sampling.inpainting`).
@@ -160,11 +161,6 @@ class LatentTransformer(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the input."""
         return (self.input_size, self.input_size, self.in_channels)
-
-    @property
-    def supports_masking(self) -> bool:
-        """Whether `__call__` takes `ids_keep`."""
-        return self.relative_bias
 
     def kept_tokens(self, ratio: float, ratio_span: float) -> KeptTokens:
         """How many tokens the masked passes of a training run keep (`masking.KeptTokens`).

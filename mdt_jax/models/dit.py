@@ -16,6 +16,7 @@ class DiT(LatentTransformer):
     """DiT with adaLN-Zero: no relative-position bias, no masking, a fixed position table."""
 
     relative_bias = False
+    supports_masking = False
     frozen = ("pos_embed",)
 
     @nn.compact
