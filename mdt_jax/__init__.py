@@ -29,6 +29,8 @@ _HOMES = {
     "sample": "mdt_jax.sampling.sampler",
 }
 
+__version__ = "0.1.0"  # the only place: setup.cfg reads it from here
+
 __all__ = [
     "Autoencoder",
     "DiffusionModel",

@@ -116,7 +116,7 @@ class Workloads:
         run = self.run
         batch = sharding.batch_sharding(run.mesh)
 
-        def apply(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        def apply(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> Any:
             with sharding.activations(run.mesh):
                 return run.model.apply({"params": params}, x, t, labels)
 

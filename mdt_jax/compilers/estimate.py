@@ -120,7 +120,8 @@ def estimate_program(
     """
     module = hlo.parse_module(text)
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
-    flops, moved = 0, defaultdict(lambda: [0, 0, 0])
+    flops = 0
+    moved: dict[tuple[str, int, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
     not_estimated: dict[str, int] = {}
     chains: set[tuple[str, ...]] = set()
     for computation, one, times in module.executed():
@@ -150,8 +151,8 @@ def estimate_program(
             label = _label(one)
             not_estimated[label] = not_estimated.get(label, 0) + times * one.bytes
     collectives = [
-        Collective(opcode, group, *numbers, across_slices=across)
-        for (opcode, group, across), numbers in moved.items()
+        Collective(opcode, group, count, size, wire, across)
+        for (opcode, group, across), (count, size, wire) in moved.items()
     ]
     return Estimate(
         cycles=sum(by_kind.values()),
@@ -342,7 +343,7 @@ def _window(attributes: str) -> dict[str, list]:
     """A convolution's strides, dilations and low padding, by spatial dimension."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(part.split("=", 1) for part in found[1].split()) if found else {}
-    window = {
+    window: dict[str, list] = {
         key: [int(n) for n in fields[key].split("x")]
         for key in ("stride", "lhs_dilate", "rhs_dilate")
         if key in fields

@@ -369,7 +369,8 @@ def parse_module(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = None
-    name, lines = None, []
+    name: str | None = None
+    lines: list[Instruction] = []
     for line in text.splitlines():
         if name is None:
             header = _HEADER.match(line)

@@ -235,7 +235,8 @@ def _compile_each(task: dict[str, Any]) -> list[str]:
     chip = topologies.CHIPS[task["chip"]]
     small = topologies.Topology(chip, (2, 2) if chip.dimensions == 2 else (2, 2, 1))
     device = SingleDeviceSharding(topologies.devices(small)[0])
-    dump, names, seen = Path(task["dump"]), [], set()
+    dump, names = Path(task["dump"]), []
+    seen: set[Path] = set()
     for program in task["kernels"]:
         exported = jax.export.deserialize(bytearray(base64.b64decode(program)))
         arguments = [

@@ -153,7 +153,8 @@ class CompileReport:
     def _shares(self) -> dict[str, float]:
         total = self.mean(lambda e: e.cycles)
         return {
-            kind: self.mean(lambda e, kind=kind: e.by_kind[kind]) / total for kind in estimate.KINDS
+            kind: self.mean(lambda e: e.by_kind[kind]) / total  # noqa: B023 - called at once
+            for kind in estimate.KINDS
         }
 
     def lines(self) -> list[str]:
