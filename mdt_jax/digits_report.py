@@ -155,7 +155,7 @@ def parse_report_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cfg_scale", type=float, default=2.0, help="guidance scale of the guided samples"
     )
-    parser.add_argument("--sampler", default="ddpm", help="sampler, as in sample.py")
+    parser.add_argument("--sampler", default="ddpm", help="sampler, as for mdt_jax.sample")
     parser.add_argument("--steps", type=int, default=250, help="sampling steps")
     parser.add_argument("--per_class", type=int, default=50, help="samples of each class, >= 2")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling noise")

@@ -11,7 +11,7 @@ import pytest
 from fixtures import FAMILIES, on_pixels, reference, start
 
 from mdt_jax import train
-from mdt_jax.checkpoints import Checkpoints
+from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.convert.adapt import resize_position_table, resize_relative_bias
 from mdt_jax.parallel import sharding
 from mdt_jax.training import transfer
@@ -262,7 +262,7 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
     vae = {"encoder.conv_in.weight": np.zeros((8, 3, 3, 3), np.float32)}
     weight_files.write_weights(weights / "vae.safetensors", vae)
     config = config_for("mdt_v1", weights / source, data, **changes)
-    refusals = (ValueError, train.CheckpointError)
+    refusals = (ValueError, CheckpointError)
     with no_compilation(), pytest.raises(refusals, match=message) as error:
         train.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -275,7 +275,7 @@ def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypat
     def read_of_ours(*args, **hints):
         return dataclasses.replace(read(*args, **hints), autoencoder=ours)
 
-    monkeypatch.setattr(pretrained, "read", read_of_ours)
+    monkeypatch.setattr(pretrained, "read_pretrained", read_of_ours)
     run = train.Run(config_for("dit", weights / "dit.safetensors"), tmp_path)
     with contextlib.closing(Checkpoints(tmp_path)) as store:
         message = r"dit.safetensors: trained on latents of another .*\(a{12}\) than .*b{12}"

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
+from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
@@ -261,8 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(methods_table(rows), end="\n\n", flush=True)
             if args.output:
                 about["load_average"] = [round(load, 1) for load in os.getloadavg()]
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(about | {"rows": as_json(rows)}, indent=2) + "\n")
+                text = json.dumps(about | {"rows": as_json(rows)}, indent=2)
+                with whole_file(args.output) as file:
+                    file.write(text.encode() + b"\n")
 
 
 if __name__ == "__main__":

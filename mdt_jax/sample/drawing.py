@@ -55,28 +55,51 @@ def draw_samples(
     with parts.held():
         done = by_first_process(begin)
         if done is not None:
-            batches = sampling.in_batches(
-                sampling.compile_sampler(model, mesh, size, options),
-                params,
-                len(labels),
-                lambda rows: (labels[rows],),
-                key=f.seed,
-                progress=True,
-                done=set(done),
-            )
-            for first, samples in batches:
-                if autoencoder:
-                    samples = autoencoder.decode_batch(
-                        samples, size, f.vae_batch_size, f.vae_tile_size
-                    )
-                rows = images.to_uint8(samples, first) if pixels else samples
-                by_first_process(functools.partial(parts.write, first, rows))
+            sampler = sampling.compile_sampler(model, mesh, size, options)
+            draw_missing_parts(f, sampler, params, autoencoder, labels, parts, set(done))
             about = vars(options) | {"seed": f.seed, "ema_rate": f.ema_rate, "vae": f.vae}
             about = {"model": model.name, "step": model.step, "label_order": f.label_order} | about
             by_first_process(lambda: join_samples(parts, labels, written, about))
         if not f.keep_parts:
             by_first_process(parts.remove)
     return written if jax.process_index() == 0 else []
+
+
+def draw_missing_parts(
+    f: flags.FlagValues,
+    sampler: sampling.CompiledSampler,
+    params: Any,
+    autoencoder: Autoencoder | None,
+    labels: np.ndarray,
+    parts: Parts,
+    done: set[int],
+) -> None:
+    """Draws and decodes the batches that are not done, and writes each as a part.
+
+    Args:
+      f: the flags.
+      sampler: for the batches.
+      params: the network's.
+      autoencoder: decodes the samples; None if they are written as they are.
+      labels: the class of every sample.
+      parts: where the batches are written.
+      done: first indices of the batches that are there.
+    """
+    batches = sampling.in_batches(
+        sampler,
+        params,
+        len(labels),
+        lambda rows: (labels[rows],),
+        key=f.seed,
+        progress=True,
+        done=done,
+    )
+    for first, samples in batches:
+        if autoencoder:
+            size = sampler.shape[0]
+            samples = autoencoder.decode_batch(samples, size, f.vae_batch_size, f.vae_tile_size)
+        rows = images.to_uint8(samples, first) if parts.dtype == np.uint8 else samples
+        by_first_process(functools.partial(parts.write, first, rows))
 
 
 def join_samples(
