@@ -1,11 +1,14 @@
 """The house stays in order: the entries of mdt_jax/, their imports, and a short training loop."""
 
 import ast
+import importlib.metadata
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import mdt_jax
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mdt_jax"
@@ -100,3 +103,9 @@ def test_the_training_loop_is_seen_whole():
         if isinstance(node, ast.FunctionDef) and node.name == "_train"
     )
     assert loop.end_lineno - loop.lineno < 45
+
+
+def test_the_version_stands_in_one_place():
+    assert mdt_jax.__version__ == importlib.metadata.version("mdt-jax")
+    assert f'__version__ = "{mdt_jax.__version__}"' in (PACKAGE / "__init__.py").read_text()
+    assert "version = attr: mdt_jax.__version__" in (ROOT / "setup.cfg").read_text()

@@ -1,6 +1,8 @@
 """The items of a checkpoint, trees of arrays and JSON, written and read through Orbax."""
 
+from logging import DEBUG
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,8 +75,8 @@ def lazy_item(
 
 
 def _read_leaf(path: epath.Path, keys: tuple[str, ...], saved: PyTree) -> np.ndarray:
-    item = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
-    restore_args = ocp.RestoreArgs(restore_type=np.ndarray)
+    item: Any = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
+    restore_args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for key in reversed(keys):
         item, restore_args = {key: item}, {key: restore_args}
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
@@ -189,4 +191,4 @@ def silence_orbax() -> None:
 def _is_worth_reading(record) -> bool:
     kind = record.levelname == "INFO" or record.exc_info
     chatter = kind and "orbax/checkpoint" in record.pathname
-    return not chatter or logging.get_absl_logger().isEnabledFor(logging.converter.STANDARD_DEBUG)
+    return not chatter or logging.get_absl_logger().isEnabledFor(DEBUG)

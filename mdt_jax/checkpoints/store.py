@@ -6,6 +6,7 @@ import shutil
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -178,9 +179,8 @@ class Checkpoints:
             chosen = choose_step(self._root, steps, step)
             directory = self._root / str(chosen)
             mine = slice(self._process, None, self._n_processes)
-            problems = sum(
-                gather_json(f"verify {directory}", find_problems(directory, share=mine)), []
-            )
+            found = gather_json(f"verify {directory}", find_problems(directory, share=mine))
+            problems = [problem for part in found for problem in part]
             if not problems:
                 break
             damage = f"checkpoint {directory} is damaged: {'; '.join(problems)}"
@@ -245,7 +245,7 @@ class Checkpoints:
         )
         self._barrier(f"checksummed {step}")
         if self._process == 0:
-            files = {}
+            files: dict[str, Any] = {}
             for process in range(self._n_processes):
                 files |= json.loads(Path(part.format(process)).read_bytes())
                 os.unlink(part.format(process))

@@ -7,7 +7,7 @@ bar can move, and the result's bits do not depend on where chunks end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ def run_steps(
     def body(k: Array, state: SamplerState) -> SamplerState:
         i = diffusion.num_steps - 1 - k
         batch = jnp.full(state.x.shape[:1], i, jnp.int32)
-        common = {"i": batch, "noise": noise_fn(i), **options}
+        common: dict[str, Any] = {"i": batch, "noise": noise_fn(i), **options}
         if sampler in SINGLE_STEP:
             x = SINGLE_STEP[sampler](diffusion, model_fn, state.x, **common)
             return SamplerState(x, state.x0)
@@ -242,7 +242,7 @@ def sample_steps(
     model_fn: ModelFn,
     x: Float[Array, "b h w c"],
     noise_fn: NoiseFn,
-    **options: float | bool,
+    **options: Any,
 ) -> Float[Array, "b h w c"]:
     """Samples from pure noise x, by all steps of `run_steps`."""
     return run_steps(sampler, diffusion, model_fn, initial_state(x), noise_fn, **options).x

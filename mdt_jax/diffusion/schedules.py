@@ -62,12 +62,12 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
                 f"respacing {spec!r} asks for {count} of the {size} steps of section "
                 f"{section + 1}; 1 to {size} would do"
             )
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             # A running sum and Python's rounding to even, as in ADM: others keep other timesteps.
             kept.append(start + round(position))
-            position += stride
+            position += spacing
         start += size
     return np.unique(np.asarray(kept, np.int64))
 

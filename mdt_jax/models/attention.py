@@ -31,9 +31,14 @@ class Attention(nn.Module):
         qkv = Linear((width,), (3, *heads), axes, s.dtype, layers.xavier, name="qkv")
         table = None if s.grid_size is None else self.bias_table()
         out = s.computation.attention(h, qkv, table, packing)
-        axes = ("heads", None, "embed")
         proj = Linear(
-            heads, (width,), axes, s.dtype, layers.xavier, output_name=PROJECTION, name="proj"
+            heads,
+            (width,),
+            ("heads", None, "embed"),
+            s.dtype,
+            layers.xavier,
+            output_name=PROJECTION,
+            name="proj",
         )
         return proj.product(out)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -131,11 +131,12 @@ def _backward_rule(
         d_qkv, d_strips, d_bias = None, [], []
         calls = _calls(qkv, strips, lengths, masks, kept)
         for (call, ids), sums in zip(calls, log_sums, strict=True):
-            d_qkv, *sums = call.backward(qkv, strips, out, sums, d_out, d_qkv, ids, interpret)
-            d_strips.append(sums[0])
-            d_bias.append(sums[1])
+            found = call.backward(qkv, strips, out, sums, d_out, d_qkv, ids, interpret)
+            d_qkv = found[0]
+            d_strips.append(found[1])
+            d_bias.append(found[2])
         # Sums over this device's samples.
-        return d_qkv, sum(d_strips)[None], sum(d_bias)[None, ..., 0]
+        return d_qkv, reduce(jnp.add, d_strips)[None], reduce(jnp.add, d_bias)[None, ..., 0]
 
     run = placement.current.get().partition(
         local,
@@ -164,14 +165,14 @@ def _calls(
     kept: Sequence[Array],
 ) -> Iterator[tuple[_Call, Array | None]]:
     """The kernel call of each pass, with the ids of its tokens if they are kept ones."""
-    kept = iter(kept)
+    ids = iter(kept)
     for (start, stop), masked in zip(segments(lengths), masks, strict=True):
         if start % TOKENS:
             raise ValueError(
                 f"passes of {lengths} tokens: those before the last must have {TOKENS}, or several"
             )
         call = _Call.of(qkv, strips, start, stop - start, sum(lengths), masked)
-        yield call, next(kept) if masked else None
+        yield call, next(ids) if masked else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,8 +339,8 @@ class _Call(Sizes):
         """This pass's block of (batch, heads, width, n), or of (batch, count, heads, width, n)."""
         tokens = min(TOKENS, self.packed)
         if count is None:
-            block = (1, self.heads, self.width, tokens)
-            return pl.BlockSpec(block, lambda g, b: (b, g, 0, self.block))
+            one = (1, self.heads, self.width, tokens)
+            return pl.BlockSpec(one, lambda g, b: (b, g, 0, self.block))
         block = (1, count, self.heads, self.width, tokens)
         return pl.BlockSpec(block, lambda g, b: (b, 0, g, 0, self.block))
 

@@ -6,6 +6,8 @@ is not trained here: `mdt_jax.weights.autoencoder` loads published weights into 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -53,7 +55,7 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.block_widths) - 1)
 
     def setup(self) -> None:
-        shared = {
+        shared: dict[str, Any] = {
             "norm_groups": self.norm_groups,
             "mid_attention": self.mid_attention,
             "dtype": self.dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,12 @@ class Layers(NamedTuple):
     """Blocks of one kind that a pass goes through.
 
     Attributes:
-      count: how many.
+      depth: how many.
       tokens: how many tokens each computes.
       skip: whether they first map concat(x, skip) from 2D to D.
     """
 
-    count: int
+    depth: int
     tokens: int
     skip: bool = False
 
@@ -85,7 +85,9 @@ class LatentTransformer(nn.Module):
 
     supports_masking = True  # whether there are masked passes, with `ids_keep`: in all but DiT
     relative_bias = True  # whether attention has a relative-position bias: in all families but DiT
-    frozen = ()  # parameters (top-level names) that checkpoints hold and training leaves alone
+    frozen: ClassVar[
+        tuple[str, ...]
+    ] = ()  # parameters (top-level names) that checkpoints hold and training leaves alone
     # The share of masked passes among the steps of inpainting (`sampling.inpainting`).
     inpainting_masked_share = 0.0
 

@@ -17,7 +17,7 @@ def forward_macs(model: LatentTransformer, num_kept: int | None = None) -> int:
     def blocks(layers: Layers) -> int:
         per_token = 4 * d * d + 2 * d * hidden + (2 * d * d if layers.skip else 0)
         block = layers.tokens * per_token + 2 * layers.tokens**2 * d + 6 * d * d
-        return layers.count * block
+        return layers.depth * block
 
     patch = model.patch_size**2 * model.in_channels
     outputs = patch * (2 if model.learn_variance else 1)

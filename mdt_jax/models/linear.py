@@ -60,7 +60,8 @@ def _forward(x: Array, kernel: Array, axes: Axes, num_contracted: int) -> tuple[
 
 
 def _backward(axes: Axes, num_contracted: int, saved: Any, dy: Array) -> tuple[Array, Array]:
-    x, kernel, axes, num_contracted = _as_matrices(*saved, axes, num_contracted)
+    x, kernel = saved
+    x, kernel, axes, num_contracted = _as_matrices(x, kernel, axes, num_contracted)
     rows = tuple(range(x.ndim - num_contracted))
     return _gradients(saved, x, kernel, axes, num_contracted, dy, (rows, rows))
 
@@ -90,7 +91,8 @@ def _forward_tokens_last(x: Array, kernel: Array, axes: Axes) -> tuple[Array, An
 
 
 def _backward_tokens_last(axes: Axes, saved: Any, dy: Array) -> tuple[Array, Array]:
-    x, kernel, axes, _ = _as_matrices(*saved, axes, 1)
+    x, kernel = saved
+    x, kernel, axes, _ = _as_matrices(x, kernel, axes, 1)
     dy = dy[..., : x.shape[1]]
     return _gradients(saved, x, kernel, axes, 1, dy, ((0, 1), (0, dy.ndim - 1)))
 

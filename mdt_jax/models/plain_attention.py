@@ -33,7 +33,7 @@ def attention(
 def cudnn_attention(
     qkv: Float[Array, "batch n 3 heads width"],
     bias: Float[Array, "*batch heads n n"] | None,
-    implementation: str = "cudnn",
+    implementation: Any = "cudnn",
 ) -> Float[Array, "batch n heads width"]:
     """The same by cuDNN's fused attention, bias and its gradient included, in qkv's bfloat16.
 

@@ -230,7 +230,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         start = file.read(4)
     if start == b"\x89PNG":
         with Image.open(path) as image:
-            return {key: str(value) for key, value in image.text.items()}
+            text = getattr(image, "text", {})  # PNG's chunks
+            return {key: str(value) for key, value in text.items()}
     if start == b"PK\x03\x04":
         with np.load(path) as arrays:
             return json.loads(str(arrays["metadata"])) if "metadata" in arrays else {}

@@ -310,7 +310,7 @@ class CompiledInpainter(sampling.CompiledBatch):
             first: Array,
             last: Array,
         ) -> Array:
-            def apply(x: Array, t: Array, y: Array) -> Array:
+            def apply(x: Array, t: Array, y: Array) -> Any:
                 if ids_keep is None:
                     return model.network.apply({"params": params}, x, t, y)
                 ids = jnp.broadcast_to(ids_keep, (len(x), len(ids_keep)))

@@ -137,7 +137,7 @@ def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
 
 
 def in_batches(
-    run: CompiledBatch,
+    run: Any,
     params: Any,
     count: int,
     inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
@@ -298,7 +298,7 @@ class CompiledSampler(CompiledBatch):
             first: Array,
             last: Array,
         ) -> SamplerState:
-            def apply(x: Array, t: Array, y: Array) -> Array:
+            def apply(x: Array, t: Array, y: Array) -> Any:
                 return model.network.apply({"params": params}, x, t, y)
 
             with sharding.activations(mesh):
@@ -313,6 +313,7 @@ class CompiledSampler(CompiledBatch):
                     **self._step_settings(),
                 )
 
+        self._chunk: Any  # jitted
         self._start, self._chunk = self._compile(chunk, self.num_steps, initial=initial_state)
         self._run: Callable = self._chunk
 

@@ -242,13 +242,14 @@ def _compiled(method: Callable, module: AutoencoderKL, mesh: Mesh) -> Callable:
 
 
 def _encode(module: AutoencoderKL, params: Any, images: Array) -> tuple[Array, Array]:
-    moments = module.apply({"params": params}, images, method="encode")
+    moments: Any = module.apply({"params": params}, images, method="encode")
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
 
 def _decode(module: AutoencoderKL, params: Any, latents: Array) -> tuple[Array]:
-    return (module.apply({"params": params}, latents, method="decode"),)
+    images: Any = module.apply({"params": params}, latents, method="decode")
+    return (images,)
 
 
 def _tiles(side: int, tile: int, factor: int) -> list[tuple[int, np.ndarray]]:

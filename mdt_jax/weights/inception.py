@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def load_network(source: str | Path) -> tuple[InceptionV3, dict[str, Any]]:
 def read_parameters(source: str | Path) -> dict[str, Any]:
     """The parameters alone; arguments and errors as `load_network`'s."""
     path, arrays = open_arrays(source)
-    convert = from_torch
+    convert: Callable[[Any], dict[str, Any]] = from_torch
     if path.suffix == GRAPH:
         convert = from_graph
     elif any(name.startswith(f"{BLOCK}/") for name in arrays):

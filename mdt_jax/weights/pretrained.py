@@ -253,7 +253,7 @@ def ema_rate_of(name: str) -> float | None:
 def architecture_of(model: LatentTransformer) -> Architecture:
     """The architecture of a module."""
     names = [field.name for field in dataclasses.fields(Architecture) if field.name != "family"]
-    sizes = {name: getattr(model, name, 0) for name in names}
+    sizes: dict[str, Any] = {name: getattr(model, name, 0) for name in names}
     # The one row of an unconditional model's label table is its null row, whatever it was told.
     sizes["null_class"] = model.null_class or model.num_classes == 0
     return Architecture(family=type(model).__name__, **sizes)
@@ -326,8 +326,8 @@ def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
 
     shapes = {"pos_embed": table.shape}
     for name, parts in sources.items():
-        first, *rest = weights.shapes[parts[0]]
-        shapes[name] = (first * len(parts), *rest)
+        rows, *rest = weights.shapes[parts[0]]
+        shapes[name] = (rows * len(parts), *rest)
     dtypes = {name: weights.dtypes[parts[0]] for name, parts in sources.items()}
     dtypes["pos_embed"] = table.dtype
     return WeightFile(weights.path, shapes, dtypes, load, nest=weights.nest)
