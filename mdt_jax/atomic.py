@@ -33,8 +33,7 @@ def whole_path(path: _Name, folder: _Name | None = None) -> Iterator[str]:
     place, name = os.path.split(path)
     os.makedirs(place, exist_ok=True)
     # Not the process's number: one of another host, or container, may have the same.
-    # It begins with the name itself, by which those who list a folder leave such files out.
-    aside = os.path.join(folder or place, f"{name}.{uuid.uuid4().hex}.tmp")
+    aside = os.path.join(folder or place, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         yield aside
         with open(aside, "rb") as file:
