@@ -193,7 +193,7 @@ def compiled_steps(name):
     config = pretrained.create_config(architecture(name))
     config.batch_size, config.masking.ratio_span, config.ema_rates = BATCH, 0.0, (RATE,)
     run = train.Run(config, "")
-    (count,) = run.kept_tokens.counts
+    (count,) = run.kept_tokens.programs
     assert count == (KEPT if run.model.supports_masking else None)
     step = dataclasses.replace(run.trainer, draw_fn=injected_draws(name)).jit_step(count)
     like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(run.mesh))
