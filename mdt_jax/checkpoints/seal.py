@@ -55,9 +55,9 @@ def choose_step(root: Path, steps: list[int], step: int | None) -> int:
 
 def step_files(directory: Path) -> list[str]:
     """Relative names of the files of a step that its seal covers, sorted."""
-    own = (SEAL_FILE, PART.split("{")[0])
+    names_of_seal = (SEAL_FILE, PART.split("{")[0])
     # `atomic` writes .NAME.ID.tmp aside: another process may be writing its part just now.
-    own = (*own, *(f".{name}" for name in own))
+    own = (*names_of_seal, *(f".{name}" for name in names_of_seal))
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = (path.relative_to(directory).as_posix() for path in paths)
     return sorted(name for name in names if not name.startswith(own))
