@@ -17,7 +17,7 @@ authors publish no result on this set, so none is known to expect.
 from configs.lsun_bedroom256 import get_config as unconditional
 
 
-def get_config(model: str = "MDTv2-B/2"):
-    config = unconditional(model)
+def get_config(argument: str = ""):
+    config = unconditional(argument)
     config.num_steps = 200_000
     return config

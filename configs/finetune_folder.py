@@ -10,19 +10,23 @@ init_from is a .pt or .safetensors file, hf://OWNER/REPO/FILE or a workdir. The 
 folder's number of classes: the rows of the label table are random, except for the null row, and all
 other weights start as they were. The log lists them. Pictures without sub-folders have no classes,
 and use the null row. For 512 pixels encode at 512 and add --config.model.input_size=64: the tables
-of positions and attention biases are resized.
+of positions and attention biases are resized. Weights that were trained on another autoencoder's
+latents need pictures encoded by it, and `:MODEL,vae=NAME` as in configs/imagenet256.py.
 
 The recipe is the family's own with a third of its learning rate and a faster average. 10,000 steps
 of 64 pictures are a starting point for some thousand pictures, not a tuned figure. XL/2 with Adan
 has 17.8 GB of state: --config.mesh.fsdp=N spreads it over N devices.
 """
 
-from mdt_jax.config import apply_recipe, default_config
+from mdt_jax.config import apply_autoencoder, apply_recipe, default_config, parse_argument
 
 
-def get_config(model: str = "MDTv2-XL/2"):
+def get_config(argument: str = ""):
+    given = parse_argument(argument, model="MDTv2-XL/2", vae="mse")
+    model = given["model"]
     config = default_config()
     config.model.name = model
+    apply_autoencoder(config, given["vae"], image_size=256)
     config.model.num_classes = -1  # the data's
     apply_recipe(config)
     config.optimizer.learning_rate /= 3

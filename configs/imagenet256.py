@@ -1,4 +1,4 @@
-"""ImageNet at 256 pixels, on latents of the Stable-Diffusion autoencoder; any model by name.
+"""ImageNet at 256 pixels, on an autoencoder's latents; any model by name.
 
     python -m mdt_jax.train --config configs/imagenet256.py:MDTv2-XL/2 --workdir runs/mdtv2_xl2 \\
         --config.data.path=DIR
@@ -8,6 +8,10 @@ DIR holds the training images, encoded once:
     python tools/prepare_dataset.py --imagenet ILSVRC2012_img_train.tar --data_dir data
     python tools/encode_latents.py --data_name tfds:imagenet2012 --data_path data --vae mse \\
         --image_size 256 --output DIR
+
+`:MDTv2-XL/2,vae=NAME` trains on the latents of another published autoencoder than Stable
+Diffusion's: "sdxl" (4 channels), "sd3" or "flux" (16), "dc-ae-f32" or "dc-ae-f64" (32 or 64 pixels
+a latent). Encode with the same --vae NAME; the run keeps what its latents are, and refuses others.
 
 The model is "MDTv2-XL/2" if none is named. Each family has its authors' recipe:
 
@@ -34,14 +38,17 @@ No run of the published length has been made with this code. XL/2's state fits a
 it is sharded: add --config.mesh.fsdp=16, for instance.
 """
 
-from mdt_jax.config import apply_recipe, default_config
+from mdt_jax.config import apply_autoencoder, apply_recipe, default_config, parse_argument
 
 NUM_STEPS = {"MDT-XL/2": 6_500_000, "MDTv2-XL/2": 2_000_000, "DiT-XL/2": 7_000_000}
 
 
-def get_config(model: str = "MDTv2-XL/2"):
+def get_config(argument: str = "", image_size: int = 256):
+    given = parse_argument(argument, model="MDTv2-XL/2", vae="mse")
+    model = given["model"]
     config = default_config()
     config.model.name = model
+    apply_autoencoder(config, given["vae"], image_size)
     apply_recipe(config)
     if model == "MDTv2-S/2":
         config.model.decoder_depth = 6

@@ -12,8 +12,8 @@ expect a far worse one. DIR is as in configs/imagenet256.py.
 from configs.imagenet256 import get_config as imagenet256
 
 
-def get_config(model: str = "MDTv2-XL/2"):
-    config = imagenet256(model)
+def get_config(argument: str = ""):
+    config = imagenet256(argument)
     config.optimizer.update(name="adam", learning_rate=1e-4, clip_norm=None)
     config.schedule.update(name="step", boundaries=(100_000, 125_000), factor=0.1)
     config.batch_size = 32

@@ -14,10 +14,12 @@ and guidance. The MDT authors publish no result on this set, so none is known to
 """
 
 from configs.imagenet256 import get_config as imagenet256
+from mdt_jax.config import parse_argument
 
 
-def get_config(model: str = "MDTv2-B/2"):
-    config = imagenet256(model)
+def get_config(argument: str = ""):
+    given = parse_argument(argument, model="MDTv2-B/2", vae="mse")
+    config = imagenet256(f"{given['model']},vae={given['vae']}")
     config.model.num_classes = 0
     config.label_dropout = 0.0
     config.num_steps = 400_000

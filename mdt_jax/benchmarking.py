@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sampling
 from mdt_jax.compilers.programs import Memory
-from mdt_jax.convert.autoencoder_settings import DEFAULT_SCALE
 from mdt_jax.models import flops
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import device_memory, mfu
 from mdt_jax.training.run import Run
@@ -188,7 +188,7 @@ def random_autoencoder(mesh: jax.sharding.Mesh, dtype: Any) -> Autoencoder:
     params = jax.jit(module.init, out_shardings=sharding.replicated(mesh))(
         jax.random.key(0), images
     )["params"]
-    return Autoencoder(module, params, DEFAULT_SCALE, 0.0, "random", mesh)
+    return Autoencoder(module, params, LatentSpace(autoencoder="random"), mesh)
 
 
 def time_by_turns(

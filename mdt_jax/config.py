@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer, create_model
+from mdt_jax.models.latent_space import AUTOENCODERS, STABLE_DIFFUSION
 
 # Settings that decide what a run's parameters mean: changing one needs another workdir.
 IDENTITY = (
@@ -135,7 +137,9 @@ def default_config() -> ConfigDict:
     config.eval.inception = ""  # weights of the FID Inception-v3: a folder or a file
     # npz in ADM's layout, or a folder; "" with the classifier: the training images
     config.eval.reference = ""
-    config.eval.vae = ""  # decoder of latents: "ema" (published numbers'), "mse", or a path
+    # Decoder of latents, for judging and for grids: "ema" (published numbers'), "mse", "sdxl",
+    # "sd3", "flux", "dc-ae-f32", "dc-ae-f64", or a path.
+    config.eval.vae = ""
     return config
 
 
@@ -161,6 +165,58 @@ def apply_recipe(config: ConfigDict) -> ConfigDict:
     family = config.model.name.partition("-")[0]
     for section, values in RECIPES.get(family, DEFAULT_RECIPE).items():
         config[section].update(values)
+    return config
+
+
+def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
+    """The argument of a config file, "MODEL,KEY=VALUE" with each part optional, by key.
+
+    Args:
+      argument: the text after the file's name and a colon, such as "MDTv2-XL/2,vae=sdxl".
+      **defaults: the keys that there are, with their defaults; "model" is the part without a key.
+
+    Raises:
+      ValueError: a key that is not among them, or one that is given twice.
+    """
+    given: dict[str, str] = {}
+    for part in filter(None, argument.split(",")):
+        key, value = part.split("=", 1) if "=" in part else ("model", part)
+        if key not in defaults or key in given:
+            problem = "is given twice" if key in given else "is unknown"
+            raise ValueError(
+                f"the config's argument {argument!r}: {key} {problem}; it is MODEL,"
+                + ",".join(f"{name}={name.upper()}" for name in defaults if name != "model")
+            )
+        given[key] = value
+    return defaults | given
+
+
+def apply_autoencoder(config: ConfigDict, name: str, image_size: int) -> ConfigDict:
+    """Sets the model's inputs to the latents of a published autoencoder.
+
+    Other latents than Stable Diffusion's are guided on all channels, and `eval.vae` decodes them.
+    A stride of 32 or more leaves so few latents that each is a token, as in the paper that has it
+    (Chen et al. 2025, https://arxiv.org/abs/2410.10733).
+
+    Args:
+      config: is changed.
+      name: a key of `AUTOENCODERS`.
+      image_size: side of the images in pixels.
+
+    Raises:
+      ValueError: an unknown name, or images that it does not divide into latents.
+    """
+    if name not in AUTOENCODERS:
+        raise ValueError(f"vae={name} is unknown; known: {', '.join(AUTOENCODERS)}")
+    space = AUTOENCODERS[name]
+    if image_size % space.stride:
+        raise ValueError(f"vae={name} takes multiples of {space.stride} pixels, not {image_size}")
+    config.model.update(input_size=image_size // space.stride, in_channels=space.channels)
+    if dataclasses.replace(space, autoencoder="") != STABLE_DIFFUSION:
+        config.sample.guided_channels = None
+        config.eval.vae = name
+    if space.stride >= 32:
+        config.model.patch_size = 1
     return config
 
 

@@ -39,6 +39,7 @@ from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
+from mdt_jax.weights.pretrained import latents_of_run
 
 # Flags of `mdt_jax.sample` that have no meaning here.
 _NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
@@ -115,7 +116,7 @@ def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
     if not workdir:
         return True
     _, meta = checkpoints.read_meta(workdir, f.step)
-    return meta["config"]["model"]["in_channels"] not in (1, 3)
+    return latents_of_run(meta) is not None
 
 
 def _sample_stem(f: flags.FlagValues, workdir: str | None) -> Path:

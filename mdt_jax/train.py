@@ -120,7 +120,7 @@ def _restore(
       The state; the meta data of its checkpoint, empty for a fresh run; whether the run was stopped
       before its samples were judged.
     """
-    state, meta = run.restore(store, source.autoencoder_digest)
+    state, meta = run.restore(store, source.latent_space)
     checks.check_data_unchanged(meta, source, run.workdir)
     step = int(state.step)
     owed = run_evaluation.judgement_is_owed(run.config, run.workdir, step)
@@ -146,7 +146,7 @@ def _prepare(
     logging.info("compiling %d step(s), one for each number of kept tokens", count)
     with ThreadPoolExecutor(1) as background:  # one compilation does not use all processors
         compiling = background.submit(run.compile_steps, source)
-        grids = GridSampler(run, source.class_names, stop) if config.sample.every else None
+        grids = GridSampler.asked_for(run, source, stop)
         if evaluator:
             evaluator.compile()
         steps = compiling.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -14,13 +15,12 @@ import pytest
 
 from mdt_jax.convert import autoencoder as convert
 from mdt_jax.convert.autoencoder_settings import (
-    DEFAULT_SCALE,
     AutoencoderSettings,
     settings_from_config,
 )
-from mdt_jax.data import LATENT_SCALE
 from mdt_jax.models import autoencoder as network
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import autoencoder as latents_lib
 from mdt_jax.weights import files as weight_files
@@ -93,9 +93,7 @@ def build(name: str, weights: dict[str, np.ndarray] | None = None) -> Autoencode
     return Autoencoder(
         AutoencoderKL(**settings.module_settings()),
         jax.device_put(params, sharding.replicated(mesh)),
-        settings.scale,
-        settings.shift,
-        name,
+        dataclasses.replace(settings.latents, autoencoder=name),
         mesh,
     )
 
@@ -181,7 +179,7 @@ def errors_of(name: str, weights: dict[str, np.ndarray] | None = None) -> tuple[
     theirs, autoencoder = reference(name), build(name, weights)
     mean, std = autoencoder.encode(images())
     ours = np.concatenate([mean, 2 * np.log(std)], axis=-1)
-    scaled = (theirs["z"] - autoencoder.shift) * autoencoder.scale
+    scaled = autoencoder.latents.normalize(theirs["z"])
     decoded = autoencoder.decode(scaled.astype(np.float32))
     return relative_error(ours, theirs["moments"]), relative_error(decoded, theirs["decoded"])
 
@@ -401,16 +399,13 @@ def test_a_config_without_entries_has_diffusers_defaults():
     assert (settings.scale, settings.shift, settings.block_widths) == (0.18215, 0.0, (64,))
 
 
-def test_latents_without_a_scale_of_their_own_are_scaled_as_training_scales_them():
-    assert DEFAULT_SCALE == LATENT_SCALE
-
-
 # Files
 
 
 def test_a_folder_of_diffusers_loads_whole(tmp_path):
     autoencoder = Autoencoder.load(save(tmp_path, "other"))
-    assert (autoencoder.scale, autoencoder.shift) == (0.3611, 0.1159)
+    space = autoencoder.latents
+    assert (space.scale, space.shift) == (0.3611, 0.1159)
     assert autoencoder.name == str(tmp_path)
     back = convert.to_torch(autoencoder.params, settings_of("other"))
     for key, array in random_weights("other").items():
@@ -422,7 +417,7 @@ def test_a_file_alone_is_of_stable_diffusions_groups_and_scale(tmp_path):
     weight_files.write_weights(tmp_path / "vae.safetensors", weights)
     for source in (tmp_path, tmp_path / "vae.safetensors"):
         autoencoder = Autoencoder.load(source)
-        assert (autoencoder.scale, autoencoder.module.norm_groups) == (0.18215, 32)
+        assert (autoencoder.latents.scale, autoencoder.module.norm_groups) == (0.18215, 32)
         assert autoencoder.module.block_widths == (32, 32, 64, 64)
 
 
@@ -541,7 +536,7 @@ def test_batches_and_devices_change_nothing():
     x, one = images(5), small()
     mesh = sharding.create_mesh(data=2, devices=jax.devices()[:2])
     params = jax.device_put(one.params, sharding.replicated(mesh))
-    two = Autoencoder(one.module, params, one.scale, one.shift, one.name, mesh)
+    two = Autoencoder(one.module, params, one.latents, mesh)
     mean, std = one.encode(x, batch_size=5)
     in_batches = two.encode(x, batch_size=2)  # the last batch is padded
     np.testing.assert_allclose(in_batches[0], mean, atol=1e-5)
@@ -617,7 +612,7 @@ def test_a_last_smaller_batch_runs_the_program_of_the_others(monkeypatch):
 
     monkeypatch.setattr(Autoencoder, "decode", decode)
     module, mesh = AutoencoderKL(), sharding.create_mesh()
-    autoencoder = Autoencoder(module, {}, 1.0, 0.0, "a", mesh)
+    autoencoder = Autoencoder(module, {}, LatentSpace(scale=1.0), mesh)
     # Without the shapes checked: these images are latents.
     decode_batch = getattr(Autoencoder.decode_batch, "__wrapped__", Autoencoder.decode_batch)
     latents = np.random.default_rng(0).standard_normal((3, 2, 2, 4)).astype(np.float32)

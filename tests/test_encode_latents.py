@@ -25,10 +25,12 @@ from PIL import Image
 from mdt_jax import data
 from mdt_jax.convert.autoencoder import to_torch
 from mdt_jax.convert.autoencoder_settings import settings_from_config
+from mdt_jax.data.channel_sums import ChannelSums
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.parallel.command import one_line
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights.autoencoder import Autoencoder
+from mdt_jax.weights.autoencoder import Autoencoder, encoder_digest
 
 TOOL = Path(__file__).parents[1] / "tools" / "encode_latents.py"
 CONFIG = {
@@ -118,7 +120,7 @@ def test_the_manifest_says_what_the_latents_are_of(images, vae_folder, autoencod
     manifest = json.loads((encoded / "manifest.json").read_text())
     known = {
         "source": str(images), "num_images": COUNT, "class_names": ["cat", "dog"],
-        "image_size": SIZE, "vae": str(vae_folder), "scale": data.LATENT_SCALE,
+        "image_size": SIZE, "vae": str(vae_folder), "scale": STABLE_DIFFUSION_SCALE,
         "latent_shape": [4, 4, 4], "dtype": "float32", "mirror": True, "records": 2 * COUNT,
     }  # fmt: skip
     assert known.items() <= manifest.items()
@@ -138,6 +140,51 @@ def test_without_mirroring_and_in_float16(images, autoencoder, tmp_path):
     posteriors, _ = cache.records.read_posteriors(np.arange(COUNT))
     assert posteriors.shape == (COUNT, 4, 4, 8) and posteriors.dtype == np.float16
     assert not cache.records.mirrored
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_channels_are_measured_in_the_pass_that_encodes_them(images, autoencoder, tmp_path, dtype):
+    source = encode(images, autoencoder, tmp_path, normalize="channel", dtype=dtype)
+    records = source.records
+    both = [records.read_posteriors(np.arange(COUNT), np.full(COUNT, m))[0] for m in (False, True)]
+    mean, std = np.split(np.concatenate(both).astype(np.float64), 2, axis=-1)
+    spread = np.sqrt(mean.var(axis=(0, 1, 2)) + np.square(std).mean(axis=(0, 1, 2)))
+    space = source.latent_space
+    np.testing.assert_allclose(space.mean, mean.mean(axis=(0, 1, 2)), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(space.std, spread, rtol=1e-6)
+    assert (space.autoencoder, space.digest) == (autoencoder.name, autoencoder.latents.digest)
+
+
+def test_measuring_goes_on_where_it_was_interrupted(images, autoencoder, tmp_path):
+    settings = {"normalize": "channel", "image_size": SIZE, "batch_size": 2, "images_per_shard": 2}
+    pictures = data.folder_source(images)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert tool().encode_latents(pictures, autoencoder, whole, **settings)
+    for index in (2, 0):  # shards by different processes, in another order, one of them twice
+        share = {"process_index": index, "process_count": 3}
+        assert not tool().encode_latents(pictures, autoencoder, parts, **settings, **share)
+    assert tool().encode_latents(pictures, autoencoder, parts, **settings)
+    assert contents(parts) == contents(whole)
+    shard = next(whole.glob("latents-00001*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert tool().encode_latents(pictures, autoencoder, whole, **settings)
+    assert contents(parts) == contents(whole)
+    with pytest.raises(ValueError, match="of normalize channel, not of normalize autoencoder; giv"):
+        tool().encode_latents(
+            pictures, autoencoder, whole, **settings | {"normalize": "autoencoder"}
+        )
+
+
+def test_sums_of_parts_do_not_cancel():
+    rng = np.random.default_rng(0)
+    mean = 1e4 + rng.standard_normal((64, 3, 2)) * 1e-2
+    posteriors = np.concatenate([mean, np.full_like(mean, 1e-2)], axis=-1)
+    sums = ChannelSums(2)
+    for part in np.array_split(posteriors, 7):
+        sums.add(part)
+    sums = ChannelSums.from_json(json.loads(json.dumps(sums.to_json())))
+    expected = np.sqrt(mean.var(axis=(0, 1)) + 1e-4)
+    np.testing.assert_allclose(sums.moments()[1], expected, rtol=1e-6)
 
 
 def test_images_without_classes_give_latents_without_classes(images, autoencoder, tmp_path):
@@ -202,6 +249,7 @@ import functools, importlib.util, os, random, signal, sys, time, types
 import jax, numpy as np
 from pathlib import Path
 from mdt_jax import data
+from mdt_jax.models.latent_space import LatentSpace
 
 spec = importlib.util.spec_from_file_location("encode_latents", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
@@ -209,7 +257,7 @@ spec.loader.exec_module(tool)
 
 class Slow:  # an autoencoder's stand-in, of which a forked process can have its own
     seconds = 0.002
-    scale, shift, name, params = data.LATENT_SCALE, 0, "slow", {"encoder": {"w": np.ones(3)}}
+    name, latents = "slow", LatentSpace(stride=2, autoencoder="slow", digest="0" * 64)
     module = types.SimpleNamespace(downsampling=2, latent_channels=4, dtype=np.float32)
     def encode(self, images, batch_size):
         time.sleep(self.seconds)
@@ -320,7 +368,9 @@ def test_a_folder_of_other_things_is_left_alone(images, autoencoder, tmp_path):
 def other(autoencoder) -> Autoencoder:
     """An autoencoder of the same shapes and other weights."""
     changed = jax.tree.map(lambda leaf: leaf + 1, autoencoder.params)
-    return dataclasses.replace(autoencoder, params=changed, name="other")
+    digest = encoder_digest(changed)
+    latents = dataclasses.replace(autoencoder.latents, autoencoder="other", digest=digest)
+    return dataclasses.replace(autoencoder, params=changed, latents=latents)
 
 
 def test_a_folder_of_another_autoencoder_size_or_source_is_refused_naming_both(
@@ -381,7 +431,9 @@ def test_another_name_of_the_same_encoder_goes_on(images, autoencoder, encoded):
     whole = contents(encoded)
     decoder = jax.tree.map(lambda leaf: leaf + 1, autoencoder.params["decoder"])
     params = autoencoder.params | {"decoder": decoder}
-    encode(images, dataclasses.replace(autoencoder, params=params, name="ema"), encoded)
+    assert encoder_digest(params) == autoencoder.latents.digest
+    latents = dataclasses.replace(autoencoder.latents, autoencoder="ema")
+    encode(images, dataclasses.replace(autoencoder, params=params, latents=latents), encoded)
     assert contents(encoded) == whole
 
 
@@ -430,11 +482,9 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
     images, autoencoder, tmp_path, monkeypatch
 ):
     source, output = data.folder_source(images), tmp_path / "latents"
-    rescaled = dataclasses.replace(autoencoder, scale=0.13025)
     latents = data.arrays(np.zeros((1, 4, 4, 8), np.float32))
     for case, message in (
         ((source, autoencoder, 9), r"^--image_size 9: .* multiples of 2; 8 would do$"),
-        ((source, rescaled, SIZE), r"scale and shift are 0.13025 and 0.0, but .* by 0.18215"),
         ((latents, autoencoder, SIZE), r"^arrays: holds latents already; give a source of images$"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,6 +20,7 @@ from fixtures import make_trainer, reference, start
 from mdt_jax import data
 from mdt_jax.data import latent_cache, latent_writing
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE, LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.training.step import draw_latents
 from mdt_jax.weights.autoencoder import Autoencoder, _encode
@@ -27,7 +28,7 @@ from mdt_jax.weights.autoencoder import Autoencoder, _encode
 COUNT = 11
 DESCRIPTION = latent_cache.CacheDescription(
     source="pictures", num_images=COUNT, class_names=("cat", "dog", "emu"), image_size=8,
-    vae="mse", vae_digest="0" * 64, scale=data.LATENT_SCALE, compute_dtype="float32",
+    vae="mse", vae_digest="0" * 64, scale=STABLE_DIFFUSION_SCALE, compute_dtype="float32",
     latent_shape=(4, 4, 2), dtype="float16", mirror=True, images_per_shard=4,
 )  # fmt: skip
 
@@ -397,10 +398,49 @@ def test_more_shards_are_read_than_files_may_be_open(tmp_path):
     assert "latents-00000-of-00040" in error
 
 
-def test_latents_of_another_scale_are_refused_naming_both(copy):
-    damage_manifest(copy, scale=0.13025, vae="sdxl")
-    with pytest.raises(ValueError, match=r"autoencoder sdxl, whose scale is 0.13025; .* by 0.1821"):
-        data.latents_source(copy)
+def test_a_cache_says_what_its_latents_are(copy):
+    assert data.latents_source(copy).latent_space == LatentSpace(
+        channels=2, stride=2, autoencoder="mse", digest="0" * 64
+    )
+    damage_manifest(copy, scale=0.13025, shift=0.5, vae="sdxl", version=2)
+    space = data.latents_source(copy).latent_space
+    assert (space.scale, space.shift, space.autoencoder) == (0.13025, 0.5, "sdxl")
+
+
+def test_a_channel_that_is_the_same_everywhere_cannot_be_normalised(tmp_path):
+    description = dataclasses.replace(DESCRIPTION, normalize="channel")
+    rows = records(description)
+    rows["posterior"][..., 1::2] = 0  # the mean and the spread of channel 1
+    with pytest.raises(ValueError, match="channel 1 of the latents has the standard deviation 0"):
+        write(tmp_path / "latents", description, rows)
+
+
+def test_a_cache_begun_before_there_were_shifts_goes_on(tmp_path):
+    folder = tmp_path / "latents"
+    latent_writing.begin_cache(folder, DESCRIPTION)
+    file = folder / latent_cache.ENCODING
+    begun = json.loads(file.read_text())
+    for key in latent_cache.description_defaults().keys() - {"source_digest"}:
+        del begun[key]
+    file.write_text(json.dumps(begun))
+    assert data.latents_source(write(folder)).latent_space == DESCRIPTION.latent_space
+
+
+def test_npy_latents_are_stable_diffusions_unless_a_file_says_more(tmp_path):
+    np.save(tmp_path / "latents.npy", np.zeros((2, 4, 4, 8), np.float32))
+    assert data.npy_directory(tmp_path).latent_space == LatentSpace()
+    (tmp_path / "latents.json").write_text('{"scale": 0.5, "stride": 16}')
+    assert data.npy_directory(tmp_path).latent_space == LatentSpace(stride=16, scale=0.5)
+    for text, message in (
+        ("[1]", "latents.json"),
+        ("{", "latents.json"),
+        ('{"scale": -1}', "scale is -1.0; it must be a number above 0; mend it, or remove it"),
+        ('{"channels": 16}', "describes latents of 16 channels, beside latents of 4 channels"),
+    ):
+        (tmp_path / "latents.json").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            data.npy_directory(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_settings_that_latents_have_no_use_for_are_refused(folder, tmp_path):
@@ -468,7 +508,7 @@ def autoencoder() -> Autoencoder:
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes["params"]
     )
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    return Autoencoder(module, params, data.LATENT_SCALE, 0.0, "small", mesh)
+    return Autoencoder(module, params, LatentSpace(autoencoder="small"), mesh)
 
 
 def encode_cache(pixels: np.ndarray, autoencoder: Autoencoder, folder: Path) -> data.Source:
@@ -519,7 +559,7 @@ def test_training_on_latents_is_training_on_images_encoded_in_the_step(autoencod
         if pixels.dtype == jnp.uint8:
             pixels = pixels / 127.5 - 1
         mean, std = _encode(autoencoder.module, autoencoder.params, pixels)
-        z = mean * data.LATENT_SCALE + std * noise
+        z = mean * STABLE_DIFFUSION_SCALE + std * noise
         return trainer.step(state, batch | {"image": z}, num_kept=None)[1]
 
     settings = {"global_batch_size": BATCH, "seed": 5, "process_index": 0, "process_count": 1}

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "mdt_jax"
 # From the ground up: an entry imports from its own floor only itself, and from those below it.
 FLOORS = (
     ("atomic",),
-    ("models", "diffusion", "data"),
+    ("models", "diffusion"),
+    ("data",),
     ("parallel", "convert", "config"),
     ("checkpoints",),
     ("weights",),

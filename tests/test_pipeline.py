@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import data
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.training.step import model_inputs
 
 
@@ -148,7 +149,7 @@ def test_the_step_scales_pixels_draws_latents_and_takes_inputs_as_they_are():
         np.testing.assert_array_equal(made, inputs)
     certain = np.concatenate([inputs, np.zeros_like(inputs)], -1).astype(np.float16)
     latents = model_inputs(kinds.POSTERIORS, 0, step, jnp.asarray(certain))
-    scaled = certain[..., :2].astype(np.float32) * np.float32(data.LATENT_SCALE)
+    scaled = certain[..., :2].astype(np.float32) * np.float32(STABLE_DIFFUSION_SCALE)
     np.testing.assert_array_equal(latents, scaled)
 
 

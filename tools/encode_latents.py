@@ -22,7 +22,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -39,7 +38,6 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from mdt_jax.data import (
-    LATENT_SCALE,
     BadImage,
     Source,
     center_crop,
@@ -85,6 +83,7 @@ def encode_latents(
     images_per_shard: int = 4096,
     on_bad_image: str = "error",
     max_bad_fraction: float = 0.01,
+    normalize: str = "autoencoder",
     process_index: int = 0,
     process_count: int = 1,
     progress: bool = False,
@@ -93,8 +92,7 @@ def encode_latents(
 
     Args:
       source: images, RGB or gray, not latents.
-      autoencoder: an autoencoder on this process's devices, whose scale is the one that training
-        multiplies latents by.
+      autoencoder: an autoencoder on this process's devices.
       output: the folder to make, or to go on with.
       image_size: side that images are cropped to.
       mirror: whether to encode the mirrored images, too.
@@ -104,6 +102,9 @@ def encode_latents(
       images_per_shard: images in a file; a run that ends in the middle of it encodes them again.
       on_bad_image: "error", or "skip", which leaves out images that cannot be used.
       max_bad_fraction: with "skip", stop when more than this part of all images is bad.
+      normalize: the numbers that training normalises latents by: "autoencoder", its own; or
+        "channel", each channel's mean and standard deviation, measured over the cache as it is
+        written.
       process_index: encode the shards from this one on, every `process_count`-th.
       process_count: how many processes share the shards.
       progress: whether to show a progress bar, of this process's shards.
@@ -125,7 +126,9 @@ def encode_latents(
             raise ValueError(f"--{flag} {value} is below 1")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"--max_bad_fraction {max_bad_fraction:g} is outside 0 to 1")
-    description = describe_cache(source, autoencoder, image_size, mirror, dtype, images_per_shard)
+    description = describe_cache(
+        source, autoencoder, image_size, mirror, dtype, images_per_shard, normalize
+    )
     latent_writing.begin_cache(output, description)
     mine = range(process_index, description.num_shards, process_count)
     batch_size = min(batch_size, images_per_shard, len(source))
@@ -152,36 +155,30 @@ def describe_cache(
     mirror: bool,
     dtype: str,
     images_per_shard: int,
+    normalize: str = "autoencoder",
 ) -> CacheDescription:
     """The description of the cache that is to be made."""
     side = image_size // autoencoder.module.downsampling
+    space = autoencoder.latents
     return CacheDescription(
         source=source.name,
         num_images=len(source),
         class_names=tuple(source.class_names),
         image_size=image_size,
         vae=autoencoder.name,
-        vae_digest=encoder_digest(autoencoder),
-        scale=autoencoder.scale,
+        vae_digest=space.digest,
+        scale=space.scale,
         compute_dtype=np.dtype(autoencoder.module.dtype).name,
         latent_shape=(side, side, autoencoder.module.latent_channels),
         dtype=dtype,
         mirror=mirror,
         images_per_shard=images_per_shard,
         source_digest=source.identity()["records"],
+        shift=space.shift,
+        mean=space.mean,
+        std=space.std,
+        normalize=normalize,
     )
-
-
-def encoder_digest(autoencoder: Autoencoder) -> str:
-    """The SHA-256 of the encoder's weights alone: "mse" and "ema" differ only in their decoders."""
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(autoencoder.params)
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.startswith(("encoder/", "quant/")):
-            digest.update(f"{name} {leaf.shape}\n".encode())
-            digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
-    return digest.hexdigest()
 
 
 def _encode(
@@ -296,12 +293,6 @@ def _check(source: Source, autoencoder: Autoencoder, image_size: int) -> None:
             f"--image_size {image_size}: the autoencoder {autoencoder.name} takes multiples of "
             f"{factor}; {fit} would do"
         )
-    if (autoencoder.scale, autoencoder.shift) != (LATENT_SCALE, 0):
-        raise ValueError(
-            f"--vae {autoencoder.name}: its scale and shift are {autoencoder.scale} and "
-            f"{autoencoder.shift}, but training scales latents by {LATENT_SCALE}, Stable "
-            "Diffusion's; give 'mse', 'ema' or another autoencoder of that scale"
-        )
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -342,6 +333,7 @@ def main(_: list[str]) -> None:
             images_per_shard=f.images_per_shard,
             on_bad_image=f.on_bad_image,
             max_bad_fraction=f.max_bad_fraction,
+            normalize=f.normalize,
             process_index=index,
             process_count=count,
             progress=index == 0,
@@ -369,6 +361,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.")
     flags.DEFINE_string("output", None, "The folder to make, or to go on with.", required=True)
     flags.DEFINE_bool("mirror", True, "Whether the mirrored images are encoded, too.")
+    flags.DEFINE_enum(
+        "normalize",
+        "autoencoder",
+        list(latent_cache.NORMALIZATIONS),
+        "What training normalises latents by: the autoencoder's numbers, or each channel's own.",
+    )
     flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Type of the stored numbers.")
     flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Type computed in.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over a process's devices.")

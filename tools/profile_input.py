@@ -43,7 +43,6 @@ from PIL import Image
 from mdt_jax import data
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import (
-    LATENT_SCALE,
     ExampleStream,
     Source,
     center_crop,
@@ -56,6 +55,7 @@ from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.folders import ImageFolder
 from mdt_jax.data.stream import CROPS, epoch_order
 from mdt_jax.models import create_model, flops
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.devices import peak_flops
 
@@ -306,8 +306,9 @@ def synthetic_latents(folder: Path, count: int) -> Source:
     """A cache of random posteriors of images and mirror images, in ImageNet's shape."""
     description = latent_cache.CacheDescription(
         source="random numbers", num_images=count, class_names=tuple(map(str, range(1000))),
-        image_size=256, vae="none", vae_digest="", scale=LATENT_SCALE, compute_dtype="float32",
-        latent_shape=(32, 32, 4), dtype="float16", mirror=True, images_per_shard=256,
+        image_size=256, vae="none", vae_digest="", scale=STABLE_DIFFUSION_SCALE,
+        compute_dtype="float32", latent_shape=(32, 32, 4), dtype="float16", mirror=True,
+        images_per_shard=256,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     latent_writing.begin_cache(folder, description)

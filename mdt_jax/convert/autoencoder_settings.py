@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# The scale of a config.json that gives none, Stable Diffusion's (Rombach et al. 2022, appendix G).
-# Training scales latents by the same number, `data.transforms.LATENT_SCALE`. It is not imported
-# from there: the package data imports JAX and Grain, and this one may not. A test compares the two.
-DEFAULT_SCALE = 0.18215
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE, LatentSpace
+
 DEFAULT_NORM_GROUPS = 32
 # Entries of a config.json that do not change the network, and entries that do, with the values that
 # the network here has.
@@ -18,16 +16,14 @@ _WITHOUT_EFFECT = ("sample_size", "force_upcast")
 _ONLY_VALUES = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderSettings:
-    """The fields of `mdt_jax.models.autoencoder.AutoencoderKL`, and the scaling of its latents.
+    """The fields of `mdt_jax.models.autoencoder.AutoencoderKL`, and its latents' normalisation.
 
-    A diffusion model's latents are (latent − shift)·scale.
+    `scale`, `shift`, `mean` and `std` are those of `LatentSpace`.
     """
 
     in_channels: int
@@ -41,8 +37,10 @@ class AutoencoderSettings:
     mid_attention: bool
     quant_conv: bool
     post_quant_conv: bool
-    scale: float = DEFAULT_SCALE
+    scale: float = STABLE_DIFFUSION_SCALE
     shift: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self):
         for width in self.block_widths:
@@ -55,8 +53,21 @@ class AutoencoderSettings:
     def module_settings(self) -> dict[str, Any]:
         """The fields as keywords of `AutoencoderKL`."""
         fields = dataclasses.asdict(self)
-        del fields["scale"], fields["shift"]
+        for name in ("scale", "shift", "mean", "std"):
+            del fields[name]
         return fields
+
+    @property
+    def latents(self) -> LatentSpace:
+        """The latents, of an encoder that is not known yet."""
+        return LatentSpace(
+            channels=self.latent_channels,
+            stride=2 ** (len(self.block_widths) - 1),
+            scale=self.scale,
+            shift=self.shift,
+            mean=self.mean,
+            std=self.std,
+        )
 
 
 def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
@@ -79,6 +90,7 @@ def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
         if len(types) != len(widths):
             raise ValueError(f"{key} has {len(types)} stages, block_out_channels {len(widths)}")
         attention[direction] = tuple(i for i, kind in enumerate(types) if kind == attentive)
+    scale = float(config.get("scaling_factor") or STABLE_DIFFUSION_SCALE)
     return AutoencoderSettings(
         in_channels=config.get("in_channels", 3),
         out_channels=config.get("out_channels", 3),
@@ -91,9 +103,42 @@ def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
         mid_attention=config.get("mid_block_add_attention", True),
         quant_conv=config.get("use_quant_conv", True),
         post_quant_conv=config.get("use_post_quant_conv", True),
-        scale=float(config.get("scaling_factor") or DEFAULT_SCALE),
+        scale=scale,
         shift=float(config.get("shift_factor") or 0.0),
+        mean=tuple(map(float, config.get("latents_mean") or ())),
+        # diffusers' pipelines multiply by scaling_factor and divide by latents_std.
+        std=tuple(float(value) / scale for value in config.get("latents_std") or ()),
     )
+
+
+def check_stable_diffusions(settings: AutoencoderSettings) -> None:
+    """Refuses settings that are plainly not those of Stable Diffusion's first autoencoder.
+
+    Its widths are not compared: smaller ones of its layout are for tests.
+
+    Raises:
+      ValueError: they are another autoencoder's, whose scale is not known then.
+    """
+    wanted = {
+        "latent_channels": 4,
+        "in_channels": 3,
+        "out_channels": 3,
+        "stages": 4,
+        "layers_per_block": 2,
+        "quant_conv": True,
+        "post_quant_conv": True,
+        "mid_attention": True,
+        "down_attention": (),
+        "up_attention": (),
+    }
+    given = dataclasses.asdict(settings) | {"stages": len(settings.block_widths)}
+    for name, value in wanted.items():
+        if given[name] != value:
+            raise ValueError(
+                f"no config.json beside it, and this is not Stable Diffusion's autoencoder: "
+                f"{name} is {given[name]}, and {value} there; put the autoencoder's config.json "
+                "beside the weights, which gives its scale (scaling_factor)"
+            )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -128,6 +173,11 @@ def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
 
 _COUNT = (_is_count, "a whole number above 0")
 _NAMES = (lambda v: _is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
+_NUMBERS = (lambda v: v is None or _is_list(v, _is_number), "a list of numbers")
+_SPREADS = (
+    lambda v: v is None or _is_list(v, lambda entry: _is_number(entry) and entry > 0),
+    "a list of numbers above 0",
+)
 _SWITCH = (lambda v: isinstance(v, bool), "true or false")
 # The entries that are read: a check of a value's type, and that type in words.
 _READ = {
@@ -144,4 +194,6 @@ _READ = {
     "use_post_quant_conv": _SWITCH,
     "scaling_factor": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0"),
     "shift_factor": (lambda v: v is None or _is_number(v), "a number"),
+    "latents_mean": _NUMBERS,
+    "latents_std": _SPREADS,
 }

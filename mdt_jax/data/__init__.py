@@ -10,15 +10,9 @@ from mdt_jax.data.source import ExampleKind, Source
 from mdt_jax.data.sources import create_source
 from mdt_jax.data.stream import ExampleStream, example_spec
 from mdt_jax.data.tfds import tfds_source
-from mdt_jax.data.transforms import (
-    LATENT_SCALE,
-    center_crop,
-    random_crop,
-    to_unit_range,
-)
+from mdt_jax.data.transforms import center_crop, random_crop, to_unit_range
 
 __all__ = [
-    "LATENT_SCALE",
     "BadImage",
     "BatchIterator",
     "DevicePrefetcher",

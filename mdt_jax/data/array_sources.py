@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
 from mdt_jax.data.source import ExampleKind, Source, short_digest
+from mdt_jax.models.latent_space import LatentSpace
 
 
 def digits(split: str = "train") -> Source:
@@ -66,7 +68,9 @@ def npy_directory(path: str | Path) -> Source:
       path: a folder with either `images.npy`, uint8 (n, h, w, c), or `latents.npy`, float16 or
         float32 (n, h, w, 2c), posterior means before standard deviations; and, where they
         have classes, `labels.npy`, integers (n,), with `class_names.txt`, a name per line,
-        or without (the names are then "0", "1", ... up to the largest label).
+        or without (the names are then "0", "1", ... up to the largest label). `latents.json`, an
+        object with the fields of `LatentSpace` that are known ({"scale": 0.13025, "shift": 0}),
+        says what latents are; without it they are Stable Diffusion's.
 
     Raises:
       FileNotFoundError: no such folder, or nothing to read in it.
@@ -93,7 +97,31 @@ def npy_directory(path: str | Path) -> Source:
     names = names_file.read_text(encoding="utf-8").splitlines() if names_file.exists() else ()
     # Labels are small and every one is checked, so they are read at once.
     labels = np.array(_MemoryMap(labels_file).array) if labels_file.exists() else None
-    return _from_arrays(str(folder), images.array, labels, names, read_from=images)
+    source = _from_arrays(str(folder), images.array, labels, names, read_from=images)
+    return _with_latent_space(source, folder / "latents.json")
+
+
+def _with_latent_space(source: Source, path: Path) -> Source:
+    """A source whose latents are what a file says, if it is there.
+
+    Raises:
+      ValueError: the file describes no latents, or the data are not latents of its channels.
+    """
+    if not path.exists():
+        return source
+    channels = source.image_shape[-1]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        space = LatentSpace.from_json({"channels": channels} | values)
+        if not source.latents or space.channels != channels:
+            held = f"latents of {channels} channels" if source.latents else "images"
+            raise ValueError(f"it describes latents of {space.channels} channels, beside {held}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: {' '.join(str(error).split())}; mend it, or remove it"
+        ) from error
+    records = dataclasses.replace(source.records, latent_space=space)
+    return dataclasses.replace(source, records=records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +130,7 @@ class _ArrayRecords:
 
     images: "np.ndarray | _MemoryMap"
     labels: np.ndarray | None
+    latent_space: LatentSpace | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,13 +11,9 @@ is followed by its mirror image's.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
-import os
-import resource
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +21,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
+from mdt_jax.data.shard_readers import ShardReaders
 from mdt_jax.data.source import ExampleKind, Source
-from mdt_jax.data.transforms import LATENT_SCALE
+from mdt_jax.models.latent_space import LatentSpace
 
 CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
-VERSION = 1
+# Caches that a reader from before there were shifts would normalise wrongly are of version 2.
+VERSIONS = (1, 2)
+NORMALIZATIONS = ("autoencoder", "channel")
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
 _HEAD = np.dtype([("index", "<i8"), ("label", "<i4"), ("mirrored", "<i4")])
 _TOOL = "tools/encode_latents.py"
@@ -47,7 +46,7 @@ class CacheDescription:
       image_size: pixels that the images were cropped to.
       vae: the name or path by which the autoencoder was asked for; the digest says which it is.
       vae_digest: the digest of the encoder's weights.
-      scale: the factor by which a diffusion model multiplies the autoencoder's latents.
+      scale, shift: a diffusion model sees (latent − shift)·scale.
       compute_dtype: the type that the autoencoder computed in.
       latent_shape: (height, width, channels) of a latent.
       dtype: the type of the stored numbers, "float32" or "float16".
@@ -55,6 +54,10 @@ class CacheDescription:
       images_per_shard: how many images every shard but the last is for.
       source_digest: the digest of the data set's images, their order and labels (see
         `Source.identity`); empty in caches made before there was one.
+      mean, std: the autoencoder's own numbers of each channel, which take the place of scale and
+        shift; empty for most.
+      normalize: "autoencoder", by those numbers; or "channel", by each channel's mean and standard
+        deviation over this cache, which its manifest has.
     """
 
     source: str
@@ -70,6 +73,30 @@ class CacheDescription:
     mirror: bool
     images_per_shard: int
     source_digest: str = ""
+    shift: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    normalize: str = "autoencoder"
+
+    @property
+    def version(self) -> int:
+        """The version of the manifest."""
+        plain = self.shift == 0 and not self.mean and self.normalize == "autoencoder"
+        return VERSIONS[0] if plain else VERSIONS[1]
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What the latents are, normalised by the autoencoder's own numbers."""
+        return LatentSpace(
+            channels=self.latent_shape[-1],
+            stride=self.image_size // self.latent_shape[0],
+            scale=self.scale,
+            shift=self.shift,
+            mean=self.mean,
+            std=self.std,
+            autoencoder=self.vae,
+            digest=self.vae_digest,
+        )
 
     @property
     def num_shards(self) -> int:
@@ -104,6 +131,15 @@ class CacheDescription:
         return records * (self.record_type.itemsize + 128)
 
 
+def description_defaults() -> dict[str, Any]:
+    """The defaults of a description's newer fields, as JSON has them."""
+    fields = dataclasses.fields(CacheDescription)
+    found = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in found.items()
+    }
+
+
 class LatentCache:
     """The records of a finished cache, for a `Source`: image i's posterior and label by i.
 
@@ -112,12 +148,21 @@ class LatentCache:
       description: its contents.
       mirrored: whether `read_posteriors` can give the mirror images' posteriors.
       digest: a digest of all shards' bytes.
+      latent_space: what the latents are, with the numbers that training normalises them by.
     """
 
     def __init__(
-        self, folder: Path, description: CacheDescription, shards: Sequence[dict[str, Any]]
+        self,
+        folder: Path,
+        description: CacheDescription,
+        shards: Sequence[dict[str, Any]],
+        measured: dict[str, Any] | None = None,
     ):
         self.folder, self.description = folder, description
+        self.latent_space = description.latent_space
+        if description.normalize == "channel":
+            mean, std = (tuple((measured or {})[key]) for key in ("mean", "std"))
+            self.latent_space = dataclasses.replace(self.latent_space, mean=mean, std=std)
         self.mirrored = description.mirror
         told = [(shard["file"], shard["records"], shard["sha256"]) for shard in shards]
         self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -126,17 +171,12 @@ class LatentCache:
         wanted = [len(description.shard_images(shard)) for shard in range(len(shards))]
         self._left_out = np.array(wanted) - images
         self._ends = np.cumsum(images)
-        self._readers = _Readers(folder, [file for file, *_ in told])
+        self._readers = ShardReaders(folder, [file for file, *_ in told])
 
     @property
     def stored_dtype(self) -> np.dtype:
         """The type of the stored numbers, which `read_posteriors` gives."""
         return np.dtype(self.description.dtype)
-
-    @property
-    def autoencoder_digest(self) -> str:
-        """The digest of the encoder's weights."""
-        return self.description.vae_digest
 
     @classmethod
     def open(cls, folder: str | Path) -> LatentCache:
@@ -154,18 +194,12 @@ class LatentCache:
         manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
             raise FileNotFoundError(f"{folder}: {_why_no_manifest(folder)}")
-        if manifest.get("version") != VERSION:
+        if manifest.get("version") not in VERSIONS:
             raise ValueError(
                 f"{folder / CACHE_MANIFEST}: is of version {manifest.get('version')}, this program "
-                f"reads {VERSION}; encode the images again with {_TOOL}"
+                f"reads {' and '.join(map(str, VERSIONS))}; encode the images again with {_TOOL}"
             )
         cache = cls._from_manifest(folder, manifest)
-        if cache.description.scale != LATENT_SCALE:
-            raise ValueError(
-                f"{folder}: holds latents of the autoencoder {cache.description.vae}, whose scale "
-                f"is {cache.description.scale}; training scales latents by {LATENT_SCALE}, Stable "
-                "Diffusion's: encode the images with 'mse', 'ema' or another of that scale"
-            )
         for shard in manifest["shards"]:
             path = folder / shard["file"]
             size = path.stat().st_size if path.exists() else None
@@ -184,18 +218,19 @@ class LatentCache:
           ValueError: the manifest lacks something or contradicts itself, as one changed by hand.
         """
         try:
-            # Caches from before there was a source's digest have none.
-            known = manifest | {"source_digest": manifest.get("source_digest", "")}
+            # Caches from before a field was there have its default.
+            known = description_defaults() | manifest
             fields = {
                 field.name: known[field.name] for field in dataclasses.fields(CacheDescription)
             }
-            fields |= {key: tuple(fields[key]) for key in ("class_names", "latent_shape")}
+            listed = ("class_names", "latent_shape", "mean", "std")
+            fields |= {key: tuple(fields[key]) for key in listed}
             description = CacheDescription(**fields)
             found = [(shard["file"], shard["bytes"] + 0) for shard in manifest["shards"]]
             wanted = [description.shard_name(shard) for shard in range(description.num_shards)]
             if [file for file, _ in found] != wanted:
                 raise ValueError(f"{len(found)} shards, which are not those of its images")
-            cache = cls(folder, description, manifest["shards"])
+            cache = cls(folder, description, manifest["shards"], manifest.get("measured"))
             if min(cache._left_out) < 0 or not cache._ends[-1]:
                 raise ValueError(f"{cache._ends[-1]:,} of {description.num_images:,} images")
             _ = description.record_type
@@ -254,7 +289,7 @@ class LatentCache:
         mirror = " and of mirror images" if d.mirror else ""
         return (
             f"{d.dtype} latents of {d.source} at {d.image_size} pixels{mirror}, by the autoencoder "
-            f"{d.vae}"
+            f"{d.vae}, {self.latent_space.numbers}"
         )
 
     def _read(self, shard: int, place: int) -> bytes:
@@ -301,7 +336,7 @@ def latents_source(path: str | Path) -> Source:
 
     Raises:
       FileNotFoundError: no such folder, or not one that the tool finished.
-      ValueError: a shard that is missing or damaged, or an autoencoder of another scale.
+      ValueError: a shard that is missing or damaged.
     """
     cache = LatentCache.open(path)
     d = cache.description
@@ -309,73 +344,6 @@ def latents_source(path: str | Path) -> Source:
     return Source(
         str(cache.folder), cache, d.latent_shape, d.class_names, kind, note=cache.describe()
     )
-
-
-class _Readers:
-    """Readers of shards, for several threads, each opened when it is first needed.
-
-    They take up to half of the files that a process can have open. The reader that was not used for
-    longest makes room for a new one; it closes when the last thread is done with it.
-    """
-
-    def __init__(self, folder: Path, files: Sequence[str]):
-        self._folder, self._files = folder, files
-        self._limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._open: dict[int, Any] = {}  # in the order of their last use
-        self._lock = threading.Lock()
-
-    def read(self, shard: int, place: int) -> bytes:
-        """A record's bytes.
-
-        Raises:
-          RuntimeError, ValueError, IndexError: ArrayRecord's errors for damage.
-          OSError: this process has too many files open.
-        """
-        try:
-            (data,) = self._reader(shard).read([place])
-        except RuntimeError as error:
-            if os.strerror(errno.EMFILE) not in str(error):
-                raise
-            return self._read_alone(shard, place)
-        return data
-
-    def _read_alone(self, shard: int, place: int) -> bytes:
-        """A record's bytes, read after all other shards' files were closed."""
-        with self._lock:
-            self._open.clear()
-        try:
-            (data,) = self._reader(shard).read([place])
-        except RuntimeError as error:
-            if os.strerror(errno.EMFILE) not in str(error):
-                raise
-            with self._lock:
-                self._open.pop(shard, None)
-            raise OSError(
-                errno.EMFILE,
-                "this process has too many files open; allow more with `ulimit -n`, now "
-                f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}",
-                str(self._folder / self._files[shard]),
-            ) from error
-        return data
-
-    def _reader(self, shard: int) -> Any:
-        from array_record.python import array_record_module
-
-        with self._lock:
-            reader = self._open.pop(shard, None)
-            if reader is None:
-                reader = array_record_module.ArrayRecordReader(
-                    str(self._folder / self._files[shard]),
-                    options="readahead_buffer_size:0",
-                    file_reader_buffer_size=32768,
-                )
-            self._open[shard] = reader
-            if len(self._open) > self._limit:
-                del self._open[next(iter(self._open))]
-        return reader
-
-    def __reduce__(self):
-        return _Readers, (self._folder, self._files)
 
 
 def _again(folder: Path) -> str:

@@ -29,7 +29,14 @@ from typing import IO, Any
 import numpy as np
 
 from mdt_jax.atomic import whole_file, whole_path
-from mdt_jax.data.latent_cache import CACHE_MANIFEST, ENCODING, VERSION, CacheDescription, read_json
+from mdt_jax.data.channel_sums import ChannelSums
+from mdt_jax.data.latent_cache import (
+    CACHE_MANIFEST,
+    ENCODING,
+    CacheDescription,
+    description_defaults,
+    read_json,
+)
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
 _HALF_WRITTEN = ".*.array_record.*"  # shards while `whole_path` writes them
@@ -119,8 +126,9 @@ def write_shard(
       OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
+    sums = ChannelSums(description.latent_shape[-1]) if measures(description) else None
     with whole_path(path) as aside:
-        images = _write_records(Path(aside), records)
+        images = _write_records(Path(aside), records, sums)
         entry = {
             "file": path.name,
             "records": len(images),
@@ -128,6 +136,8 @@ def write_shard(
             "bytes": os.path.getsize(aside),
             "sha256": _digest(Path(aside)),
         }
+    if sums is not None:
+        entry["sums"] = sums.to_json()
     _write_json(_part(path), entry)
     return entry
 
@@ -146,6 +156,8 @@ def finish_cache(folder: Path, description: CacheDescription) -> bool:
         values = _plain(description) | {key: found[key] for key in ("source", "vae")}
         values["records"] = sum(entry["records"] for entry in entries)
         values["left_out"] = description.num_images - values["records"] // description.versions
+        if measures(description):
+            values["measured"] = _measured(folder, description, entries)
         _write_json(folder / CACHE_MANIFEST, values | {"shards": entries})
         (folder / ENCODING).unlink(missing_ok=True)
         for shard in range(description.num_shards):
@@ -156,8 +168,37 @@ def finish_cache(folder: Path, description: CacheDescription) -> bool:
         return True
 
 
-def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
-    """Writes an ArrayRecord file; returns each record's image."""
+def measures(description: CacheDescription) -> bool:
+    """Whether every channel's mean and standard deviation are measured over the cache."""
+    return description.normalize == "channel"
+
+
+def _measured(
+    folder: Path, description: CacheDescription, entries: Iterable[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel over all shards.
+
+    Raises:
+      ValueError: a channel that is the same everywhere, which cannot be normalised.
+    """
+    total = ChannelSums(description.latent_shape[-1])
+    for entry in entries:
+        total.join(ChannelSums.from_json(entry["sums"]))
+    mean, std = total.moments()
+    if not (std > 0).all() or not np.isfinite(std).all():
+        channel = int(np.argmin(np.where(np.isfinite(std), std, -1)))
+        raise ValueError(
+            f"{folder}: channel {channel} of the latents has the standard deviation "
+            f"{std[channel]:g} over all images, and cannot be normalised; encode with "
+            "--normalize autoencoder"
+        )
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def _write_records(
+    path: Path, records: Iterable[np.ndarray], sums: ChannelSums | None
+) -> list[int]:
+    """Writes an ArrayRecord file, adds its posteriors up, and returns each record's image."""
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
@@ -168,6 +209,8 @@ def _write_records(path: Path, records: Iterable[np.ndarray]) -> list[int]:
                 for row in rows:
                     writer.write(row.tobytes())
             images += rows["index"].tolist()
+            if sums is not None:
+                sums.add(rows["posterior"])
     finally:
         with _disk_errors(path):
             writer.close()
@@ -263,14 +306,16 @@ def _lock_shards(file: IO[str], description: CacheDescription, shards: Iterable[
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuses, with ValueError, to go on with a cache of another description."""
-    known = found.get("source_digest")
+    known, defaults = found.get("source_digest"), description_defaults()
     for key, value in wanted.items():
-        # A folder may be moved, and a copy of an encoder have another name than "mse".
-        if key == "vae" or (key == "source" and known and known == wanted["source_digest"]):
+        # A copy of an encoder may have another name than "mse"; the version follows from the rest.
+        if key in ("vae", "version"):
+            continue
+        if key == "source" and known and known == wanted["source_digest"]:  # a folder that moved
             continue
         if key == "source_digest" and not known:  # begun before there was one
             continue
-        if found.get(key) != value:
+        if found.get(key, defaults.get(key)) != value:
             before, now = _say(key, found, wanted)
             raise ValueError(
                 f"{folder}: holds latents of {before}, not of {now}; give another --output, or the "
@@ -348,7 +393,9 @@ def _whole_name(partial: Path) -> str:
 
 def _plain(description: CacheDescription) -> dict[str, Any]:
     """A description as JSON gives it back, with lists in place of tuples, and the version."""
-    return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(description)}))
+    return json.loads(
+        json.dumps({"version": description.version, **dataclasses.asdict(description)})
+    )
 
 
 def _digest(path: Path) -> str:

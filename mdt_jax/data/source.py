@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from mdt_jax.models.latent_space import LatentSpace
+
 
 class ExampleKind(enum.Enum):
     """The content of a batch's "image" array, and so how the training step makes inputs of it.
@@ -42,7 +44,7 @@ class Records(Protocol):
     - `digest`, a short string of their number, order, names and labels, where it is cheap to tell.
 
     Posteriors that are stored in shards also have `read_posteriors(indices, mirror)`, `mirrored`,
-    `stored_dtype` and `autoencoder_digest` (see `LatentCache`).
+    `stored_dtype` and `latent_space` (see `LatentCache`).
     """
 
     def __len__(self) -> int: ...
@@ -84,9 +86,15 @@ class Source:
         return self.kind is ExampleKind.POSTERIORS
 
     @property
-    def autoencoder_digest(self) -> str | None:
-        """The digest of the encoder's weights that made the latents; None where it is not known."""
-        return getattr(self.records, "autoencoder_digest", None)
+    def latent_space(self) -> LatentSpace | None:
+        """What the latents are; None for pixels.
+
+        Records that do not say it hold Stable Diffusion's, of an encoder that is not known.
+        """
+        if not self.latents:
+            return None
+        told = getattr(self.records, "latent_space", None)
+        return told or LatentSpace(channels=self.image_shape[-1])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -138,16 +146,18 @@ class Source:
         Returns:
           "examples", their number; "classes", their number and a digest of their names in order;
           "records", a digest of which records there are, in what order and with which labels;
-          "autoencoder", the digest of the encoder that made a cache of latents.
+          "autoencoder", the digest of the encoder that made a cache of latents; "normalisation",
+          the numbers that latents are normalised by.
         """
-        names = ""
+        names, space = "", self.latent_space
         if self.class_names:
             names = f"{len(self.class_names)} ({short_digest(*self.class_names)})"
         return {
             "examples": str(len(self)),
             "classes": names,
             "records": getattr(self.records, "digest", ""),
-            "autoencoder": (self.autoencoder_digest or "")[:16],
+            "autoencoder": space.digest[:16] if space else "",
+            "normalisation": _short(space.numbers) if space else "",
         }
 
     def describe(self) -> str:
@@ -179,6 +189,11 @@ class Source:
                 f"classes labels are 0 ... {max(0, len(self.class_names) - 1)}"
             )
         return np.int32(label)
+
+
+def _short(text: str) -> str:
+    """A text, or its digest where it is long."""
+    return text if len(text) <= 24 else short_digest(text)
 
 
 def short_digest(*parts: str | bytes) -> str:

@@ -9,11 +9,6 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-# Stable Diffusion's first-stage scale: latents times this have about unit variance
-# (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G). The scale of an autoencoder
-# that has none of its own, `convert.autoencoder_settings.DEFAULT_SCALE`, is the same number.
-LATENT_SCALE = 0.18215
-
 
 def center_crop(
     image: UInt8[np.ndarray, "h w c"] | Image.Image, size: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from mdt_jax import sampling
 from mdt_jax.parallel import sharding
@@ -45,7 +45,11 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
 def load_autoencoder(
     f: flags.FlagValues, model: sampling.DiffusionModel, mesh: jax.sharding.Mesh
 ) -> Autoencoder | None:
-    """--vae, None if it is not given; refuses one of other latents than the model's."""
+    """--vae, None if it is not given, with the normalisation of the model's latents.
+
+    Raises:
+      ValueError: an autoencoder of other latents than the model's.
+    """
     if not f.vae:
         return None
     if f.vae_batch_size < 1:
@@ -56,7 +60,16 @@ def load_autoencoder(
             f"--vae {f.vae} decodes {autoencoder.module.latent_channels} channels, {model.name} "
             f"makes {model.network.in_channels}"
         )
-    return autoencoder
+    source = f.workdir or f.checkpoint
+    if model.latents is None:
+        logging.warning(
+            "%s does not say which latents it was trained on; taken to be those of --vae %s. "
+            "Published MDTs and DiTs are of Stable Diffusion's autoencoder",
+            source,
+            autoencoder.latents.describe(),
+        )
+        return autoencoder
+    return autoencoder.for_latents(model.latents, whose=source, option=f"--vae {f.vae}")
 
 
 def main(_: list[str]) -> None:

@@ -98,7 +98,7 @@ def _size(picture: np.ndarray) -> str:
 def to_latents(
     autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture's scaled latents, (1, h, w, c), and their mask.
+    """A picture's normalised latents, (1, h, w, c), and their mask.
 
     A latent is unknown if one of its pixels is.
     """
@@ -106,7 +106,7 @@ def to_latents(
     mean, _ = autoencoder.encode(known[None], batch_size)
     factor = autoencoder.module.downsampling
     latent_mask = reduce(mask, "(h a) (w b) -> h w", "max", a=factor, b=factor)
-    return (mean - autoencoder.shift) * autoencoder.scale, latent_mask
+    return autoencoder.latents.normalize(mean), latent_mask
 
 
 def write_paintings(

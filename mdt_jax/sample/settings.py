@@ -79,7 +79,9 @@ def decoder_digest(autoencoder: Autoencoder | None) -> str | None:
     """BLAKE2b of an autoencoder's weights and scale, None without one."""
     if autoencoder is None:
         return None
-    digest = hashlib.blake2b(f"{autoencoder.scale} {autoencoder.shift}".encode())
+    space = autoencoder.latents
+    numbers = f"{space.mean} {space.std}" if space.mean else f"{space.scale} {space.shift}"
+    digest = hashlib.blake2b(numbers.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(autoencoder.params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}\n".encode())
         digest.update(np.ascontiguousarray(leaf).data)

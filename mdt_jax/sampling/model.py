@@ -15,6 +15,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.diffusion import GaussianDiffusion
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import pretrained
@@ -31,6 +32,7 @@ class DiffusionModel:
       class_names: names of the classes, empty if it has none.
       step: training steps behind the parameters.
       defaults: options of the sampler (fields of `SamplerOptions`) where the caller gives none.
+      latents: the latents that it makes; None for pixels, or where it is not known.
     """
 
     name: str
@@ -39,9 +41,16 @@ class DiffusionModel:
     class_names: tuple[str, ...] = ()
     step: int = 0
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    latents: LatentSpace | None = None
 
     @classmethod
-    def from_config(cls, config: Any, class_names: Sequence[str] = (), step: int = 0):
+    def from_config(
+        cls,
+        config: Any,
+        class_names: Sequence[str] = (),
+        step: int = 0,
+        latents: LatentSpace | None = None,
+    ):
         """The model of a run's config."""
         return cls(
             name=config.model.name,
@@ -50,6 +59,7 @@ class DiffusionModel:
             class_names=tuple(class_names),
             step=step,
             defaults={name: config.sample[name] for name in SAMPLER_OPTIONS},
+            latents=latents,
         )
 
     def label(self, name: str | int) -> int:
@@ -108,12 +118,15 @@ def load(
             num_classes=num_classes,
             input_size=input_size,
         )
-        model = DiffusionModel.from_config(found.config, found.class_names, found.step)
+        model = DiffusionModel.from_config(
+            found.config, found.class_names, found.step, found.latents
+        )
         abstract = sharding.abstract_parameters(mesh, model.network)
         return model, pretrained.place_parameters(found.params, abstract)
     step, meta = checkpoints.read_meta(path, step)
     config = config_lib.from_json(meta["config"])
     item = pretrained.average_item(path, config, ema_rate)
-    model = DiffusionModel.from_config(config, meta["class_names"], step)
+    latents = pretrained.latents_of_run(meta)
+    model = DiffusionModel.from_config(config, meta["class_names"], step, latents)
     abstract = sharding.abstract_parameters(mesh, model.network)
     return model, checkpoints.restore_item(path, item, abstract, step=step)

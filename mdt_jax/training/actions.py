@@ -45,16 +45,31 @@ class Action(Protocol):
 
 
 class GridSampler:
-    """Draws a grid of EMA samples every `config.sample.every` steps; compiled when made."""
+    """Draws a grid of EMA samples every `config.sample.every` steps; compiled when made.
 
-    def __init__(self, run: Run, class_names: tuple[str, ...], stop: Stop):
+    Latents are decoded by the autoencoder of `config.eval.vae`.
+    """
+
+    def __init__(self, run: Run, source: Source, stop: Stop):
         self._run, self._stop = run, stop
-        self._model = sampling.DiffusionModel.from_config(run.config, class_names)
+        self._model = sampling.DiffusionModel.from_config(
+            run.config, source.class_names, latents=source.latent_space
+        )
         shards = sharding.batch_shards(run.mesh)
         size = -(-run.config.sample.num_samples // shards) * shards
         self._options = sampling.resolve_options(self._model)
         self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
         self._sampler.warm_up(run.sampled(run.abstract))
+        self._autoencoder = run_evaluation.load_decoder(run, source) if source.latents else None
+
+    @classmethod
+    def asked_for(cls, run: Run, source: Source, stop: Stop) -> GridSampler | None:
+        """The sampler of a run's grids; None if its config asks for none, or cannot show them."""
+        config = run.config
+        if config.sample.every and source.latents and not config.eval.vae:
+            logging.warning("no grids: samples are latents; eval.vae names what decodes them")
+            return None
+        return cls(run, source, stop) if config.sample.every else None
 
     def due(self, step: int) -> bool:
         """Whether a grid is drawn after a step; not where the run stops early."""
@@ -68,11 +83,13 @@ class GridSampler:
                 log.image(step, "samples", grid)
 
     def _draw(self, state: TrainState, step: int) -> np.ndarray | None:
-        """Saves WORKDIR/samples/STEP.png and returns it; None for latents, which need a decoder."""
+        """Saves WORKDIR/samples/STEP.png and returns it; None where another process does."""
         run, o = self._run, self._options
         labels = sampling.resolve_labels(self._model, None, run.config.sample.num_samples)
         key = jax.random.key(run.config.seed)
         samples = self._sampler(run.sampled(state), labels, key)
+        if self._autoencoder:
+            samples = self._autoencoder.decode(samples, run_evaluation.DECODED_AT_ONCE)
         if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
             return None
         grid = images.image_grid(images.to_uint8(samples))

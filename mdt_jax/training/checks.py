@@ -14,8 +14,10 @@ from mdt_jax import config as config_lib
 from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.models.latent_space import check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
+from mdt_jax.weights.pretrained import latents_of_run
 
 
 def data_record(source: Source) -> dict[str, Any]:
@@ -23,15 +25,16 @@ def data_record(source: Source) -> dict[str, Any]:
 
     `check_data_unchanged` compares it when the run goes on.
     """
+    space = source.latent_space
     return {
         "class_names": list(source.class_names),
         "num_examples": len(source),
-        "autoencoder": source.autoencoder_digest,
+        "latents": space.to_json() if space else None,
     }
 
 
 def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) -> None:
-    """Refuses, with ValueError, to go on with other classes or another autoencoder's latents.
+    """Refuses, with ValueError, to go on with other classes or with other latents.
 
     Args:
       meta: meta data of the checkpoint to go on from, with `data_record` of its run; {} for a fresh
@@ -39,9 +42,16 @@ def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) ->
       source: the data now.
       workdir: the run's folder, for the message.
     """
-    if not meta or "weights" in meta:  # a fresh run, or converted weights, whose data are not known
+    if not meta:  # a fresh run
         return
     way_out = "give the data it was trained on as data.path, or another --workdir"
+    before, now = latents_of_run(meta), source.latent_space
+    if before and now:
+        check_same_latents(
+            before, now, whose=f"the run {workdir}", other=source.name, way_out=way_out
+        )
+    if "weights" in meta:  # converted weights, whose classes and examples are not known
+        return
     names = zip_longest(meta["class_names"], source.class_names)
     for label, (before, now) in enumerate(names):
         if before != now:
@@ -49,12 +59,6 @@ def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) ->
                 f"{source.name}: class {label} is {now!r}, and was {before!r} when {workdir} was "
                 f"trained; {way_out}"
             )
-    before, now = meta.get("autoencoder"), source.autoencoder_digest
-    if before and now and before != now:
-        raise ValueError(
-            f"{source.name}: encoded by another autoencoder ({now[:12]}) than the latents that "
-            f"{workdir} was trained on ({before[:12]}); {way_out}"
-        )
     if (count := meta.get("num_examples", len(source))) != len(source):
         logging.warning(
             "%s: %d examples, and %d when the run was last saved: the rest of this epoch is of "

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.convert.adapt import adapt
 from mdt_jax.models import LatentTransformer
+from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.weights import pretrained
 
 
@@ -21,7 +22,7 @@ def initial_parameters(
     config: ConfigDict,
     model: LatentTransformer,
     create_parameters: Callable[[], Any],
-    autoencoder: str | None = None,
+    latents: LatentSpace | None = None,
 ) -> Any:
     """The parameters of `config.init_from`, fitted to a model; logs how each was fitted.
 
@@ -31,7 +32,7 @@ def initial_parameters(
         v1's decoder depth may differ.
       create_parameters: initialises all parameters of the model, some of which replace those that
         do not fit. It runs on all processes or on none.
-      autoencoder: digest of the encoder whose latents are to be trained on, None if not known.
+      latents: the latents that are to be trained on; None for pixels.
 
     Returns:
       A tree of NumPy arrays in the source's dtypes.
@@ -42,11 +43,13 @@ def initial_parameters(
     """
     ours = pretrained.architecture_of(model)
     found = pretrained.read_pretrained(config.init_from, **ours.hints())
-    before = found.autoencoder
-    if before and autoencoder and before != autoencoder:
-        raise ValueError(
-            f"init_from {found.source}: trained on latents of another autoencoder ({before[:12]}) "
-            f"than data.path holds ({autoencoder[:12]}); give latents of that one, or other weights"
+    if found.latents and latents:
+        check_same_latents(
+            found.latents,
+            latents,
+            whose=f"init_from {found.source}",
+            other=f"data.path {config.data.path}",
+            way_out="give latents of that autoencoder, or other weights",
         )
     created = functools.cache(create_parameters)
 

@@ -21,6 +21,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import mfu
 from mdt_jax.training import checks, optimizers
@@ -124,6 +125,8 @@ class Run:
         """
         kind = ExampleKind.INPUTS if source is None else source.kind
         trainer = dataclasses.replace(self.trainer, examples=kind)
+        if source is not None and source.latent_space:
+            trainer = dataclasses.replace(trainer, latent_space=source.latent_space)
         spec = {
             "image": jax.ShapeDtypeStruct(self.model.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
@@ -142,7 +145,7 @@ class Run:
             return dict(zip(counts, compiled, strict=True))
 
     def restore(
-        self, store: Checkpoints, autoencoder: str | None = None
+        self, store: Checkpoints, latents: LatentSpace | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state and meta data to train from.
 
@@ -151,7 +154,7 @@ class Run:
 
         Args:
           store: the run's checkpoints.
-          autoencoder: digest of the encoder whose latents are trained on, None if not known.
+          latents: the latents that are trained on; None for pixels.
 
         Raises:
           ValueError: the checkpoint is of a run with other settings, or the weights of `init_from`
@@ -159,7 +162,7 @@ class Run:
           CheckpointError: no checkpoint can be used.
         """
         if store.latest_step() is None:
-            return self._fresh_state(autoencoder), {}
+            return self._fresh_state(latents), {}
         items = self._saved_items(store)
         try:
             return self._restore_items(store, items)
@@ -202,12 +205,12 @@ class Run:
         logging.info("starting from converted weights (%s)", meta["weights"]["source"])
         return self.trainer.start_from(params, restored[average], step), meta
 
-    def _fresh_state(self, autoencoder: str | None) -> TrainState:
+    def _fresh_state(self, latents: LatentSpace | None) -> TrainState:
         """The state at step 0: as initialised, or from the weights that `init_from` names."""
         if not self.config.init_from:
             return self.trainer.create_state()
         create = self.trainer.create_parameters
-        params = initial_parameters(self.config, self.model, create, autoencoder)
+        params = initial_parameters(self.config, self.model, create, latents)
         return self.trainer.start_from(pretrained.place_parameters(params, self.abstract.params))
 
     def _check_same_run(self, meta: dict[str, Any]) -> None:

@@ -197,9 +197,11 @@ class RunEvaluator:
         check_evaluation(run.config, source)
         c, e = run.config, run.config.eval
         self._run, self._count = run, e.num_samples
-        model = sampling.DiffusionModel.from_config(c, source.class_names)
+        model = sampling.DiffusionModel.from_config(
+            c, source.class_names, latents=source.latent_space
+        )
         self._labels = sampling.resolve_labels(model, None, self._count)
-        self._autoencoder = Autoencoder.load(e.vae, run.mesh) if source.latents else None
+        self._autoencoder = load_decoder(run, source) if source.latents else None
         side = c.model.input_size * self._downsampling
         channels = self._autoencoder.module.out_channels if source.latents else c.model.in_channels
         self._shape = (side, side, channels)
@@ -333,6 +335,17 @@ class _Share:
         for first in range(start, stop, batch_size):
             last = min(first + batch_size, stop)
             yield self.images[first - self.mine.start : last - self.mine.start]
+
+
+def load_decoder(run: Run, source: Source) -> Autoencoder:
+    """The autoencoder of `eval.vae`, for the latents of a run's data.
+
+    Raises:
+      ValueError: an autoencoder of other latents.
+    """
+    vae = run.config.eval.vae
+    autoencoder = Autoencoder.load(vae, run.mesh)
+    return autoencoder.for_latents(source.latent_space, whose=source.name, option=f"eval.vae {vae}")
 
 
 def real_images(source: Source, config: ConfigDict) -> ArrayImages:

@@ -19,9 +19,10 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
-from mdt_jax.data import LATENT_SCALE, ExampleKind
+from mdt_jax.data import ExampleKind
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
 from mdt_jax.models import LatentTransformer, Pass, masking
+from mdt_jax.models.latent_space import STABLE_DIFFUSION, LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.training.optimizers import at_step
 
@@ -107,14 +108,18 @@ def scale_pixels(pixels: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 
 def draw_latents(
-    seed: int, step: Int[Array, ""], posteriors: Float[Array, "batch h w moments"]
+    seed: int,
+    step: Int[Array, ""],
+    posteriors: Float[Array, "batch h w moments"],
+    space: LatentSpace = STABLE_DIFFUSION,
 ) -> Float[Array, "batch h w c"]:
-    """Draws latents of encoded images: (mean + std·noise)·0.18215.
+    """Draws latents of encoded images, mean + std·noise, normalised.
 
     Args:
       seed: the run's seed.
       step: steps done before; sample i's noise depends on (seed, step, i) alone.
       posteriors: the autoencoder's outputs, the mean's channels before the standard deviation's.
+      space: the numbers that they are normalised by.
     """
     mean, std = jnp.split(posteriors.astype(jnp.float32), 2, axis=-1)
     key = jax.random.fold_in(jax.random.key(seed), step)
@@ -124,15 +129,20 @@ def draw_latents(
         sample = jax.random.fold_in(jax.random.fold_in(key, i), len(Draws._fields))
         return jax.random.normal(sample, mean.shape[1:])
 
-    return (mean + std * jax.vmap(draw)(jnp.arange(len(mean)))) * LATENT_SCALE
+    return space.normalize(mean + std * jax.vmap(draw)(jnp.arange(len(mean))))
 
 
 def model_inputs(
-    examples: ExampleKind, seed: int, step: Int[Array, ""], images: Num[Array, "batch h w k"]
+    examples: ExampleKind,
+    seed: int,
+    step: Int[Array, ""],
+    images: Num[Array, "batch h w k"],
+    space: LatentSpace = STABLE_DIFFUSION,
 ) -> Float[Array, "batch h w c"]:
     """The model's inputs of a step, made of a batch's images as their kind says.
 
-    Pixels are scaled to [-1, 1]. From posteriors the step draws latents of its own.
+    Pixels are scaled to [-1, 1]. From posteriors the step draws latents of its own, which are
+    normalised by the numbers of `space`.
 
     Raises:
       ValueError: images are uint8 and not of the kind pixels, or the reverse.
@@ -142,7 +152,7 @@ def model_inputs(
     if examples is ExampleKind.PIXELS:
         return scale_pixels(images)
     if examples is ExampleKind.POSTERIORS:
-        return draw_latents(seed, step, images)
+        return draw_latents(seed, step, images, space)
     return images
 
 
@@ -158,6 +168,7 @@ class Trainer:
       mesh: the device mesh.
       examples: the content of a batch's images, a source's `kind`. By default the model's inputs,
         which benchmarks and compilers give.
+      latent_space: the numbers that latents drawn from posteriors are normalised by.
       ema_rates: decay of each average.
       label_dropout: probability of replacing a label by the null class, in each pass.
       accumulation_steps: microbatches of a step, whose mean gradient it takes.
@@ -172,6 +183,7 @@ class Trainer:
     schedule: optax.Schedule
     mesh: Mesh
     examples: ExampleKind = ExampleKind.INPUTS
+    latent_space: LatentSpace = STABLE_DIFFUSION
     ema_rates: tuple[float, ...] = (0.9999,)
     label_dropout: float = 0.1
     accumulation_steps: int = 1
@@ -260,7 +272,7 @@ class Trainer:
         """
         with sharding.activations(self.mesh):
             images, labels = batch["image"], batch["label"]
-            images = model_inputs(self.examples, self.seed, state.step, images)
+            images = model_inputs(self.examples, self.seed, state.step, images, self.latent_space)
             images = sharding.shard_batch(self.mesh, images)
             draws = self.draw_fn(self.seed, state.step, images.shape, self.model.num_tokens)
             draws = jax.tree.map(partial(sharding.shard_batch, self.mesh), draws)

@@ -101,6 +101,7 @@ def to_workdir(
     meta = {
         "config": config_lib.to_json(config),
         "class_names": list(model.class_names),
+        "latents": model.latents.to_json() if model.latents else None,
         "position": step * config.batch_size,
         "window": metrics.Window().state(),
         "weights": {
@@ -188,7 +189,9 @@ def to_state_dict(
         array = weights.pop(name)
         wanted = None if name.endswith(BUFFER) else dtype or own.get(name)
         ordered[name] = _cast(array, DTYPES.get(wanted, wanted)) if wanted else array
-    return ordered, pretrained.file_metadata(config, meta.get("class_names", ()), step)
+    return ordered, pretrained.file_metadata(
+        config, meta.get("class_names", ()), step, pretrained.latents_of_run(meta)
+    )
 
 
 def _find_item(

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from mdt_jax.convert.autoencoder import from_torch, settings_from_shapes
-from mdt_jax.convert.autoencoder_settings import AutoencoderSettings, settings_from_config
+from mdt_jax.convert.autoencoder_settings import (
+    AutoencoderSettings,
+    check_stable_diffusions,
+    settings_from_config,
+)
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 
-# Stable Diffusion's autoencoder with its decoder trained on, by two losses. MDT and DiT train on
-# latents of "mse" and decode samples with "ema"; their encoders are the same.
-PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+# The Hugging Face repository of each of `AUTOENCODERS`, and the folder in it.
+PUBLISHED = {
+    "ema": "stabilityai/sd-vae-ft-ema",
+    "mse": "stabilityai/sd-vae-ft-mse",
+    "sdxl": "stabilityai/sdxl-vae",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers/vae",
+    "flux": "black-forest-labs/FLUX.1-schnell/vae",
+    "dc-ae-f32": "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+    "dc-ae-f64": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers",
+}
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # A posterior's log-variance is clipped to this range, beyond which its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -40,16 +54,13 @@ class Autoencoder:
     Attributes:
       module: the network.
       params: its parameters, float32, a copy on each device of the mesh.
-      scale, shift: a diffusion model sees (latent − shift)·scale.
-      name: "ema", "mse" or the path, as it was asked for.
+      latents: its latents, with the numbers that a diffusion model sees them normalised by.
       mesh: the devices; batches are split over its data axes.
     """
 
     module: AutoencoderKL
     params: dict[str, Any]
-    scale: float
-    shift: float
-    name: str
+    latents: LatentSpace
     mesh: Mesh
 
     @classmethod
@@ -59,10 +70,10 @@ class Autoencoder:
         """An autoencoder from weights in CompVis's naming or diffusers', old or new.
 
         Args:
-          source: "ema" or "mse", Stable Diffusion's; a folder with `config.json` and a file of
-            weights; or such a file, or hf://OWNER/REPO/FILE, with `config.json` beside it. Weights
-            without one must be of Stable Diffusion's 32 norm groups and scale 0.18215; all else
-            shows in them.
+          source: a name of `PUBLISHED`, such as Stable Diffusion's "ema" or "mse"; a folder with
+            `config.json` and a file of weights; or such a file, or hf://OWNER/REPO/FILE, with
+            `config.json` beside it. Weights without one must be of Stable Diffusion's layout. Its
+            32 norm groups and its scale do not show in them: they are assumed, which the log says.
           mesh: devices to use; all by default.
           dtype: the type of the computation. float32 asks for float32 products, too.
 
@@ -81,16 +92,48 @@ class Autoencoder:
         return cls(
             module=AutoencoderKL(**settings.module_settings(), dtype=jnp.dtype(dtype)),
             params=jax.device_put(params, sharding.replicated(mesh)),
-            scale=settings.scale,
-            shift=settings.shift,
-            name=str(source),
+            latents=dataclasses.replace(
+                settings.latents, autoencoder=str(source), digest=encoder_digest(params)
+            ),
             mesh=mesh,
         )
+
+    @property
+    def name(self) -> str:
+        """ "ema", "mse" or the path, as it was asked for."""
+        return self.latents.autoencoder
+
+    def for_latents(self, latents: LatentSpace, *, whose: str, option: str) -> Autoencoder:
+        """This autoencoder with the normalisation of latents that are to be decoded or painted.
+
+        Those have numbers of their own where they were measured over the data. A decoder that was
+        trained on behind the same encoder fits.
+
+        Args:
+          latents: the latents.
+          whose: the model or the data that they are of, for messages.
+          option: the flag or setting that names this autoencoder, and its value.
+
+        Raises:
+          ValueError: latents of another encoder, or of another scale, naming both.
+        """
+        own = self.latents
+        if latents.mean:  # measured numbers replace the autoencoder's
+            own = dataclasses.replace(own, mean=latents.mean, std=latents.std)
+        trained = latents.autoencoder or latents.digest[:12]
+        check_same_latents(
+            latents,
+            own,
+            whose=whose,
+            other=option,
+            way_out=f"give the autoencoder of those latents{f', {trained}' if trained else ''}",
+        )
+        return dataclasses.replace(self, latents=own)
 
     def encode(
         self, images: Float[Array | np.ndarray, "n h w c"], batch_size: int = 16
     ) -> tuple[Float32[np.ndarray, "n hl wl cl"], Float32[np.ndarray, "n hl wl cl"]]:
-        """Mean and standard deviation of the posterior of images' latents, not scaled.
+        """Mean and standard deviation of the posterior of images' latents, not normalised.
 
         Args:
           images: in [−1, 1], sides multiples of `module.downsampling`.
@@ -113,10 +156,10 @@ class Autoencoder:
         batch_size: int = 16,
         tile_size: int | None = None,
     ) -> Float32[np.ndarray, "n h w c"]:
-        """Images, in about [−1, 1], of a diffusion model's latents, decoded from z / scale + shift.
+        """Images, in about [−1, 1], of a diffusion model's latents.
 
         Args:
-          latents: scaled.
+          latents: normalised, as the model makes them.
           batch_size: images (or tiles) at a time, over all devices; rounded up to fill them.
           tile_size: side, in latents, of the overlapping tiles that larger images are decoded in,
             blended linearly, where one pass over them would not fit the memory; None for one pass.
@@ -131,11 +174,11 @@ class Autoencoder:
                 f"latents of {latents.shape[-1]} channels; the autoencoder {self.name} has "
                 f"{self.module.latent_channels}"
             )
-        latents = np.asarray(latents, np.float32) / np.float32(self.scale) + np.float32(self.shift)
-        tile = max(latents.shape[1:3]) if tile_size is None else tile_size
+        own = self.latents.denormalize(np.asarray(latents, np.float32))
+        tile = max(own.shape[1:3]) if tile_size is None else tile_size
         if tile_size is not None and tile_size < MIN_TILE_SIZE:
             raise ValueError(f"tile_size {tile_size} is below {MIN_TILE_SIZE} latents")
-        return self._decode_tiles(latents, batch_size, tile)
+        return self._decode_tiles(own, batch_size, tile)
 
     def decode_batch(
         self,
@@ -149,7 +192,7 @@ class Autoencoder:
         The smaller one is padded, so that it runs the program that is compiled for the others.
 
         Args:
-          latents: scaled, at most `size`.
+          latents: normalised, at most `size`.
           size: latents in every batch but the last.
           batch_size, tile_size: as for `decode`.
         """
@@ -233,6 +276,22 @@ class Autoencoder:
                 f"that are multiples of {factor}: {fit} would fit"
             )
         return height, width
+
+
+def encoder_digest(params: Mapping[str, Any]) -> str:
+    """The SHA-256 of an encoder's weights, which stand for its latents: the decoder's are left out.
+
+    Args:
+      params: an autoencoder's parameters, NumPy's arrays or JAX's.
+    """
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith(("encoder/", "quant/")):
+            digest.update(f"{name} {leaf.shape}\n".encode())
+            digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=8)
@@ -323,6 +382,16 @@ def _weights_in(folder: Path) -> Path:
 def _settings(weights: weight_files.WeightFile, config: dict[str, Any]) -> AutoencoderSettings:
     place = weights.path.parent / "config.json" if config else weights.path
     try:
-        return settings_from_config(config) if config else settings_from_shapes(weights.shapes)
+        settings = settings_from_config(config) if config else settings_from_shapes(weights.shapes)
+        if config:
+            return settings
+        check_stable_diffusions(settings)
     except ValueError as error:
         raise WeightsError(f"{place}: {error}") from error
+    logging.info(
+        "%s: no config.json beside it; taken to be Stable Diffusion's autoencoder, of scale %s. "
+        "SDXL's has the same shapes and another scale: put its config.json beside it",
+        place,
+        settings.latents.scale,
+    )
+    return settings

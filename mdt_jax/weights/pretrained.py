@@ -26,11 +26,15 @@ from mdt_jax.convert.architecture import (
 )
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.models import LatentTransformer
+from mdt_jax.models.latent_space import STABLE_DIFFUSION, LatentSpace
 from mdt_jax.models.positions import sincos_position_table
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightFile, WeightsError
 
+PIXEL_CHANNELS = (1, 3)  # of models of images; any other number is of latents
 METADATA = "mdt_jax"  # the metadata key under which our .safetensors files describe themselves
+# Files that the authors of MDT and DiT published, all for Stable Diffusion's latents.
+_PUBLISHED = re.compile(r"^hf://(shgao/MDT|facebook/DiT)|mdt_xl2_v\d+_ckpt|DiT-XL-2-\d+(x\d+)?\.")
 # How a family's published weights are sampled, where that is not as `config.sample` has it.
 _FAMILY_GUIDANCE: dict[str, dict[str, float | None]] = {
     "DiT": {"cfg_scale": 1.5, "cfg_power": None}
@@ -49,7 +53,7 @@ class Pretrained:
       step: training steps behind the weights, 0 if not known.
       class_names: names of the classes, empty if not known.
       dtypes: each weight's type by the authors' name of it; empty if all have one type.
-      autoencoder: digest of the encoder whose latents a run was trained on, None if not known.
+      latents: the latents it was trained on; None for pixels, or where it is not known.
     """
 
     source: str
@@ -59,7 +63,7 @@ class Pretrained:
     step: int = 0
     class_names: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    autoencoder: str | None = None
+    latents: LatentSpace | None = None
 
 
 def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | None) -> Pretrained:
@@ -90,6 +94,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
         step=own["step"] if own else step_of(str(source)) or 0,
         class_names=tuple(own["class_names"]) if own else (),
         dtypes=_mixed_dtypes(weights, architecture),
+        latents=_latents_of_file(str(source), weights, own, architecture),
     )
 
 
@@ -103,8 +108,41 @@ def _read_workdir(workdir: str | Path) -> Pretrained:
         params=checkpoints.lazy_item(workdir, average_item(workdir, config), step=step),
         step=step,
         class_names=tuple(meta["class_names"]),
-        autoencoder=meta.get("autoencoder"),
+        latents=latents_of_run(meta),
     )
+
+
+def latents_of_run(meta: Mapping[str, Any]) -> LatentSpace | None:
+    """The latents that a checkpoint's run was trained on; None for pixels, or if it is not known.
+
+    Runs from before this was kept were trained on latents of Stable Diffusion's scale. What
+    converted weights were trained on is not known, unless their file said it.
+
+    Args:
+      meta: the checkpoint's meta data.
+
+    Raises:
+      ValueError: meta data that are damaged.
+    """
+    if "latents" in meta:
+        return LatentSpace.from_json(meta["latents"]) if meta["latents"] else None
+    channels = meta["config"]["model"]["in_channels"]
+    if (channels in PIXEL_CHANNELS or "weights" in meta) and not meta.get("autoencoder"):
+        return None
+    return LatentSpace(channels=channels, digest=meta.get("autoencoder") or "")
+
+
+def _latents_of_file(
+    source: str, weights: WeightFile, own: Mapping[str, Any] | None, architecture: Architecture
+) -> LatentSpace | None:
+    """The latents of a file of weights: as it says, or those of the authors' by its name."""
+    if own and "latents" in own:
+        try:
+            return LatentSpace.from_json(own["latents"]) if own["latents"] else None
+        except ValueError as error:
+            raise WeightsError(f"{weights.path}: {error}, in its metadata") from error
+    published = _PUBLISHED.search(source) and architecture.in_channels == STABLE_DIFFUSION.channels
+    return STABLE_DIFFUSION if published else None
 
 
 def open_weights(
@@ -157,7 +195,9 @@ def open_weights(
     return weights, architecture
 
 
-def file_metadata(config: ConfigDict, class_names: Sequence[str], step: int) -> dict[str, str]:
+def file_metadata(
+    config: ConfigDict, class_names: Sequence[str], step: int, latents: LatentSpace | None
+) -> dict[str, str]:
     """The metadata with which a .safetensors file of ours describes itself to `read_pretrained`."""
     architecture = architecture_of(config_lib.create_network(config))
     described = {
@@ -165,6 +205,7 @@ def file_metadata(config: ConfigDict, class_names: Sequence[str], step: int) -> 
         "config": config_lib.to_json(config),
         "class_names": list(class_names),
         "step": step,
+        "latents": latents.to_json() if latents else None,
     }
     return {"format": "pt", METADATA: json.dumps(described)}
 
@@ -280,7 +321,7 @@ def create_config(architecture: Architecture) -> ConfigDict:
     config.data.name = "latents"
     config.sample.every = 0
     config.sample.update(_FAMILY_GUIDANCE.get(a.family, {}))
-    if a.in_channels in (1, 3):  # pixels
+    if a.in_channels in PIXEL_CHANNELS:
         config.sample.update(clip=True, guided_channels=None)
     if not a.num_classes or not a.null_class:
         config.sample.cfg_scale = 1.0
