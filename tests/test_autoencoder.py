@@ -20,7 +20,7 @@ from mdt_jax.convert.autoencoder_settings import (
 )
 from mdt_jax.models import autoencoder as network
 from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.models.latent_space import LatentSpace
+from mdt_jax.models.latent_space import AUTOENCODERS, LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import autoencoder as latents_lib
 from mdt_jax.weights import files as weight_files
@@ -48,6 +48,37 @@ CONFIGS = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     },
+}
+CONFIGS["flux"] = CONFIGS["sd"] | {
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+# The config.json of published autoencoders.
+FULL_SIZE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.29.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "latents_mean": None,
+    "latents_std": None,
+}
+SIXTEEN = FULL_SIZE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+PUBLISHED_CONFIGS = {
+    "mse": FULL_SIZE | {"latent_channels": 4, "sample_size": 256},
+    "sdxl": FULL_SIZE | {"latent_channels": 4, "scaling_factor": 0.13025},
+    "sd3": SIXTEEN | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "flux": SIXTEEN | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
 }
 SIDES = (24, 40)
 
@@ -279,7 +310,8 @@ def test_every_naming_gives_one_tree_and_back(name, naming):
         np.testing.assert_array_equal(back[key], array)
     shapes = {k: v.shape for k, v in renamed.items()}
     if settings.norm_groups == convert.DEFAULT_NORM_GROUPS:
-        assert convert.settings_from_shapes(shapes) == settings
+        seen = convert.settings_from_shapes(shapes)
+        assert seen.module_settings() == settings.module_settings()
     else:  # 32 groups, which the shapes are taken to mean, do not fit these widths
         with pytest.raises(ValueError, match=r"norm_num_groups 32 does not divide the width 16;"):
             convert.settings_from_shapes(shapes)
@@ -367,7 +399,10 @@ def test_an_autoencoder_without_variances_is_refused():
             r"^up_block_types 'CrossUp' is not supported; known: UpDecoderBlock2D, AttnUpDecoder",
         ),
         ({"_class_name": "VQModel"}, r"^_class_name 'VQModel' is not supported; it must be 'Auto"),
-        ({"latents_mean": [0.0]}, r"^latents_mean \[0.0\] is not supported"),
+        ({"latents_mean": [0.0]}, "mean has 1 values, and the latents 16 channels"),
+        ({"latents_mean": [0.0] * 16}, "std has 0 values, and the latents 16 channels"),
+        ({"latents_std": [0.0] * 16}, r"^latents_std is .* list of numbers above 0$"),
+        ({"latents_mean": 0.5}, "^latents_mean is 0.5; it must be a list of numbers$"),
         ({"temporal": True}, r"^temporal True is not supported: .* remove it from config.json$"),
         ({"norm_num_groups": 7}, r"^norm_num_groups 7 does not divide the width 16"),
         (
@@ -397,6 +432,69 @@ def test_a_config_that_is_not_supported_is_refused_by_name(change, message):
 def test_a_config_without_entries_has_diffusers_defaults():
     settings = settings_from_config({"_class_name": "AutoencoderKL", "sample_size": 256})
     assert (settings.scale, settings.shift, settings.block_widths) == (0.18215, 0.0, (64,))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
+def test_published_autoencoders_have_the_shapes_and_numbers_of_theirs(name):
+    torch, diffusers = (pytest.importorskip(module) for module in ("torch", "diffusers"))
+    config = PUBLISHED_CONFIGS[name]
+    settings = settings_from_config(config)
+    assert dataclasses.replace(settings.latents, autoencoder=name) == AUTOENCODERS[name]
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL(**{k: v for k, v in config.items() if k[0] != "_"})
+    module = AutoencoderKL(**settings.module_settings())
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    ours = convert.to_torch(jax.tree.map(lambda s: np.broadcast_to(0, s.shape), shapes), settings)
+    wanted = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in ours.items()} == wanted
+
+
+def test_channels_of_a_config_have_diffusers_normalisation():
+    """Its pipelines multiply by scaling_factor and divide by latents_std."""
+    channels = {"latents_mean": [0.5, -1.0, 0, 2], "latents_std": [2.0, 1, 0.5, 4]}
+    space = settings_from_config(CONFIGS["sd"] | channels | {"scaling_factor": 0.5}).latents
+    z = rng().standard_normal((2, 3, 3, 4)).astype(np.float32)
+    expected = (z - np.array(channels["latents_mean"])) * 0.5 / np.array(channels["latents_std"])
+    np.testing.assert_allclose(space.normalize(z), expected, rtol=1e-6)
+
+
+NOT_STABLE_DIFFUSIONS = {
+    "16 channels": ({"latent_channels": 16}, "latent_channels is 16, and 4 there"),
+    "no quant convolutions": ({"use_quant_conv": False}, "quant_conv is False, and True there"),
+    "one stage less": (
+        {
+            "block_out_channels": (32, 32, 64),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+        },
+        "stages is 3, and 4 there",
+    ),
+    "attention in a stage": (
+        {"down_block_types": ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",)},
+        r"down_attention is \(3,\), and \(\) there",
+    ),
+    "one block a stage": ({"layers_per_block": 1}, "layers_per_block is 1, and 2 there"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_STABLE_DIFFUSIONS)
+def test_without_a_config_another_kind_of_autoencoder_is_refused(case, tmp_path, monkeypatch):
+    change, message = NOT_STABLE_DIFFUSIONS[case]
+    monkeypatch.setitem(CONFIGS, case, CONFIGS["sd"] | change)
+    save(tmp_path, case)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(weight_files.WeightsError, match=message) as error:
+        Autoencoder.load(tmp_path)
+    assert "config.json beside the weights" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_a_config_the_log_says_the_scale_that_is_assumed(tmp_path, caplog):
+    save(tmp_path, "sd")
+    (tmp_path / "config.json").unlink()
+    with caplog.at_level("INFO"):
+        assert Autoencoder.load(tmp_path).latents.scale == 0.18215
+    assert "of scale 0.18215. SDXL's has the same shapes and another scale" in caplog.text
 
 
 # Files
@@ -440,7 +538,7 @@ def test_a_lightning_checkpoint_loads(tmp_path):
 
 
 def test_what_cannot_be_loaded_says_where(tmp_path):
-    with pytest.raises(ValueError, match=r"^autoencoder 'nowhere': .* give 'ema', 'mse', a folder"):
+    with pytest.raises(ValueError, match=r"^autoencoder 'nowhere': .* give 'ema', 'mse', 'sdxl'"):
         Autoencoder.load("nowhere")
     (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError, match=rf"^{tmp_path}: no weights .*; is {tmp_path}/vae meant\?"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import digits, imagenet256, imagenet256_step_decay
+from configs import digits, imagenet256, imagenet256_step_decay, imagenet512
 from mdt_jax import config as config_lib
 from mdt_jax.training.optimizers import learning_rate_of
 
@@ -31,6 +31,45 @@ def test_the_model_cards_step_decay():
     assert [float(rate(s)) for s in (0, 99_999, 100_001, 125_001)] == pytest.approx(
         [1e-4, 1e-4, 1e-5, 1e-6]
     )
+
+
+@pytest.mark.parametrize(
+    ("argument", "pixels", "model"),
+    [
+        ("", 256, ("MDTv2-XL/2", 32, 4, None, 3, "")),
+        ("MDT-B/4,vae=mse", 256, ("MDT-B/4", 32, 4, None, 3, "")),
+        ("vae=sdxl", 256, ("MDTv2-XL/2", 32, 4, None, None, "sdxl")),
+        ("vae=sd3,DiT-B/2", 256, ("DiT-B/2", 32, 16, None, None, "sd3")),
+        ("MDTv2-B/2,vae=flux", 512, ("MDTv2-B/2", 64, 16, None, None, "flux")),
+        ("vae=dc-ae-f32", 512, ("MDTv2-XL/2", 16, 32, 1, None, "dc-ae-f32")),
+        ("vae=dc-ae-f64", 512, ("MDTv2-XL/2", 8, 128, 1, None, "dc-ae-f64")),
+    ],
+)
+def test_a_config_takes_another_autoencoder(argument, pixels, model):
+    c = {256: imagenet256, 512: imagenet512}[pixels].get_config(argument)
+    m = c.model
+    found = (m.name, m.input_size, m.in_channels, m.patch_size, c.sample.guided_channels)
+    assert (*found, c.eval.vae) == model
+    network = config_lib.create_network(c)
+    assert network.num_tokens == (m.input_size // network.patch_size) ** 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("vae=sdxl2", "vae=sdxl2 is unknown; known: ema, mse, sdxl"),
+        ("vea=sdxl", "the config's argument 'vea=sdxl': vea is unknown; it is MODEL,vae=VAE"),
+        ("MDT-B/2,DiT-B/2", "model is given twice"),
+    ],
+)
+def test_an_argument_that_a_config_does_not_know_is_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        imagenet256.get_config(argument)
+
+
+def test_at_512_pixels_a_step_recomputes_what_would_not_fit():
+    assert imagenet512.get_config().model.remat == "full"
+    assert imagenet512.get_config("vae=dc-ae-f32").model.remat == "none"
 
 
 def test_a_config_comes_back_from_json():

@@ -50,6 +50,8 @@ class AutoencoderSettings:
                     "it is not 32, a config.json beside the weights must give it"
                 )
 
+        _ = self.latents  # refuses numbers that cannot be
+
     def module_settings(self) -> dict[str, Any]:
         """The fields as keywords of `AutoencoderKL`."""
         fields = dataclasses.asdict(self)

@@ -64,7 +64,7 @@ class LatentSpace:
                 raise _wrong(name, getattr(self, name), "a whole number above 0")
         for name in ("mean", "std"):
             count = len(getattr(self, name))
-            if count not in (0, self.channels) or count != len(self.mean):
+            if count not in (0, self.channels) or count != len(self.mean or self.std):
                 raise ValueError(
                     f"the latents' {name} has {count} values, and the latents {self.channels} "
                     "channels: mean and std have a value for each channel, or none"
