@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class LatentSpace:
             raise ValueError(
                 f"the latents' description has {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        read = {
+        read: dict[str, Callable[[str, Any], Any]] = {
             "channels": _whole_number, "stride": _whole_number, "scale": _number, "shift": _number,
             "mean": _numbers, "std": _numbers, "autoencoder": _text, "digest": _text,
         }  # fmt: skip
