@@ -13,6 +13,7 @@ from fixtures import FAMILIES, on_pixels, reference, start
 from mdt_jax import train
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.convert.adapt import resize_position_table, resize_relative_bias
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
@@ -269,16 +270,16 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
 
 
 def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypatch):
-    ours, other = "a" * 64, "b" * 64
+    ours, other = LatentSpace(digest="a" * 64), LatentSpace(digest="b" * 64)
     read = pretrained.read_pretrained
 
     def read_of_ours(*args, **hints):
-        return dataclasses.replace(read(*args, **hints), autoencoder=ours)
+        return dataclasses.replace(read(*args, **hints), latents=ours)
 
     monkeypatch.setattr(pretrained, "read_pretrained", read_of_ours)
     run = train.Run(config_for("dit", weights / "dit.safetensors"), tmp_path)
     with contextlib.closing(Checkpoints(tmp_path)) as store:
-        message = r"dit.safetensors: trained on latents of another .*\(a{12}\) than .*b{12}"
+        message = r"the encoder b{12}, but init_from .*dit.safetensors has .* the encoder a{12};"
         with pytest.raises(ValueError, match=message):
             run.restore(store, other)
         for same in (ours, None):

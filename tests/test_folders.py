@@ -212,7 +212,7 @@ def test_the_identity_of_a_folder_is_that_of_its_files_and_classes(tmp_path):
     identity = data.folder_source(folder).identity()
     assert identity == {
         "examples": "4", "classes": identity["classes"], "records": identity["records"],
-        "autoencoder": "",
+        "autoencoder": "", "normalisation": "",
     }  # fmt: skip
     shutil.copytree(folder, tmp_path / "copy")
     assert data.folder_source(tmp_path / "copy").identity() == identity

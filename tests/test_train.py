@@ -693,11 +693,11 @@ def test_a_run_on_latents_draws_them_from_its_posteriors(tiny_config):
 def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     source = data.arrays(images, np.arange(4) % 2, ("cat", "dog"))
-    meta = {"class_names": ["cat", "dog"], "num_examples": 4, "autoencoder": None}
+    meta = {"class_names": ["cat", "dog"], "num_examples": 4, "latents": None}
     check = functools.partial(checks.check_data_unchanged, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
-    check({"weights": {}, "class_names": []})  # converted, of data that nobody knows
+    check({"weights": {}, "latents": None, "class_names": []})  # converted, of data that nobody knows
     assert not caplog.records
     for names, said in ((["cat", "fox"], "class 1 is 'dog', and was 'fox'"),
                         (["cat"], "class 1 is 'dog', and was None")):  # fmt: skip

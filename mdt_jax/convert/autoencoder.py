@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from einops import rearrange
@@ -137,19 +137,20 @@ def from_torch(weights: Mapping[str, np.ndarray], settings: AutoencoderSettings)
     """
     prefix, naming = _locate(weights)
     layers = {prefix + _name(naming, layer): layer for layer in _layers(settings)}
-    _check_names(weights, prefix, layers)
+    ignored = tuple(f"{prefix}{part}" for part in _IGNORED)
+    found = [n for n in weights if n.startswith(prefix) and not n.startswith(ignored)]
+    expected = [
+        f"{name}.{array}" for name, layer in layers.items() for array, _, _ in _ARRAYS[layer.kind]
+    ]
+    check_names(found, expected)
     flat = {}
     for name, layer in layers.items():
         for theirs, ours, pattern in _ARRAYS[layer.kind]:
             array, key = weights[f"{name}.{theirs}"], f"{name}.{theirs}"
-            expected = layer.shape if theirs == "weight" else (layer.outputs,)
-            if layer.kind == "linear" and array.shape == (*expected, 1, 1):
+            shape = layer.shape if theirs == "weight" else (layer.outputs,)
+            if layer.kind == "linear" and array.shape == (*shape, 1, 1):
                 array = array[..., 0, 0]
-            if array.shape != expected:
-                raise ValueError(
-                    f"weight {key!r} is of shape {array.shape}, where the settings "
-                    f"(config.json) ask for {expected}"
-                )
+            check_shape(key, array.shape, shape)
             flat[f"{layer.path}/{ours}"] = rearrange(array, pattern)
     return trees.nest(flat)
 
@@ -165,9 +166,7 @@ def to_torch(params: Tree, settings: AutoencoderSettings) -> dict[str, np.ndarra
         for theirs, ours, pattern in _ARRAYS[layer.kind]:
             left, right = pattern.split(" -> ")
             path, name = f"{layer.path}/{ours}", f"{_name(_DIFFUSERS, layer)}.{theirs}"
-            if (array := trees.get(params, path)) is None:
-                raise ValueError(f"parameter {path!r} is missing")
-            array = rearrange(np.asarray(array), f"{right} -> {left}")
+            array = rearrange(parameter(params, path), f"{right} -> {left}")
             weights[name] = np.ascontiguousarray(array)
     return weights
 
@@ -305,14 +304,13 @@ def _locate(names: Iterable[str]) -> tuple[str, int]:
     return prefix, _OLD_DIFFUSERS if old else _DIFFUSERS
 
 
-def _check_names(names: Iterable[str], prefix: str, layers: Mapping[str, _Layer]) -> None:
-    """Refuses, with ValueError, unknown and missing names; the message gives the first of them."""
-    expected = [
-        f"{name}.{array}" for name, layer in layers.items() for array, _, _ in _ARRAYS[layer.kind]
-    ]
+def check_names(found: Sequence[str], expected: Sequence[str]) -> None:
+    """Refuses unknown and missing names of weights.
+
+    Raises:
+      ValueError: the first of them, an unknown one with the nearest that is expected.
+    """
     known = set(expected)
-    ignored = tuple(f"{prefix}{part}" for part in _IGNORED)
-    found = [n for n in names if n.startswith(prefix) and not n.startswith(ignored)]
     unknown, missing = [n for n in found if n not in known], sorted(known - set(found))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
@@ -328,3 +326,19 @@ def _check_names(names: Iterable[str], prefix: str, layers: Mapping[str, _Layer]
             f"weight {missing[0]!r}{more} is missing: the file is incomplete, or the settings "
             "(config.json) are another autoencoder's"
         )
+
+
+def check_shape(name: str, shape: Shape, expected: Shape) -> None:
+    """Refuses, with ValueError, a weight of another shape than its settings ask for."""
+    if shape != expected:
+        raise ValueError(
+            f"weight {name!r} is of shape {shape}, where the settings (config.json) ask for "
+            f"{expected}"
+        )
+
+
+def parameter(params: Tree, path: str) -> np.ndarray:
+    """The parameter at a path of a tree; ValueError names the path if there is none."""
+    if (array := trees.get(params, path)) is None:
+        raise ValueError(f"parameter {path!r} is missing")
+    return np.asarray(array)

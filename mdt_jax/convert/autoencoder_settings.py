@@ -1,4 +1,4 @@
-"""An autoencoder's settings, and reading them from diffusers' config.json."""
+"""A KL autoencoder's settings, read from diffusers' config.json, and the checks of such a file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE, LatentSpace
 
 DEFAULT_NORM_GROUPS = 32
+# A check of a value in a config.json, and what it lets pass, in words.
+Check = tuple[Callable[[Any], bool], str]
 # Entries of a config.json that do not change the network, and entries that do, with the values that
 # the network here has.
 _WITHOUT_EFFECT = ("sample_size", "force_upcast")
@@ -79,7 +81,7 @@ def settings_from_config(config: Mapping[str, Any]) -> AutoencoderSettings:
       ValueError: a value of a wrong type, or a value or an entry that the network here does not
         have, by name.
     """
-    _check_config(config)
+    check_config("AutoencoderKL", config, _READ, _ONLY_VALUES, _WITHOUT_EFFECT)
     widths = tuple(config.get("block_out_channels", (64,)))
     attention = {}
     for side, direction in (("Down", "down"), ("Up", "up")):
@@ -143,25 +145,49 @@ def check_stable_diffusions(settings: AutoencoderSettings) -> None:
             )
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def check_config(
+    network: str,
+    config: Mapping[str, Any],
+    read: Mapping[str, Check],
+    only_values: Mapping[str, tuple[Any, ...]],
+    without_effect: tuple[str, ...] = (),
+) -> None:
+    """Refuses a config.json with entries that a network does not have.
+
+    Args:
+      network: its class in diffusers.
+      config: what the file holds.
+      read: the entries that are read.
+      only_values: entries that change the network in diffusers, with the values allowed here.
+      without_effect: entries that do not change the network.
+
+    Raises:
+      ValueError: an entry, by name, with what it may be.
+    """
     for key, value in config.items():
-        if key in _READ:
-            is_right, what = _READ[key]
+        if key in read:
+            is_right, what = read[key]
             if not is_right(value):
                 raise ValueError(f"{key} is {value!r}; it must be {what}")
-        elif key in _ONLY_VALUES:
-            if value not in _ONLY_VALUES[key]:
-                known = " or ".join(repr(known) for known in _ONLY_VALUES[key])
+        elif key in only_values:
+            if value not in only_values[key]:
+                known = " or ".join(repr(known) for known in only_values[key])
                 raise ValueError(f"{key} {value!r} is not supported; it must be {known}")
-        elif not key.startswith("_") and key not in _WITHOUT_EFFECT:
+        elif not key.startswith("_") and key not in without_effect:
             raise ValueError(
-                f"{key} {value!r} is not supported: no AutoencoderKL known here has a {key}; if it "
+                f"{key} {value!r} is not supported: no {network} known here has a {key}; if it "
                 "is of no effect, remove it from config.json"
             )
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
+    """Whether a value is a list that is not empty, of entries that pass a check."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_entry, value))
 
 
 def _is_number(value: Any) -> bool:
@@ -169,33 +195,30 @@ def _is_number(value: Any) -> bool:
     return is_number and abs(value) <= sys.float_info.max  # neither NaN nor infinite
 
 
-def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_entry, value))
-
-
-_COUNT = (_is_count, "a whole number above 0")
-_NAMES = (lambda v: _is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
-_NUMBERS = (lambda v: v is None or _is_list(v, _is_number), "a list of numbers")
-_SPREADS = (
-    lambda v: v is None or _is_list(v, lambda entry: _is_number(entry) and entry > 0),
+COUNT: Check = (is_count, "a whole number above 0")
+COUNTS: Check = (lambda v: is_list(v, is_count), "a list of whole numbers above 0")
+SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
+SCALE: Check = (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0")
+NUMBERS: Check = (lambda v: v is None or is_list(v, _is_number), "a list of numbers")
+SPREADS: Check = (
+    lambda v: v is None or is_list(v, lambda entry: _is_number(entry) and entry > 0),
     "a list of numbers above 0",
 )
-_SWITCH = (lambda v: isinstance(v, bool), "true or false")
-# The entries that are read: a check of a value's type, and that type in words.
-_READ = {
-    "in_channels": _COUNT,
-    "out_channels": _COUNT,
-    "latent_channels": _COUNT,
-    "block_out_channels": (lambda v: _is_list(v, _is_count), "a list of whole numbers above 0"),
-    "layers_per_block": _COUNT,
-    "norm_num_groups": _COUNT,
+_NAMES: Check = (lambda v: is_list(v, lambda entry: isinstance(entry, str)), "a list of names")
+_READ: dict[str, Check] = {
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "latent_channels": COUNT,
+    "block_out_channels": COUNTS,
+    "layers_per_block": COUNT,
+    "norm_num_groups": COUNT,
     "down_block_types": _NAMES,
     "up_block_types": _NAMES,
-    "mid_block_add_attention": _SWITCH,
-    "use_quant_conv": _SWITCH,
-    "use_post_quant_conv": _SWITCH,
-    "scaling_factor": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0"),
+    "mid_block_add_attention": SWITCH,
+    "use_quant_conv": SWITCH,
+    "use_post_quant_conv": SWITCH,
+    "scaling_factor": SCALE,
     "shift_factor": (lambda v: v is None or _is_number(v), "a number"),
-    "latents_mean": _NUMBERS,
-    "latents_std": _SPREADS,
+    "latents_mean": NUMBERS,
+    "latents_std": SPREADS,
 }
