@@ -52,7 +52,7 @@ def test_sample_is_a_function_after_its_uses_in_any_order(order):
 @pytest.mark.parametrize(
     "name",
     ["mdt_jax", "mdt_jax.convert.transformers", "mdt_jax.convert.architecture",
-     "mdt_jax.models.positions", "mdt_jax.sample"],
+     "mdt_jax.convert.autoencoder_dc", "mdt_jax.models.positions", "mdt_jax.sample"],
 )  # fmt: skip
 def test_names_and_converters_import_neither_jax_nor_flax(name):
     heavy = run(f"import sys, {name}; print(sorted({{'jax', 'flax', 'torch'}} & set(sys.modules)))")
