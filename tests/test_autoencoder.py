@@ -489,6 +489,13 @@ def test_without_a_config_another_kind_of_autoencoder_is_refused(case, tmp_path,
     assert "config.json beside the weights" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_deep_compression_autoencoder_without_a_config_is_refused(tmp_path):
+    weights = {"encoder.down_blocks.0.0.conv1.conv.weight": np.zeros((2, 2, 3, 3), np.float32)}
+    weight_files.write_weights(tmp_path / "vae.safetensors", weights)
+    with pytest.raises(weight_files.WeightsError, match="put its config.json beside them$"):
+        Autoencoder.load(tmp_path)
+
+
 def test_without_a_config_the_log_says_the_scale_that_is_assumed(tmp_path, caplog):
     save(tmp_path, "sd")
     (tmp_path / "config.json").unlink()

@@ -15,9 +15,10 @@ from test_sample import command
 
 from mdt_jax import checkpoints, data, sampling
 from mdt_jax import config as config_lib
-from mdt_jax.convert.autoencoder import to_torch
+from mdt_jax.convert import autoencoder, autoencoder_dc
 from mdt_jax.convert.autoencoder_settings import settings_from_config
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder_dc import AutoencoderDC
 from mdt_jax.sampling import images
 from mdt_jax.train import train
 from mdt_jax.training import run_evaluation, transfer
@@ -44,6 +45,25 @@ KINDS = {
     ),
     "own channels": (PLAIN | {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}, "autoencoder"),
     "measured": (PLAIN, "channel"),
+    "dc-ae": (
+        {
+            "_class_name": "AutoencoderDC",
+            "latent_channels": 8,
+            "attention_head_dim": 8,
+            "encoder_block_types": ["ResBlock", "EfficientViTBlock"],
+            "decoder_block_types": ["ResBlock", "EfficientViTBlock"],
+            "encoder_block_out_channels": [8, 16],
+            "decoder_block_out_channels": [8, 16],
+            "encoder_layers_per_block": [1, 1],
+            "decoder_layers_per_block": [1, 1],
+            "encoder_qkv_multiscales": [[], [5]],
+            "decoder_qkv_multiscales": [[], [5]],
+            "decoder_norm_types": "rms_norm",
+            "decoder_act_fns": "silu",
+            "scaling_factor": 0.41407,
+        },
+        "autoencoder",
+    ),
 }
 
 
@@ -57,8 +77,14 @@ def quick_compilation():
 
 def save_autoencoder(folder: Path, config: dict, seed: int = 0) -> Path:
     """A random autoencoder as diffusers saves one."""
-    settings, rng = settings_from_config(config), np.random.default_rng(seed)
-    module = AutoencoderKL(**settings.module_settings())
+    deep = config["_class_name"] == "AutoencoderDC"
+    read, network, to_torch = (
+        (autoencoder_dc.settings_from_config, AutoencoderDC, autoencoder_dc.to_torch)
+        if deep
+        else (settings_from_config, AutoencoderKL, autoencoder.to_torch)
+    )
+    settings, rng = read(config), np.random.default_rng(seed)
+    module = network(**settings.module_settings())
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
     folder.mkdir()
@@ -76,8 +102,8 @@ def pictures() -> data.Source:
 
 def encode(vae: Path, output: Path, normalize: str) -> data.Source:
     settings = {"image_size": SIDE, "batch_size": 4, "images_per_shard": 4, "mirror": False}
-    autoencoder = Autoencoder.load(vae)
-    assert tool().encode_latents(pictures(), autoencoder, output, normalize=normalize, **settings)
+    loaded = Autoencoder.load(vae)
+    assert tool().encode_latents(pictures(), loaded, output, normalize=normalize, **settings)
     return data.latents_source(output)
 
 
@@ -107,13 +133,13 @@ def test_samples_are_decoded_by_the_numbers_of_the_latents(made, tmp_path):
     latents = np.load(command(*settings)[0])["arr_0"]
     npz, png = command(*settings, f"--vae={made / 'vae'}")
     space = data.latents_source(made / "cache").latent_space
-    autoencoder = Autoencoder.load(made / "vae")
+    loaded = Autoencoder.load(made / "vae")
     if space.mean:
         own = latents * np.float32(space.std) + np.float32(space.mean)
     else:
         own = latents / np.float32(space.scale) + np.float32(space.shift)
-    decode = functools.partial(autoencoder.module.apply, method="decode")
-    expected = images.to_uint8(np.asarray(decode({"params": autoencoder.params}, jnp.asarray(own))))
+    decode = functools.partial(loaded.module.apply, method="decode")
+    expected = images.to_uint8(np.asarray(decode({"params": loaded.params}, jnp.asarray(own))))
     found = np.load(npz)["arr_0"].astype(int)
     assert np.abs(found - expected).max() <= 1 and png.exists()  # other programs, other roundings
 

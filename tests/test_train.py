@@ -697,7 +697,9 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
     check = functools.partial(checks.check_data_unchanged, source=source, workdir=Path("run"))
     check(meta)
     check({})  # a fresh run
-    check({"weights": {}, "latents": None, "class_names": []})  # converted, of data that nobody knows
+    check(
+        {"weights": {}, "latents": None, "class_names": []}
+    )  # converted, of data that nobody knows
     assert not caplog.records
     for names, said in ((["cat", "fox"], "class 1 is 'dog', and was 'fox'"),
                         (["cat"], "class 1 is 'dog', and was None")):  # fmt: skip

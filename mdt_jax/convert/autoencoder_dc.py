@@ -28,6 +28,7 @@ from mdt_jax.convert.autoencoder_settings import (
     is_list,
 )
 from mdt_jax.convert.trees import Shape, Tree
+from mdt_jax.models.latent_space import LatentSpace
 
 _RES, _ATTENTION = "ResBlock", "EfficientViTBlock"
 _RMS_NORM, _BATCH_NORM = "rms_norm", "batch_norm"
@@ -96,6 +97,12 @@ class AutoencoderDCSettings:
         fields = dataclasses.asdict(self)
         del fields["scale"], fields["shift"]
         return fields
+
+    @property
+    def latents(self) -> LatentSpace:
+        """The latents, of an encoder that is not known yet."""
+        stride = 2 ** (len(self.encoder_block_out_channels) - 1)
+        return LatentSpace(self.latent_channels, stride, self.scale, self.shift)
 
     def _check_stages(self) -> None:
         stages = len(self.encoder_block_out_channels)

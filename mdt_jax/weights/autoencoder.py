@@ -1,4 +1,4 @@
-"""Images to latents and back, through a pretrained KL autoencoder on the devices of a mesh."""
+"""Images to latents and back, through a pretrained autoencoder on the devices of a mesh."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from mdt_jax.convert.autoencoder import from_torch, settings_from_shapes
-from mdt_jax.convert.autoencoder_settings import (
-    AutoencoderSettings,
-    check_stable_diffusions,
-    settings_from_config,
-)
+from mdt_jax.convert import autoencoder as convert_kl
+from mdt_jax.convert import autoencoder_dc as convert_dc
+from mdt_jax.convert.autoencoder_settings import check_stable_diffusions, settings_from_config
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder_dc import AutoencoderDC
 from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.weights import files as weight_files
@@ -45,6 +45,11 @@ DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_mod
 # A posterior's log-variance is clipped to this range, beyond which its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 MIN_TILE_SIZE = 4
+# The network of each kind, by the converter of its weights.
+_NETWORKS: dict[ModuleType, Any] = {
+    convert_kl: AutoencoderKL,
+    convert_dc: AutoencoderDC,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +63,7 @@ class Autoencoder:
       mesh: the devices; batches are split over its data axes.
     """
 
-    module: AutoencoderKL
+    module: AutoencoderKL | AutoencoderDC
     params: dict[str, Any]
     latents: LatentSpace
     mesh: Mesh
@@ -82,15 +87,15 @@ class Autoencoder:
         """
         weights_file, config = _find(source)
         weights = weight_files.read_weights(weights_file)
-        settings = _settings(weights, config)
+        settings, convert = _settings(weights, config)
         try:
-            params = from_torch(weights, settings)
+            params = convert.from_torch(weights, settings)
         except ValueError as error:
             raise WeightsError(f"{weights.path}: {error}") from error
         mesh = sharding.create_mesh() if mesh is None else mesh
         params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
         return cls(
-            module=AutoencoderKL(**settings.module_settings(), dtype=jnp.dtype(dtype)),
+            module=_NETWORKS[convert](**settings.module_settings(), dtype=jnp.dtype(dtype)),
             params=jax.device_put(params, sharding.replicated(mesh)),
             latents=dataclasses.replace(
                 settings.latents, autoencoder=str(source), digest=encoder_digest(params)
@@ -134,6 +139,8 @@ class Autoencoder:
         self, images: Float[Array | np.ndarray, "n h w c"], batch_size: int = 16
     ) -> tuple[Float32[np.ndarray, "n hl wl cl"], Float32[np.ndarray, "n hl wl cl"]]:
         """Mean and standard deviation of the posterior of images' latents, not normalised.
+
+        Where an autoencoder has no posterior, the standard deviation is 0.
 
         Args:
           images: in [−1, 1], sides multiples of `module.downsampling`.
@@ -295,18 +302,20 @@ def encoder_digest(params: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(method: Callable, module: AutoencoderKL, mesh: Mesh) -> Callable:
+def _compiled(method: Callable, module: nn.Module, mesh: Mesh) -> Callable:
     """The jitted method; it is kept, so that a later call compiles only for another shape."""
     return jax.jit(functools.partial(method, module), out_shardings=sharding.batch_sharding(mesh))
 
 
-def _encode(module: AutoencoderKL, params: Any, images: Array) -> tuple[Array, Array]:
+def _encode(module: nn.Module, params: Any, images: Array) -> tuple[Array, Array]:
     moments: Any = module.apply({"params": params}, images, method="encode")
+    if isinstance(module, AutoencoderDC):  # it has no posterior
+        return moments, jnp.zeros_like(moments)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
 
-def _decode(module: AutoencoderKL, params: Any, latents: Array) -> tuple[Array]:
+def _decode(module: nn.Module, params: Any, latents: Array) -> tuple[Array]:
     images: Any = module.apply({"params": params}, latents, method="decode")
     return (images,)
 
@@ -379,12 +388,24 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _settings(weights: weight_files.WeightFile, config: dict[str, Any]) -> AutoencoderSettings:
+def _settings(weights: weight_files.WeightFile, config: dict[str, Any]) -> tuple[Any, ModuleType]:
+    """The settings of an autoencoder, and the converter of its kind.
+
+    Raises:
+      WeightsError: settings that no network here has, or that the weights alone do not show.
+    """
     place = weights.path.parent / "config.json" if config else weights.path
     try:
-        settings = settings_from_config(config) if config else settings_from_shapes(weights.shapes)
+        if config.get("_class_name") == "AutoencoderDC":
+            return convert_dc.settings_from_config(config), convert_dc
         if config:
-            return settings
+            return settings_from_config(config), convert_kl
+        if convert_dc.is_autoencoder_dc(weights):
+            raise ValueError(
+                "a deep compression autoencoder, whose settings do not show in its weights; put "
+                "its config.json beside them"
+            )
+        settings = convert_kl.settings_from_shapes(weights.shapes)
         check_stable_diffusions(settings)
     except ValueError as error:
         raise WeightsError(f"{place}: {error}") from error
@@ -394,4 +415,4 @@ def _settings(weights: weight_files.WeightFile, config: dict[str, Any]) -> Autoe
         place,
         settings.latents.scale,
     )
-    return settings
+    return settings, convert_kl
