@@ -29,12 +29,12 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import checkpoints
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import make_folder, whole_file
 from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import open_images
 from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.sample import command as sample_command
@@ -158,7 +158,7 @@ def _check_output(output: str | None) -> None:
     if output:
         if Path(output).is_dir():
             raise ValueError(f"--output {output} is a folder; name a .json file")
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(output).parent)
 
 
 def _finish(
@@ -191,7 +191,7 @@ def _versions() -> dict[str, str]:
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending():
+    with command_ending(f):
         initialize_distributed()
         use_compilation_cache()
         evaluate_samples(f)
@@ -201,4 +201,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    app.run(main)
+    with ending_quietly():
+        app.run(main)

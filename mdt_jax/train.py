@@ -23,7 +23,7 @@ from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.preemption import Stop
@@ -208,7 +208,7 @@ def dry_run(config: ConfigDict) -> str:
 
 def main(_: list[str]) -> None:
     """The command; errors that a user can mend end it with one line and exit status 1."""
-    with command_ending():
+    with command_ending(flags.FLAGS):
         initialize_distributed()
         use_compilation_cache()
         _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
@@ -255,4 +255,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
     flags.DEFINE_float("max_hours", None, "Save and end after so many hours.")
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_config_flags)
+    with ending_quietly():
+        app.run(main, flags_parser=parse_config_flags)

@@ -42,7 +42,7 @@ from ml_collections import config_flags
 from mdt_jax import benchmarking
 from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
-from mdt_jax.parallel.command import UserError, command_ending
+from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.train import parse_config_flags
 from mdt_jax.training import metrics
 from mdt_jax.weights import pretrained
@@ -251,7 +251,8 @@ def run_benchmark(f: flags.FlagValues) -> list[dict[str, Any]]:
 
 def main(_: list[str]) -> None:
     """The command."""
-    with command_ending(also=(RuntimeError,)):  # such as JAX's, of a device that is not there
+    # A RuntimeError is JAX's, such as of a device that is not there.
+    with command_ending(flags.FLAGS, also=(RuntimeError,)):
         set_up(flags.FLAGS)
         run_benchmark(flags.FLAGS)
 
@@ -279,4 +280,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
     flags.DEFINE_bool("compile", False, "Time compilation instead.")
     flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.")
-    app.run(main, flags_parser=lambda argv: parse_config_flags(expand_model(argv)))
+    with ending_quietly():
+        app.run(main, flags_parser=lambda argv: parse_config_flags(expand_model(argv)))

@@ -27,7 +27,7 @@ import numpy as np
 from mdt_jax.atomic import whole_file
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
 from mdt_jax.models.positions import relative_position_index
-from mdt_jax.parallel.command import UserError, command_ending
+from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.weights import files as weight_files
 
 XL = {
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--scratch", help="where files of some 10 GB may lie for a while")
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
-    with command_ending():
+    with command_ending(args):
         rows = []
         for name in args.models:
             with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -160,4 +160,5 @@ def conversion_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

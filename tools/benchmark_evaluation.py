@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.atomic import whole_file
 from mdt_jax.evaluation import manifold
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 
 
 def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args()
-    with command_ending():
+    with command_ending(args):
         rows = benchmark_metrics(args.samples, args.references, args.features)
         print(
             "| part | samples | reference | seconds | CPU seconds | peak memory |\n|" + " --- |" * 6
@@ -146,9 +147,10 @@ def main() -> None:
                 "numpy": np.__version__,
                 "command": "python tools/benchmark_evaluation.py",
             }
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+            with whole_file(args.output) as file:
+                file.write(json.dumps(about | {"rows": rows}, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

@@ -35,7 +35,7 @@ from mdt_jax.compilers.programs import Program, TrainingJob
 from mdt_jax.compilers.report import CompileReport, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.train import parse_config_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
@@ -212,9 +212,8 @@ def run_compilation(arguments: Any) -> Any:
 
 def main(_: list[str]) -> None:
     """The command."""
-    with command_ending():
-        result = run_compilation(flags.FLAGS)
-    print(json.dumps(result))
+    with command_ending(flags.FLAGS):
+        print(json.dumps(run_compilation(flags.FLAGS)))
 
 
 if __name__ == "__main__":
@@ -232,4 +231,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles much faster.")
     flags.DEFINE_list("models", list(ALL_MODELS), "The models of --all.")
     flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "The topologies of --all.")
-    app.run(main, flags_parser=parse_config_flags)
+    with ending_quietly():
+        app.run(main, flags_parser=parse_config_flags)

@@ -49,7 +49,7 @@ from mdt_jax.data import (
 from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending, one_line
+from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.weights.autoencoder import Autoencoder
 
 # A configuration's keys, which messages contain → this command's flags.
@@ -309,6 +309,7 @@ def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
     with command_ending(
+        f,
         message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS),
         interrupted="interrupted; the same command goes on from the last finished shard",
     ):
@@ -377,4 +378,5 @@ if __name__ == "__main__":
         "on_bad_image", "error", ["error", "skip"], "Stop at a bad image, or leave it out."
     )
     flags.DEFINE_float("max_bad_fraction", 0.01, "With skip: stop when more of the images are bad.")
-    app.run(main)
+    with ending_quietly():
+        app.run(main)

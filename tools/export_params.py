@@ -12,7 +12,7 @@ import argparse
 
 import jax
 
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.training import transfer
 
 
@@ -29,13 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
     parser.add_argument("--dtype", choices=tuple(transfer.DTYPES), help="as saved if not given")
     args = parser.parse_args(argv)
-    with command_ending():
+    with command_ending(args):
         folder = transfer.export_ema(
             args.input, args.output, ema_rate=args.ema_rate, step=args.step, dtype=args.dtype
         )
-    print(folder)
+        print(folder)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing here computes
-    main()
+    with ending_quietly():
+        main()

@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import checkpoints
-from mdt_jax.parallel.command import UserError, command_ending
+from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.training import metrics
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
@@ -278,7 +278,7 @@ def run_to_end(run: list[str], workdir: Path, folder: Path, processes: int) -> N
 
 def main(_: list[str]) -> None:
     """The command."""
-    with command_ending():
+    with command_ending(flags.FLAGS):
         passed = kill_again_and_again(Path(_WORKDIR.value).absolute())
     sys.exit(0 if passed else 1)
 
@@ -345,4 +345,5 @@ def kill_summary(rows: list, expected: dict, different: list, problems: list) ->
 
 
 if __name__ == "__main__":
-    app.run(main)
+    with ending_quietly():
+        app.run(main)

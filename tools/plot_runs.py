@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.atomic import whole_file
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.training.metrics import METRICS_FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
@@ -186,17 +186,18 @@ def parse_plot_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     arguments = parse_plot_flags(argv)
-    with command_ending():
+    with command_ending(arguments):
         curves = [read_curve(run, arguments.metric, arguments.x) for run in arguments.runs]
         labels = arguments.labels.split(",") if arguments.labels else []
         curves = named(curves, arguments.runs, labels)
         if text := warning(curves):
             print(f"warning: {text}", file=sys.stderr)
         draw_plot(curves, arguments.metric, arguments.x, arguments.log, arguments.output)
-    for curve in curves:
-        print(f"{curve.label}: {len(curve.x)} points, the last {curve.y[-1]:.4g}")
-    print(arguments.output)
+        for curve in curves:
+            print(f"{curve.label}: {len(curve.x)} points, the last {curve.y[-1]:.4g}")
+        print(arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

@@ -46,7 +46,7 @@ from absl import logging
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
 from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepare_dataset
-from mdt_jax.parallel.command import command_ending, one_line
+from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
 # A configuration's keys, which messages about folders contain → this command's flags.
@@ -424,10 +424,12 @@ def main(argv: list[str] | None = None) -> None:
         "--label_column", help="with --parquet; '' for no classes; 'label' if it is there"
     )
     args = parser.parse_args(argv)
-    with command_ending(message=_message, interrupted="interrupted; nothing was left behind"):
+    nothing_left = "interrupted; nothing was left behind"
+    with command_ending(args, message=_message, interrupted=nothing_left):
         prepare_from_flags(args)
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    main()
+    with ending_quietly():
+        main()

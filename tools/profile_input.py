@@ -56,7 +56,7 @@ from mdt_jax.data.folders import ImageFolder
 from mdt_jax.data.stream import CROPS, epoch_order
 from mdt_jax.models import create_model, flops
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.devices import peak_flops
 
 CORES = len(os.sched_getaffinity(0))
@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     jax.config.update("jax_platforms", "cpu")
     results: dict[str, Any] = {"cores": CORES}
-    with command_ending():
+    with command_ending(arguments):
         check_flags(arguments)
         results["needed"], results["needed_for"] = needed_rate(arguments)
         if arguments.data_name:
@@ -428,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
                 measure_source(synthetic_jpegs(Path(folder) / "jpeg", 256), arguments, results)
                 latents = synthetic_latents(Path(folder) / "latents", arguments.examples)
                 measure_source(latents, arguments, results)
-    print(json.dumps(results))
+        print(json.dumps(results))
 
 
 def measure_source(source: Source, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -444,4 +444,5 @@ def measure_source(source: Source, arguments: argparse.Namespace, results: dict[
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

@@ -40,7 +40,7 @@ from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.sampling import images
 from mdt_jax.training import run_evaluation
 
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seeds": args.seeds,
         "batch_size": args.batch_size,
     }
-    with command_ending():
+    with command_ending(args):
         for rows in compare_methods(
             args.workdir, args.methods, args.num_samples, args.seeds, args.batch_size
         ):
@@ -268,4 +268,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

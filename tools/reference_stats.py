@@ -33,7 +33,7 @@ from mdt_jax.evaluation.batches import read_ahead
 from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def _moments(gaussian: Gaussian, ending: str) -> dict[str, np.ndarray]:
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending():
+    with command_ending(f):
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
@@ -223,4 +223,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "Images through Inception at a time.")
     flags.DEFINE_string("inception", None, "Weights of Inception-v3.", required=True)
     flags.DEFINE_string("output", None, "The npz to write.", required=True)
-    app.run(main)
+    with ending_quietly():
+        app.run(main)

@@ -3,6 +3,8 @@
 from absl import app
 
 from mdt_jax.checkpoints import listing
+from mdt_jax.parallel.command import ending_quietly
 
 if __name__ == "__main__":
-    app.run(listing.main)
+    with ending_quietly():
+        app.run(listing.main)

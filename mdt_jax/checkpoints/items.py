@@ -1,5 +1,8 @@
 """The items of a checkpoint, trees of arrays and JSON, written and read through Orbax."""
 
+import functools
+import sys
+from collections.abc import Callable
 from logging import DEBUG
 from pathlib import Path
 from typing import Any
@@ -181,11 +184,22 @@ def _check_fits(what: str, saved: dict[str, tuple], wanted: dict[str, tuple]) ->
 
 
 def silence_orbax() -> None:
-    """Keeps two kinds of Orbax's messages out of the log, unless absl's verbosity is DEBUG.
+    """Keeps three kinds of messages out of sight, unless absl's verbosity is DEBUG.
 
-    They are its INFO, dozens of lines for each save, and tracebacks of errors that it also raises.
+    They are Orbax's INFO, dozens of lines for each save; tracebacks of errors that it also raises;
+    and those of TensorStore's writes that end after a save has failed, for which nobody waits.
     """
     logging.get_absl_logger().addFilter(_is_worth_reading)
+    if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
+        sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
+
+
+def _report_unraisable(report: Callable[[Any], Any], unraisable: Any) -> None:
+    """Reports an error in a background thread, but for those of writes that end too late."""
+    error = unraisable.exc_value
+    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not late or logging.get_absl_logger().isEnabledFor(DEBUG):
+        report(unraisable)
 
 
 def _is_worth_reading(record) -> bool:

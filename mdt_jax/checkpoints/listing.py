@@ -106,5 +106,5 @@ def main(arguments: list[str]) -> None:
         if len(arguments) != 2:
             raise ValueError("give one workdir: python -m mdt_jax.checkpoints WORKDIR")
         entries = list_checkpoints(arguments[1], _VERIFY.value)
-    print(checkpoint_table(arguments[1], entries))
+        print(checkpoint_table(arguments[1], entries))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)

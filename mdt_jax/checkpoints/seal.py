@@ -5,12 +5,13 @@ A step without a manifest is an interrupted save and counts for nothing.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 
 from mdt_jax.atomic import whole_file
-from mdt_jax.parallel.command import UserError
+from mdt_jax.parallel.command import UserError, refuse_url
 
 SEAL_FILE = "manifest.json"
 PART = "checksums.{}.json"  # One process's share of the manifest, until that is written.
@@ -26,8 +27,7 @@ class SaveError(CheckpointError):
 
 def checkpoint_root(workdir: str | Path) -> Path:
     """The folder of a run's checkpoints. Raises ValueError for a URL."""
-    if "://" in str(workdir):
-        raise ValueError(f"workdir {workdir} is a URL: mount it (gcsfuse), and give the path")
+    refuse_url(workdir, "workdir")
     return Path(workdir).absolute() / "checkpoints"
 
 
@@ -49,6 +49,10 @@ def choose_step(root: Path, steps: list[int], step: int | None) -> int:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         there = f"complete ones: {steps}" if steps else "nothing was saved there"
         missing = "" if root.is_dir() else ", a folder that does not exist"
+        if root.is_file():
+            missing = ", which is a file"
+        elif root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+            missing = ", a folder that may not be read"
         raise CheckpointError(f"no {wanted} in {root}{missing}; {there}")
     return steps[-1] if step is None else step
 

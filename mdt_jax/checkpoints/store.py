@@ -1,8 +1,10 @@
 """The checkpoints of a training run, which alone writes and removes them."""
 
+import errno
 import json
 import os
 import shutil
+import time
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
+from mdt_jax.atomic import make_folder, reason_of
 from mdt_jax.checkpoints.items import META, read_item, read_step_meta, silence_orbax, tree_handler
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.checkpoints.seal import (
@@ -30,10 +33,13 @@ from mdt_jax.checkpoints.seal import (
     step_files,
     write_json,
 )
+from mdt_jax.parallel.command import WAYS_OUT
 from mdt_jax.parallel.distributed import gather_json
 
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
 _LAST_SECONDS = 15  # The time a save in progress is given when the job fails.
+# How long writes that are under way when a save fails may go on, and how long none must come.
+_LATE_SECONDS, _QUIET_SECONDS = 20.0, 0.3
 
 
 class Checkpoints:
@@ -62,6 +68,7 @@ class Checkpoints:
         Raises:
           ValueError: `keep_last` or `keep_every` is below 1, or `workdir` is a URL.
           CheckpointError: another run has the workdir.
+          OSError: the workdir cannot be made, or not be written to.
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: give 1 or more")
@@ -86,11 +93,12 @@ class Checkpoints:
             ),
             multiprocessing_options=everyone,
         )
+        self._bytes = 0  # of the last save
         self._background = ThreadPoolExecutor(1, thread_name_prefix="seal_checkpoint")
         self._pending: Future | None = None
         self._lock: WorkdirLock | None = None
         if self._process == 0:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root, flag="--workdir")
             try:
                 self._lock = WorkdirLock(self._root.parent)
             except WorkdirInUse as error:
@@ -144,6 +152,7 @@ class Checkpoints:
         args[META] = ocp.args.JsonSave(json.loads(json.dumps(meta)))
         # `force`: a directory that is there has no seal; it was left by a failed save.
         directory = self._root / str(step)
+        self._bytes = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(items))
         try:
             self._checkpointer.save(directory, args=ocp.args.Composite(**args), force=True)
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
@@ -232,9 +241,27 @@ class Checkpoints:
         A single process also removes the remains, which several processes could not do safely.
         """
         if self._n_processes == 1:
+            self._remove_remains(step)
+        reason, code = reason_of(error)
+        parts = [f"saving {self._root / str(step)} failed: {reason}"]
+        if code == errno.ENOSPC and self._root.is_dir():
+            free = shutil.disk_usage(self._root).free
+            parts[0] += f": {_size(free)} are free"
+            if free < self._bytes:
+                parts[0] += f" of up to {_size(self._bytes)} that it takes"
+                parts[0] += f", so {_size(self._bytes - free)} are missing"
+        parts += [WAYS_OUT[code]] if code in WAYS_OUT else []
+        good = "no step is saved yet" if self._latest is None else f"step {self._latest} is saved"
+        return SaveError("; ".join([*parts, good]))
+
+    def _remove_remains(self, step: int) -> None:
+        """Removes what a failed save left, until none of its writes comes after."""
+        began = quiet = time.monotonic()
+        while time.monotonic() < min(quiet + _QUIET_SECONDS, began + _LATE_SECONDS):
             for path in self._unsealed(str(step)):
                 shutil.rmtree(path, ignore_errors=True)
-        return SaveError(f"saving {self._root / str(step)} failed: {error!r}")
+                quiet = time.monotonic()
+            time.sleep(0.02)
 
     def _seal(self, step: int) -> None:
         directory = self._root / str(step)
@@ -271,6 +298,8 @@ class Checkpoints:
 
     def _unsealed(self, step: str | None = None) -> list[Path]:
         """Folders that unfinished saves left, of all steps or of one."""
+        if not self._root.is_dir():
+            return []
         return [
             path
             for path in sorted(self._root.iterdir())
@@ -292,3 +321,8 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """The sealed steps by process 0: a network file system may show others an older list."""
         return gather_json(f"steps of {self._root}", sealed_steps(self._root))[0]
+
+
+def _size(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.atomic import whole_file, whole_path
+from mdt_jax.atomic import make_folder, whole_file, whole_path
 from mdt_jax.data.channel_sums import ChannelSums
 from mdt_jax.data.latent_cache import (
     CACHE_MANIFEST,
@@ -49,7 +49,7 @@ def begin_cache(folder: Path, description: CacheDescription) -> None:
       FileExistsError: the folder holds other things.
       ValueError: the folder holds another cache; the message names the first difference.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     wanted = _plain(description)
     with _state_lock(folder):
         found = _found(folder)

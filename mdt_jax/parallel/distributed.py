@@ -29,6 +29,7 @@ HEARTBEAT_TIMEOUT = 30
 _GATHER_TIMEOUT_MS = 20 * 60 * 1000  # one process may verify a large checkpoint meanwhile
 _FAILURE = "mdt_jax/failure"  # the key under which the first process to fail says why
 _WATCH_SECONDS = 1.0
+UNREAD = 141  # the exit status of a program whose output is no longer read, as a shell has it
 _WAIT_MS = 2 * 60 * 60 * 1000  # the others' wait while process 0 reads or joins tens of gigabytes
 _MEETINGS = itertools.count()
 _gathers = Counter()  # how often each name was used, since a key can be written only once
@@ -132,6 +133,7 @@ def ending_together() -> Iterator[None]:
             raise
         if isinstance(error, SystemExit):
             message = str(error.code).removeprefix("error: ")
+            message = "its output is no longer read" if error.code == UNREAD else message
         else:
             traceback.print_exc()
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -8,6 +8,7 @@ import jax
 from absl import flags, logging
 
 from mdt_jax import sampling
+from mdt_jax.atomic import make_folder
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
@@ -37,7 +38,7 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     )
     autoencoder = load_autoencoder(f, model, mesh)
     # Before the work: an output that cannot be written would lose it.
-    Path(f.output).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(f.output).parent)
     make = paint_picture if f.inpaint else draw_samples
     return make(f, model, params, autoencoder, mesh)
 
@@ -75,7 +76,7 @@ def load_autoencoder(
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending():
+    with command_ending(f):
         initialize_distributed()
         use_compilation_cache()
         for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):

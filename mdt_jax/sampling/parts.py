@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer, Shaped
 
-from mdt_jax.atomic import is_full_disk, whole_file
+from mdt_jax.atomic import is_full_disk, make_folder, whole_file
 from mdt_jax.checkpoints.lock import LOCK_FILE, WorkdirInUse, WorkdirLock
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling.images import stream_npz
@@ -209,7 +209,7 @@ class Parts:
             ) from error
 
     def _hold(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         try:
             self._lock = WorkdirLock(self.folder, flag="--output")
         except WorkdirInUse as error:
