@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.files import WeightsError
 
 torch = pytest.importorskip("torch")
@@ -150,7 +151,7 @@ def test_two_weights_of_one_plain_name_are_refused(tmp_path, ending):
     assert str(path) in line and "module.w" in line and "two weights of one name" in line
 
 
-@pytest.mark.parametrize("nest", weight_files.NESTS)
+@pytest.mark.parametrize("nest", weight_names.NESTS)
 def test_a_nested_state_dict_is_found(tmp_path, nest):
     weights = weight_files.read_weights(save(tmp_path / "a.ckpt", {nest: tensors(), "epoch": 3}))
     assert weights.nest == nest and list(weights) == list(tensors())

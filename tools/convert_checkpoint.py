@@ -27,7 +27,7 @@ import numpy as np
 
 from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import inception, pretrained
@@ -80,9 +80,7 @@ def _inception_to_jax(source: str, output: Path) -> None:
 
 def _part(path: str | None, part: str) -> str | None:
     """`part` if a file holds several parts under their names, None if it holds weights alone."""
-    if path is None or str(path).endswith(weight_files.SAFETENSORS):
-        return None
-    return part if weight_files.has_part(path, part) else None
+    return part if path is not None and weight_files.has_part(path, part) else None
 
 
 def run_to_torch(args: argparse.Namespace) -> None:
@@ -174,10 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         for hint, meaning in HINTS.items():
             command.add_argument(f"--{hint}", type=int, help=meaning)
     args = parser.parse_args(argv)
-    with command_ending():
+    with command_ending(args):
         args.run(args)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing here computes
-    main()
+    with ending_quietly():
+        main()

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
-from mdt_jax.atomic import is_full_disk
+from mdt_jax.atomic import is_full_disk, reason_of
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
 from mdt_jax.convert.optimizers import OptimizerMoments, moments_from_torch
@@ -34,6 +34,15 @@ from mdt_jax.weights import pretrained
 from mdt_jax.weights.files import WeightsError
 from mdt_jax.weights.pretrained import Pretrained
 
+# Names under which training scripts keep an optimiser's state; Lightning's is a list of one.
+_OPTIMIZERS = (
+    "opt",
+    "optimizer",
+    "optimizer_state_dict",
+    "optimizer_states",
+    "optim",
+    "optimizers",
+)
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -48,8 +57,12 @@ def read_moments(source: str | Path, model: Pretrained) -> OptimizerMoments:
       WeightsError: the file holds no AdamW or Adan state of this model.
     """
     state = weight_files.read_object(source)
-    if isinstance(state, dict) and "opt" in state:
-        state = state["opt"]
+    for name in _OPTIMIZERS:
+        if isinstance(state, dict) and name in state:
+            state = state[name]
+            break
+    if isinstance(state, list) and len(state) == 1:
+        (state,) = state
     try:
         return moments_from_torch(state, parameter_shapes(model.architecture), model.step)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a pickle may hold anything
@@ -293,8 +306,7 @@ def _aside(output: Path) -> Iterator[Path]:
     except WeightsError:
         raise
     except (OSError, ValueError, checkpoints.CheckpointError) as error:
-        # TensorStore raises ValueErrors that name three of its own files before the reason.
-        reason = " ".join(str(error).split()).rpartition('": ')[2].partition(" [os_error_code")[0]
+        reason, _ = reason_of(error)
         hint = "; is the disk full?" if is_full_disk(error) else ""
         raise WeightsError(f"{output} could not be written: {reason}{hint}") from error
     finally:

@@ -28,6 +28,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.autoencoder_dc import AutoencoderDC
 from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import refuse_url
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 
@@ -360,6 +361,7 @@ def _find(source: str | Path) -> tuple[Path, dict[str, Any]]:
         return _with_config(source)
     path = Path(source)
     if not path.exists():
+        refuse_url(source, "the file")
         raise WeightsError(
             f"autoencoder {str(source)!r}: no such file or folder; give "
             f"{', '.join(map(repr, PUBLISHED))}, a folder with config.json and weights, or a file "

@@ -8,23 +8,26 @@ any size costs no memory by itself. NumPy has no bfloat16 of its own; ml_dtypes'
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import getitem
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mdt_jax.atomic import is_full_disk, whole_path
+from mdt_jax.parallel.command import refuse_url
+from mdt_jax.weights import names as weight_names
+from mdt_jax.weights.names import Part
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
-# Names under which training scripts keep a model in their files, best first: DiT saves model and
-# EMA side by side and samples from the EMA; CompVis and Lightning use state_dict.
-NESTS = ("ema", "model", "state_dict")
 
 
 class WeightsError(ValueError):
@@ -41,7 +44,10 @@ class WeightFile(Mapping[str, np.ndarray]):
     Attributes:
       path: the file.
       metadata: text that a .safetensors file carries about itself.
-      nest: the name of `NESTS` under which the arrays were found, "" if they are the whole file.
+      nest: the names, joined by dots, under which the arrays were found, "" if they are the whole
+        file.
+      step: the training steps that the file says were done, None if it does not say.
+      arguments: the training script's settings that are stored beside the weights, by name.
     """
 
     def __init__(
@@ -52,8 +58,11 @@ class WeightFile(Mapping[str, np.ndarray]):
         read: Callable[[str], np.ndarray],
         metadata: Mapping[str, str] | None = None,
         nest: str = "",
+        step: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ):
         self.path, self.metadata, self.nest = path, dict(metadata or {}), nest
+        self.step, self.arguments = step, dict(arguments or {})
         self.shapes, self.dtypes, self._read = dict(shapes), dict(dtypes), read
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -83,10 +92,12 @@ def fetch(source: str | Path) -> Path:
 
     Raises:
       WeightsError: no such file, or a hub that cannot be reached; says which file to fetch by hand.
+      ValueError: another URL.
     """
     text = str(source)
     if text.startswith("hf://"):
         return _fetch_from_hub(text)
+    refuse_url(source, "the file")
     path = Path(text)
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not there"
@@ -157,62 +168,63 @@ def _fetch_from_hub(source: str) -> Path:
 def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
     """The arrays of a file by name; each is read when it is asked for.
 
-    The prefixes of DistributedDataParallel and torch.compile, `module.` and `_orig_mod.`, are taken
-    off the names.
+    Names that wrappers put into an array's (`module`, `_orig_mod`) are taken off, and so is what
+    stands before all names of a network (`mdt_jax.weights.names`). The log says which of a training
+    file's parts was taken.
 
     Args:
       source: a path or hf://OWNER/REPO/FILE.
-      nest: which of a training file's parts to take; by default the first of `NESTS` it has.
+      nest: which of a training file's parts to take: "ema" for an average, "model" for the weights
+        themselves, or a part's own name; by default an average, if there is one.
 
     Raises:
       WeightsError: not there, truncated, or it holds no arrays.
     """
     path = fetch(source)
     if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
+        return _read_safetensors(path, nest)
     tree = _unpickle(path)
-    found = ""
-    for name in NESTS if nest is None else (nest,):
-        if isinstance(tree, dict) and isinstance(tree.get(name), dict):
-            tree, found = tree[name], name
-            break
-    else:
-        if nest is not None:
+    entries = tree if isinstance(tree, Mapping) else {}
+    part = _take_part(path, entries, nest)
+    if part is None:
+        if nest is not None and weight_names.find_parts(entries):
             raise WeightsError(f"{path} holds no {nest!r}")
-    entries = tree.items() if isinstance(tree, dict) else ()
-    tensors = {k: v for k, v in entries if isinstance(k, str) and hasattr(v, "shape")}
-    if not tensors:
         raise WeightsError(f"{path} holds {_describe(tree)}, no weights by name")
-    names = _plain_names(path, tensors)
+    tensors = {name: functools.reduce(getitem, keys, tree) for name, keys in part.names.items()}
     return WeightFile(
         path,
-        {name: tuple(tensors[k].shape) for name, k in names.items()},
-        {name: _numpy_dtype(path, k, tensors[k]) for name, k in names.items()},
-        lambda name: _to_numpy(tensors[names[name]]),
-        nest=found,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {
+            name: _numpy_dtype(path, part.names[name][-1], tensor)
+            for name, tensor in tensors.items()
+        },
+        lambda name: _to_numpy(tensors[name]),
+        nest=part.place,
+        step=weight_names.read_step(entries),
+        arguments=weight_names.read_arguments(entries),
     )
 
 
 def has_part(source: str | Path, part: str) -> bool:
-    """Whether a pickle is a dict with weights under a name of their own, as DiT's files are."""
-    tree = _unpickle(fetch(source))
-    return isinstance(tree, dict) and isinstance(tree.get(part), dict)
+    """Whether a file holds weights of a kind under a name of their own, as DiT's files do.
+
+    Args:
+      source: as for `read_weights`.
+      part: "ema" or "model".
+    """
+    path = fetch(source)
+    tree = _open_safetensors(path)[1] if path.suffix == SAFETENSORS else _unpickle(path)
+    found = _take_part(path, tree, part, logs=False) if isinstance(tree, Mapping) else None
+    return found is not None and bool(found.place)
 
 
-def plain_name(name: str) -> str:
-    """A weight's name without the prefixes of the wrappers it was saved in."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-    return name
-
-
-def _plain_names(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Each plain name with the file's own."""
-    found: dict[str, str] = {}
-    for name in names:
-        if (other := found.setdefault(plain_name(name), name)) != name:
-            raise WeightsError(f"{path} holds both {other} and {name}, two weights of one name")
-    return found
+def _take_part(
+    path: Path, tree: Mapping[Any, Any], nest: str | None, logs: bool = True
+) -> Part | None:
+    try:
+        return weight_names.take_part(tree, nest, file=path if logs else None)
+    except ValueError as error:
+        raise WeightsError(f"{path} {error}") from error
 
 
 def read_object(source: str | Path) -> Any:
@@ -321,31 +333,46 @@ def _umask() -> int:
     return mask
 
 
-def _read_safetensors(path: Path) -> WeightFile:
+def _read_safetensors(path: Path, nest: str | None) -> WeightFile:
+    file, arrays = _open_safetensors(path)
+    if not arrays:
+        raise WeightsError(f"{path} holds no arrays")
+    part = _take_part(path, arrays, nest)
+    if part is None:
+        raise WeightsError(f"{path} holds no {nest!r}")
+    names = {name: keys[0] for name, keys in part.names.items()}
+    unknown = [arrays[key].dtype for key in names.values() if arrays[key].dtype not in _DTYPES]
+    if unknown:
+        raise WeightsError(f"{path} holds arrays of type {unknown[0]!r}, which no model here has")
+    metadata = file.metadata() or {}
+    return WeightFile(
+        path,
+        {name: arrays[key].shape for name, key in names.items()},
+        {name: _DTYPES[arrays[key].dtype] for name, key in names.items()},
+        lambda name: file.get_tensor(names[name]),
+        metadata,
+        nest=part.place,
+        step=weight_names.read_step(metadata),
+        arguments=weight_names.read_arguments({"args": metadata}),
+    )
+
+
+def _open_safetensors(path: Path) -> tuple[Any, dict[str, SimpleNamespace]]:
+    """A .safetensors file, open, and the shape and type of every array in it."""
     import safetensors
 
     try:
         file = safetensors.safe_open(path, "numpy")
-        names = _plain_names(path, list(file.keys()))
-        views = {name: file.get_slice(k) for name, k in names.items()}
-        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
-        dtypes = {name: _DTYPES[view.get_dtype()] for name, view in views.items()}
-    except WeightsError:
-        raise
-    except KeyError as error:
-        raise WeightsError(
-            f"{path} holds arrays of type {error}, which no model here has"
-        ) from error
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return file, {
+            name: SimpleNamespace(shape=tuple(view.get_shape()), dtype=view.get_dtype())
+            for name, view in views.items()
+        }
     except Exception as error:  # SafetensorError, and the OS's own
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors file: "
             f"{_first_line(error)}; fetch it again"
         ) from error
-    if not names:
-        raise WeightsError(f"{path} holds no arrays")
-    return WeightFile(
-        path, shapes, dtypes, lambda name: file.get_tensor(names[name]), file.metadata()
-    )
 
 
 _DTYPES = {

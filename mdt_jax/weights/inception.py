@@ -11,6 +11,7 @@ import numpy as np
 from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert.inception import BLOCK, from_flat, from_graph, from_torch, is_inception
 from mdt_jax.models.inception import InceptionV3
+from mdt_jax.parallel.command import refuse_url
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 
@@ -93,6 +94,7 @@ def find_file(source: str | Path) -> Path:
     if str(source).startswith("hf://"):
         return weight_files.fetch(source)
     path = Path(source)
+    refuse_url(source, "the file")
     if path.is_file():
         if path.suffix != GRAPH and not weight_files.is_weight_file(path):
             raise WeightsError(

@@ -71,7 +71,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
 
     Args:
       source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
-      nest: which part of a training file to take ("ema", "model"); the EMA, if it has one.
+      nest: which part of a training file to take, as for `files.read_weights`.
       **hints: sizes that a PyTorch file does not show, as for `open_weights`.
 
     Raises:
@@ -91,7 +91,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
         architecture=architecture,
         config=config_lib.from_json(own["config"]) if own else create_config(architecture),
         params=params,
-        step=own["step"] if own else step_of(str(source)) or 0,
+        step=own["step"] if own else _first(weights.step, step_of(str(source)), 0),
         class_names=tuple(own["class_names"]) if own else (),
         dtypes=_mixed_dtypes(weights, architecture),
         latents=_latents_of_file(str(source), weights, own, architecture),
@@ -276,6 +276,11 @@ def _mixed_dtypes(weights: WeightFile, architecture: Architecture) -> dict[str, 
     return dtypes if len(set(dtypes.values())) > 1 else {}
 
 
+def _first(*values: int | None) -> int | None:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
 def step_of(name: str) -> int | None:
     """The training steps in a file name of the authors' or DiT's, None if there are none.
 
@@ -371,4 +376,12 @@ def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
         shapes[name] = (rows * len(parts), *rest)
     dtypes = {name: weights.dtypes[parts[0]] for name, parts in sources.items()}
     dtypes["pos_embed"] = table.dtype
-    return WeightFile(weights.path, shapes, dtypes, load, nest=weights.nest)
+    return WeightFile(
+        weights.path,
+        shapes,
+        dtypes,
+        load,
+        nest=weights.nest,
+        step=weights.step,
+        arguments=weights.arguments,
+    )
