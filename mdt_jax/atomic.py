@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _Name = str | os.PathLike
 
@@ -34,7 +34,8 @@ def whole_path(path: _Name, folder: _Name | None = None) -> Iterator[str]:
     place, name = os.path.split(path)
     os.makedirs(place, exist_ok=True)
     # Not the process's number: one of another host, or container, may have the same.
-    aside = os.path.join(folder or place, f".{name}.{uuid.uuid4().hex}.tmp")
+    short = name if len(os.fsencode(name)) < 200 else name[:50]  # a name has at most 255 bytes
+    aside = os.path.join(folder or place, f".{short}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path, aside):
             yield aside
@@ -74,6 +75,14 @@ def naming(path: _Name, *instead_of: _Name) -> Iterator[None]:
         raise
 
 
+def is_at(file: Any, path: _Name) -> bool:
+    """Whether an open file is the one that is found at a path, and was not removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def make_folder(path: _Name, flag: str = "--output") -> None:
     """Makes a folder for files to be written to, and those above it; it may be there.
 
@@ -98,18 +107,18 @@ def make_folder(path: _Name, flag: str = "--output") -> None:
 def _in_the_way(folder: Path, error: OSError) -> str:
     """What keeps a folder from being made: the first thing above it that is no folder to write."""
     for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
+        if os.path.islink(place) and not os.path.exists(place):
             there = os.readlink(place)
             return f"{place} is a symbolic link to {there}, which is not there; mend it"
-        if place.exists():
-            if not place.is_dir():
+        if os.path.exists(place):  # not Path's, which raises for names that are too long
+            if not os.path.isdir(place):
                 return f"{place} is a file; move it away"
             if not os.access(place, os.W_OK | os.X_OK):
                 return f"{place} cannot be written to; change its permissions"
             break
     if error.errno in _FULL_DISK:
         return f"{error.strerror}; make room"
-    return f"{error.strerror}; is the path right?"
+    return f"{error.strerror}; mend the path"
 
 
 def reason_of(error: BaseException) -> tuple[str, int | None]:

@@ -40,6 +40,8 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
     """Starts or resumes a run, trains it to config.num_steps and returns the final state.
 
     If asked to stop before (see `mdt_jax.parallel.preemption`), it saves the state and returns it.
+    If asked before the first step, when there is nothing to save, it does not return: the process
+    ends, with status 0.
 
     Args:
       config: the settings.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mdt_jax.atomic import is_full_disk, whole_file, whole_path
+from mdt_jax.atomic import is_at, is_full_disk, make_folder, whole_file, whole_path
 
 
 def test_a_file_appears_when_it_is_on_the_disk(tmp_path, monkeypatch):
@@ -51,3 +51,56 @@ def test_a_full_disk_is_known_by_its_number_or_its_text():
     assert is_full_disk(ValueError("writing a/b: No space left on device [os_error_code]"))
     assert not is_full_disk(OSError(errno.ENOENT, "No space left on device"))
     assert not is_full_disk(ValueError("no such thing"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_an_error_of_writing_names_the_file_that_a_user_knows(code, tmp_path):
+    with (
+        pytest.raises(OSError, match="report.json") as caught,
+        whole_file(tmp_path / "report.json"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.filename == str(tmp_path / "report.json")
+    assert not os.listdir(tmp_path)
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    for error in (OSError(errno.EIO, "x"), OSError(errno.ENOSPC, "x", "other")):
+        with pytest.raises(OSError) as caught, whole_file(tmp_path / "report.json"):
+            raise error
+        assert caught.value.filename == error.filename != str(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "n" * 199])
+def test_a_name_as_long_as_the_system_allows_is_written(name, tmp_path):
+    with whole_file(tmp_path / name) as file:
+        file.write(b"all")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_says_why(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    for name, said in (
+        ("file", "file is a file; move it away"),
+        ("file/a/b", "file is a file; move it away"),
+        ("link", "link is a symbolic link to gone, which is not there; mend it"),
+        ("link/a", "link is a symbolic link to gone, which is not there; mend it"),
+        ("n" * 300, "File name too long; mend the path"),
+    ):
+        with pytest.raises(OSError, match=f"cannot be made: .*{said}, or give another --output"):
+            make_folder(tmp_path / name)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match="a/b cannot be written to: change its permissions, or give"):
+        make_folder(tmp_path / "a" / "b", "--workdir")
+
+
+def test_a_file_that_was_removed_or_replaced_is_noticed(tmp_path):
+    with open(tmp_path / "a", "a") as file:
+        assert is_at(file, tmp_path / "a")
+        (tmp_path / "a").unlink()
+        assert not is_at(file, tmp_path / "a")
+        (tmp_path / "a").write_text("")
+        assert not is_at(file, tmp_path / "a")

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit or say what is wrong; a kill loses one save at most."""
 
 import contextlib
+import errno
 import functools
 import os
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import flax.struct
@@ -30,7 +32,7 @@ from mdt_jax.checkpoints import (
     read_meta,
     restore_item,
 )
-from mdt_jax.checkpoints.lock import WorkdirLock
+from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 
 
 @flax.struct.dataclass
@@ -453,6 +455,125 @@ def test_a_full_disk_fails_a_save_and_leaves_those_before_it_whole(workdir):
     store.save(3, {"state": rows}, {})
     store.close()
     assert read_meta(workdir)[0] == 3
+
+
+def test_a_failed_save_of_many_arrays_leaves_no_folder_and_says_nothing_more(workdir, capfd):
+    """Writes that are still under way when a save fails end after it, in TensorStore's threads."""
+    store = Checkpoints(workdir)
+    rng = np.random.default_rng(0)
+    items = {
+        f"item{i}": {f"x{k}": jnp.asarray(rng.random(5000)) for k in range(20)} for i in (1, 2)
+    }
+    with full_disk(), pytest.raises(SaveError, match="/3 failed: File too large; raise the limit"):
+        store.save(3, items, {})
+        store.wait()
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+    store.close()
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError(  # TensorStore's
+                'RESOURCE_EXHAUSTED: Error writing "a/0": Failed to write 5 bytes to file 5: '
+                "No space left on device [os_error_code='28']"
+            ),
+            "No space left on device: 1.00 GB are free of up to 4.00 GB that it takes, so 3.00 GB "
+            "are missing; make room",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: 1.00 GB are"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded; make room in your"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; give a place that"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; step 2 is saved"),
+        (RuntimeError('x: Error: "a/b": what it was [os_error_code=1]'), "what it was; step 2 is"),
+    ],
+)
+def test_a_failed_save_says_in_one_line_what_is_missing_and_what_is_saved(
+    error, said, workdir, monkeypatch
+):
+    store = Checkpoints(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**9))
+    store._bytes = 4 * 10**9
+    line = str(store._failed(3, error))
+    store.close()
+    assert line.startswith(f"saving {workdir}/checkpoints/3 failed: {said}")
+    assert line.endswith("; step 2 is saved") and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("with_lock", [True, False])
+def test_a_workdir_that_goes_away_ends_the_run(with_lock, workdir):
+    store = Checkpoints(workdir)
+    shutil.rmtree(workdir)
+    said = f"{workdir} was removed while this run trained; left of it: nothing"
+    if not with_lock:  # something, such as a grid, was written since
+        (workdir / "samples").mkdir(parents=True)
+        said = said.replace("nothing", "samples")
+    for call in (store.check_folder, lambda: store.save(3, {"state": {}}, {})):
+        with pytest.raises(
+            CheckpointError, match=f"{said}, and no checkpoint: start the run again"
+        ):
+            call()
+    store.close()
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_checkpoints_that_go_away_are_told_and_saved_again(workdir, caplog):
+    store = Checkpoints(workdir)
+    store.check_folder()
+    assert not caplog.records
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    store.check_folder()
+    assert "step 2 was removed while this run trains; steps left: 1; training" in caplog.text
+    assert store.latest_step() == 1
+    shutil.rmtree(workdir / "checkpoints")
+    store.check_folder()
+    assert "checkpoints: it was removed while this run trains; steps left: none" in caplog.text
+    store.save(3, {"state": make_state().params}, {})
+    store.close()
+    assert read_meta(workdir)[0] == 3
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_that_goes_away_is_taken_again(replaced, workdir, caplog, monkeypatch):
+    store = Checkpoints(workdir)
+    (workdir / ".lock").unlink()
+    if replaced:
+        (workdir / ".lock").write_text("")
+    store.check_folder()
+    assert "its lock was removed while this run trains; locked again" in caplog.text
+    assert f'"pid": {os.getpid()}' in (workdir / ".lock").read_text()
+    store.check_folder()
+    assert len(caplog.records) == 1
+
+    def taken(*_, **__):
+        raise WorkdirInUse(f"{workdir} is in use by process 7 on host")
+
+    monkeypatch.setattr("mdt_jax.checkpoints.store.WorkdirLock", taken)
+    (workdir / ".lock").unlink()
+    with pytest.raises(CheckpointError, match="in use by process 7 on host; this run's lock there"):
+        store.check_folder()
+    store.close()
+
+
+def test_a_workdir_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for workdir, said in (
+        ("file", f"{tmp_path}/file is a file; move it away, or give another --workdir"),
+        ("file/run", f"{tmp_path}/file is a file; move it away"),
+        ("run", f"{tmp_path}/run/checkpoints is a file; move it away"),
+        ("link", f"{tmp_path}/link is a symbolic link to {tmp_path}/gone, which is not there"),
+        ("r" * 300, "File name too long"),
+    ):
+        with pytest.raises(OSError, match=f"checkpoints cannot be made: .*{said}"):
+            Checkpoints(tmp_path / workdir)
+    with pytest.raises(CheckpointError, match="checkpoints, which is a file; nothing was saved"):
+        read_meta(tmp_path / "run")
 
 
 def test_another_run_in_the_workdir_is_refused(workdir, monkeypatch):

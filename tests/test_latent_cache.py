@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,18 @@ def test_a_manifest_is_set_aside_as_soon_as_a_shard_is_found_damaged(copy):
     latent_writing.write_shard(copy, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
     assert latent_writing.finish_cache(copy, DESCRIPTION)
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == whole
+
+
+def test_a_folder_that_is_removed_meanwhile_is_noticed_at_the_next_shard(tmp_path):
+    folder = tmp_path / "latents"
+    latent_writing.begin_cache(folder, DESCRIPTION)
+    latent_writing.write_shard(folder, DESCRIPTION, 1, [records()[4:8].reshape(-1)])
+    shutil.rmtree(folder)
+    with pytest.raises(
+        OSError, match="was removed while its latents were encoded, .* begins again"
+    ):
+        latent_writing.write_shard(folder, DESCRIPTION, 0, [records()[:4].reshape(-1)])
+    assert not folder.exists()
 
 
 def test_the_room_that_is_needed_is_that_of_all_processes(tmp_path):

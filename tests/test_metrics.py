@@ -2,7 +2,9 @@
 
 import json
 import math
+import resource
 import struct
+import time
 from pathlib import Path
 
 import jax
@@ -284,3 +286,53 @@ def test_a_stopwatch_goes_on_from_what_is_on_it_and_stands_still_in_a_pause(monk
         assert watch.seconds == 9
     now[0] += 1
     assert watch.seconds == 10
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_metrics_file_that_goes_away_is_told_and_begun_anew(replaced, tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, total_steps=10)
+    writer.write(1, {"loss": 1.0})
+    content = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").unlink()
+    if replaced:  # as an editor does
+        (tmp_path / "metrics.jsonl").write_text(content)
+    for step in (2, 3):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert steps_in((tmp_path / "metrics.jsonl").read_text()) == ([1, 2, 3] if replaced else [2, 3])
+    assert caplog.text.count("metrics.jsonl was removed or replaced while this run writes") == 1
+
+
+@pytest.fixture
+def file_size_limit():
+    """Sets the size beyond which no file can be written, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_lines_wait_whole_and_tensorboard_holds_nothing_up(
+    tmp_path, caplog, file_size_limit
+):
+    writer = MetricsWriter(tmp_path, total_steps=100)
+    for step in range(1, 4):
+        writer.write(step, {"loss": 1.0})
+    time.sleep(0.1)  # TensorBoard's thread
+    file_size_limit((tmp_path / "metrics.jsonl").stat().st_size + 5)
+    for step in range(4, 40):
+        writer.write(step, {"loss": 1.0, "rate": 2.0})
+    assert steps_in((tmp_path / "metrics.jsonl").read_text()) == [1, 2, 3]
+    assert "metrics.jsonl: File too large; 36 line(s) are kept" in caplog.text
+    file_size_limit()
+    writer.write(40, {"loss": 1.0})
+    writer.close()
+    assert steps_in((tmp_path / "metrics.jsonl").read_text()) == [*range(1, 41)]
+
+
+def test_lines_that_waited_are_written_at_the_end(tmp_path, file_size_limit):
+    writer = MetricsWriter(tmp_path, total_steps=100)
+    file_size_limit(5)
+    writer.write(1, {"loss": 1.0})
+    file_size_limit()
+    writer.close()
+    assert steps_in((tmp_path / "metrics.jsonl").read_text()) == [1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import importlib.util
@@ -508,6 +509,41 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
     with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
         train.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [4, 8]
+
+
+def test_a_workdir_that_is_removed_while_its_run_trains_ends_it_at_the_next_line(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    config = changed(finished.config, sample__every=0, eval_every=0)
+    steps = []
+
+    def remove():
+        steps.append(9)
+        until(lambda: sealed_steps(tmp_path / "run") == [4, 8])
+        shutil.rmtree(tmp_path / "run")
+
+    before_step(monkeypatch, {9: remove})
+    with pytest.raises(checkpoints.CheckpointError, match="run was removed while this run trained"):
+        train.train(config, tmp_path / "run")
+    assert steps == [9] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_grid_that_finds_no_room_ends_only_a_job_of_several_processes(
+    processes, monkeypatch, caplog
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    error = OSError(errno.ENOSPC, "No space left on device", "samples/0.png")
+    with contextlib.ExitStack() as stack:
+        if processes > 1:
+            stack.enter_context(pytest.raises(OSError, match="No space"))
+        stack.enter_context(tolerate_full_disk())
+        raise error
+    said = "samples/0.png: No space left on device; make room"
+    assert (said in caplog.text) == (processes == 1)
+    with pytest.raises(OSError, match="other"), tolerate_full_disk():
+        raise OSError(errno.EIO, "other")
 
 
 @disk_may_be_full  # by the tests before

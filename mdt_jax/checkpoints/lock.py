@@ -12,6 +12,8 @@ from pathlib import Path
 
 from absl import logging
 
+from mdt_jax.atomic import is_at
+
 LOCK_FILE = ".lock"  # Says who holds the lock. The file may stay; the lock on it counts.
 _POLL_SECONDS = 0.5
 
@@ -63,19 +65,16 @@ class WorkdirLock:
                     f"that one, or give this one another {flag}"
                 )
             time.sleep(_POLL_SECONDS)
-        if not self._is_there():
+        if not self.is_there():
             raise WorkdirInUse(f"{folder} was removed by the run that had it; start this one again")
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(holder))
         self._file.flush()
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
         """Whether the locked file is the one that others find."""
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name))
-        except FileNotFoundError:
-            return False
+        return is_at(self._file, self._file.name)
 
     def _holder(self) -> str:
         self._file.seek(0)

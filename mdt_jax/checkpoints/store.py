@@ -135,10 +135,11 @@ class Checkpoints:
 
         Raises:
           SaveError: the save before failed, or this one at once.
-          CheckpointError: `step` is not later than the last one.
+          CheckpointError: `step` is not later than the last one; as `check_folder`.
           TypeError: `meta` is not JSON.
         """
         self.wait()
+        self.check_folder()
         latest = self.latest_step()
         if latest is not None and step <= latest:
             raise CheckpointError(
@@ -210,6 +211,43 @@ class Checkpoints:
         """Raises SaveError if the last save failed; does not wait for one that goes on."""
         if self._pending is not None and self._pending.done():
             self.wait()
+
+    def check_folder(self) -> None:
+        """Notices, on process 0, what others removed of the workdir since it was opened.
+
+        Checkpoints and a lock that are gone are told in the log; saving and locking go on.
+
+        Raises:
+          CheckpointError: the workdir is gone, or another run has it; says what is left of it.
+        """
+        if self._lock is None:
+            return
+        workdir = self._root.parent
+        if not self._lock.is_there():
+            if not self._root.is_dir():
+                there = sorted(os.listdir(workdir)) if workdir.is_dir() else []
+                raise CheckpointError(
+                    f"{workdir} was removed while this run trained; left of it: "
+                    f"{', '.join(there) or 'nothing'}, and no checkpoint: start the run again"
+                )
+            try:
+                lock = WorkdirLock(workdir, patience=0.0)
+            except WorkdirInUse as error:
+                raise CheckpointError(f"{error}; this run's lock there was removed") from None
+            self._lock.release()
+            self._lock = lock
+            logging.warning("%s: its lock was removed while this run trains; locked again", workdir)
+        gone = "%s: %s removed while this run trains; steps left: %s; training goes on"
+        if not self._root.is_dir():
+            make_folder(self._root, flag="--workdir")
+            logging.warning(gone, self._root, "it was", "none")
+            self._latest = None
+        latest = self._latest
+        if latest is not None and not (self._root / str(latest) / SEAL_FILE).exists():
+            left = sealed_steps(self._root)
+            steps = ", ".join(map(str, left)) or "none"
+            logging.warning(gone, self._root, f"step {latest} was", steps)
+            self._latest = max(left, default=None)
 
     def close(self) -> None:
         """Waits (and raises as `wait` does), then ends the background threads."""

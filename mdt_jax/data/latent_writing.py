@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.atomic import make_folder, whole_file, whole_path
+from mdt_jax.atomic import is_at, make_folder, whole_file, whole_path
 from mdt_jax.data.channel_sums import ChannelSums
 from mdt_jax.data.latent_cache import (
     CACHE_MANIFEST,
@@ -126,6 +126,11 @@ def write_shard(
       OSError: it cannot be written, such as on a full disk.
     """
     path = folder / description.shard_name(shard)
+    if _found(folder) is None:
+        raise OSError(
+            f"{folder} was removed while its latents were encoded, and what it held is gone; the "
+            "same command begins again"
+        )
     sums = ChannelSums(description.latent_shape[-1]) if measures(description) else None
     with whole_path(path) as aside:
         images = _write_records(Path(aside), records, sums)
@@ -253,7 +258,7 @@ def _lock_file(path: Path, lock: Callable[[IO[str]], bool]) -> Iterator[bool]:
                     raise
                 time.sleep(0.1)
                 continue
-            if held and not _is_at(file, path):
+            if held and not is_at(file, path):
                 continue  # its last holder has removed it; there may be a new one to lock
             try:
                 yield held
@@ -263,13 +268,6 @@ def _lock_file(path: Path, lock: Callable[[IO[str]], bool]) -> Iterator[bool]:
                         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all of it
                     path.unlink()
         return
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _state_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:

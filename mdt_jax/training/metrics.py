@@ -6,12 +6,14 @@ numbers, and images, for TensorBoard.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from jaxtyping import ScalarLike, UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import is_at, is_full_disk, whole_file
 
 Number = float | int
 METRICS_FILE = "metrics.jsonl"  # in the workdir
@@ -38,6 +40,9 @@ class MetricsWriter:
     have the same step. Floats read back to the same bits. JSON cannot hold non-finite ones: they
     are the strings "nan", "inf" and "-inf", which `float` reads. A line has reached the operating
     system when `write` returns; a thread writes TensorBoard's events within a second.
+
+    On a full disk lines are kept, and written with a later one; the log says so. A metrics.jsonl
+    that is removed or replaced meanwhile is told there, too, and begun anew.
     """
 
     def __init__(
@@ -73,13 +78,14 @@ class MetricsWriter:
                 f"checkpoint in {workdir} is from a longer run; raise total_steps or start in "
                 "another workdir"
             )
-        self._lines = self._events = None
+        self._file = self._events = None
+        self._owed: list[bytes] = []  # lines that found no room yet
         if jax.process_index() != 0:
             return
         os.makedirs(workdir, exist_ok=True)
-        path = os.path.join(workdir, METRICS_FILE)
+        self._path = path = os.path.join(workdir, METRICS_FILE)
         kept, dropped = _keep_until(path, resume_step)
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._file = _appended(path)
         self._events = SummaryWriter(
             os.path.join(workdir, "tensorboard"),
             # TensorBoard hides earlier events whose step is at least this one.
@@ -89,6 +95,7 @@ class MetricsWriter:
             filename_suffix=f".{time.time_ns()}",
             flush_secs=1,
         )
+        _let_events_go(self._events)
         logging.info(
             "%s: steps %d to %d, metrics in %s (%d lines kept, %d dropped)",
             start_message,
@@ -115,7 +122,7 @@ class MetricsWriter:
         Raises:
           ValueError: a metric is called "step".
         """
-        if self._lines is None:
+        if self._file is None:
             return
         texts = texts or {}
         if "step" in metrics or "step" in texts:
@@ -123,8 +130,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": int(step)} | {name: _json_number(value) for name, value in values.items()}
         line |= texts
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
+        self._owed.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._write_lines()
         for name, value in values.items():
             self._events.add_scalar(name, value, int(step))
 
@@ -141,10 +148,69 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Writes pending events and closes both files; may be called twice."""
-        if self._lines is not None:
-            self._lines.close()
+        if self._file is not None:
+            if self._owed:
+                self._write_lines()
+            self._file.close()
             self._events.close()
-            self._lines = self._events = None
+            self._file = self._events = None
+
+    def _write_lines(self) -> None:
+        """Writes the lines that are owed, all or none."""
+        if not is_at(self._file, self._path):
+            logging.warning(
+                "%s was removed or replaced while this run writes to it; it goes on in a file of "
+                "that name",
+                self._path,
+            )
+            self._file.close()
+            self._file = _appended(self._path)
+        size = os.fstat(self._file.fileno()).st_size
+        data = memoryview(b"".join(self._owed))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            self._file.truncate(size)
+            logging.warning(
+                "%s: %s; %d line(s) are kept, to be written with the next; make room",
+                self._path,
+                error.strerror,
+                len(self._owed),
+            )
+        else:
+            self._owed.clear()
+
+
+def _appended(path: str) -> Any:
+    """A file to append to, whose writes reach the operating system at once."""
+    return open(path, "ab", buffering=0)
+
+
+def _let_events_go(events: SummaryWriter) -> None:
+    """Lets TensorBoard's events go where they find no room, with one warning.
+
+    Their thread would end at the first error, and `add_scalar` wait for it for ever.
+    """
+    writer = events.file_writer.event_writer._ev_writer
+    warned = []
+
+    def tolerant(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def attempt(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except OSError as error:
+                if not warned:
+                    warned.append(error)
+                    logging.warning("TensorBoard's events cannot be written: %s", error)
+
+        return attempt
+
+    for name in ("write_event", "flush", "close"):
+        setattr(writer, name, tolerant(getattr(writer, name)))
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:

@@ -103,7 +103,12 @@ class StepLog:
         return {"window": self._window.state(), "train_seconds": self.watch.seconds}
 
     def write(self, step: int, line: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        """Writes a line beside those of the steps: metrics, the clock's seconds, and texts."""
+        """Writes a line beside those of the steps: metrics, the clock's seconds, and texts.
+
+        Raises:
+          CheckpointError: the workdir was removed meanwhile.
+        """
+        self._store.check_folder()
         self._writer.write(step, dict(line) | {"train_seconds": self.watch.seconds}, texts)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -155,5 +160,6 @@ class StepLog:
             line["skipped_images"] = self._skipped_images
         if (used := run.utilisation(seconds)) is not None:
             line["mfu"] = used
+        self._store.check_folder()
         self._writer.write(step, line)
         self._progress.log(step, loss=line["loss"], images_per_second=line["images_per_second"])
