@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
     config.data.split = "train"  # digits: or "heldout", "all"; tfds: any split of the data set
     config.data.path = ""  # the folder of images, latents, npy files, or TFDS data sets (or one)
     config.data.class_order = "string"  # or "numeric": how a folder's class names are sorted
-    config.data.labels = "auto"  # a folder's: "file_names": CLASS_IMAGE.jpg; "none": no classes
+    config.data.labels = "auto"  # of a folder: or "file_names", "sub_folders", "none" (no classes)
     config.data.crop = "center"  # or "random": ADM's random crop
     config.data.flip = True  # mirror half of the images
     config.data.on_bad_image = "error"  # "skip": the next readable image takes its place

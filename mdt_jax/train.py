@@ -22,8 +22,9 @@ from mdt_jax import config as config_lib
 from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
+from mdt_jax.data.source import MissingData
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.preemption import Stop
@@ -190,17 +191,20 @@ def _batches(
 
 
 def dry_run(config: ConfigDict) -> str:
-    """The text that `--dry_run` prints: the run, and its data if they are there."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # reported below
-        config = checks.with_classes_of_data(config)
-    if config.model.num_classes == -1:
-        config = config_lib.with_classes(config, ())
-    run = Run(config, "")
+    """The text that `--dry_run` prints: the run, and its data if they are there.
+
+    Raises:
+      ValueError, OSError: settings cannot work, or the data are there and cannot be used.
+    """
+    data, source = "", None
     try:
         source = create_source(config.data)
-    except (FileNotFoundError, ValueError) as error:  # the latter without a data.path
-        data = f"not there: {error}"
-    else:
+    except MissingData as error:  # data that are damaged are an error
+        data = f"not there: {one_line(error)}"
+    if config.model.num_classes == -1:
+        config = config_lib.with_classes(config, source.class_names if source else ())
+    run = Run(config, "")
+    if source:
         checks.check_data(config, source)
         run_evaluation.check_evaluation(config, source)
         steps = len(source) / config.batch_size

@@ -571,3 +571,48 @@ def test_the_command_ends_in_one_line_on_bad_input(tmp_path):
     _, log = command.communicate(timeout=300)
     assert command.returncode == 1
     assert log.strip().splitlines()[-1].startswith(f"error: {tmp_path}: holds no images")
+
+
+# Latents that nothing could be trained on
+
+
+def with_nan(autoencoder: Autoencoder) -> Autoencoder:
+    nan = jax.tree.map(lambda leaf: leaf * np.nan, autoencoder.params)
+    return dataclasses.replace(autoencoder, params=nan, name="broken")
+
+
+def overflowing(autoencoder: Autoencoder) -> Autoencoder:
+    """An encoder whose means are beyond float16 alone."""
+    params = dict(autoencoder.params)
+    params["quant"] = jax.tree.map(lambda leaf: leaf * 0 + 1e7, params["quant"])
+    return dataclasses.replace(autoencoder, params=params, name="large")
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "value"), [(with_nan, "float32", "nan"), (overflowing, "float16", "inf")]
+)
+def test_an_encoder_that_gives_no_numbers_is_refused_naming_the_image(
+    images, autoencoder, tmp_path, change, dtype, value
+):
+    with pytest.raises(ValueError, match="cat/0.png, encoded by") as caught:
+        encode(images, change(autoencoder), tmp_path / "latents", dtype=dtype)
+    said = str(caught.value)
+    assert f" stored in {dtype}: the mean of its latent is {value} in row 0, column 0," in said
+    assert f"{images}/cat/0.png" in said and "\n" not in said
+    assert not list((tmp_path / "latents").glob("latents-*"))
+
+
+def test_pictures_of_a_folder_with_pipes_and_links_around_are_encoded_once(
+    images, autoencoder, tmp_path
+):
+    shutil.copytree(images, tmp_path / "images")
+    os.mkfifo(tmp_path / "images" / "cat" / "pipe.png")
+    (tmp_path / "images" / "cat" / "up").symlink_to("..")
+    assert len(encode(tmp_path / "images", autoencoder, tmp_path / "latents")) == COUNT
+
+
+def test_a_source_whose_path_is_no_utf8_is_encoded(images, autoencoder, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(images, folder)
+    source = encode(folder, autoencoder, tmp_path / "latents")
+    assert source.records.description.source == str(folder) and source.describe().isprintable()

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import re
 import resource
 import signal
@@ -711,3 +712,82 @@ def test_a_model_trains_on_a_tar_of_tars(imagenet, tmp_path):
     _, meta = read_meta(tmp_path / "run")
     assert tuple(meta["class_names"]) == open_source("tfds:synsets", imagenet).class_names
     assert meta["config"]["model"]["num_classes"] == len(meta["class_names"])
+
+
+# Names and files as none should be
+
+
+@pytest.mark.parametrize("name", ["cat\ndog", "cat\x1b[31m", os.fsdecode(b"caf\xe9"), "cat\u2028"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_a_class_whose_name_would_be_two_lines_is_refused(capsys, data_dir, tmp_path, name, kind):
+    picture = encode(tiles()[0])
+    if kind == "folder":
+        for folder in ("ant", name):
+            (tmp_path / "pets" / folder).mkdir(parents=True)
+            (tmp_path / "pets" / folder / "0.jpg").write_bytes(picture)
+        flags = ("--folder", tmp_path / "pets")
+    elif kind == "tar":
+        archive = pack({f"{class_}.tar": pack({"0.JPEG": picture}) for class_ in ("ant", name)})
+        (tmp_path / "pets.tar").write_bytes(archive)
+        flags = ("--imagenet", tmp_path / "pets.tar")
+    else:
+        if not name.isascii():
+            pytest.skip("JSON would escape it")
+        columns = {"image": [picture] * 2, "label": [0, 1]}
+        features = {"label": {"names": ["ant", name]}}
+        flags = ("--parquet", write_parquet(tmp_path / "a.parquet", columns, features))
+        flags += ("--name", "pets")
+    message = refuse(capsys, data_dir, *flags)
+    assert "the name of class 1, '" in message and message.isprintable()
+
+
+def test_classes_that_differ_in_spaces_alone_are_refused(capsys, data_dir, tmp_path):
+    for name in ("cat", "cat "):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        (tmp_path / "pets" / name / "0.jpg").write_bytes(encode(tiles()[0]))
+    message = refuse(capsys, data_dir, "--folder", tmp_path / "pets")
+    assert "two of them have the same name" in message
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"\x1b[31m", b"\xff\xfe"])
+def test_files_of_any_name_are_prepared(capsys, data_dir, tmp_path, name):
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / "cat" / os.fsdecode(name + b".jpg")).write_bytes(encode(tiles()[0]))
+    main(data_dir, "--folder", tmp_path / "pets")
+    (example,) = read_with_tfds(data_dir / "pets" / "1.0.0")
+    assert (
+        example["file_name"] == b"cat/" + name.decode(errors="backslashreplace").encode() + b".jpg"
+    )
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
+def test_a_link_to_nowhere_can_be_left_out(capsys, data_dir, tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    (folder / "cat" / "gone.jpg").symlink_to("nowhere")
+    assert "cat/gone.jpg: cannot be read (No such file" in refuse(
+        capsys, data_dir, "--folder", folder
+    )
+    main(data_dir, "--folder", folder, "--on_bad_image", "skip")
+    assert "examples 5" in capsys.readouterr().out
+
+
+def test_pipes_and_links_around_are_no_images(capsys, data_dir, tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    os.mkfifo(folder / "cat" / "pipe.jpg")
+    (folder / "dog" / "up").symlink_to("..")
+    main(data_dir, "--folder", folder)
+    assert "examples 5, classes 2," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_splits_are_no_classes(capsys, data_dir, tmp_path, kind):
+    if kind == "folder":
+        for name in ("train", "val"):
+            (tmp_path / name / "n01").mkdir(parents=True)
+            (tmp_path / name / "n01" / "0.jpg").write_bytes(encode(tiles()[0]))
+        message = refuse(capsys, data_dir, "--folder", tmp_path)
+        assert f"set --folder to one of them, such as {tmp_path}/train, or --labels to" in message
+    else:
+        (tmp_path / "all.tar").write_bytes(pack({"train.tar": b"", "val.tar": b""}))
+        message = refuse(capsys, data_dir, "--imagenet", tmp_path / "all.tar")
+        assert "its tars (train, val) are named like the splits" in message

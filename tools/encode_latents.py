@@ -47,19 +47,12 @@ from mdt_jax.data import (
     to_unit_range,
 )
 from mdt_jax.data.latent_cache import CacheDescription
+from mdt_jax.data.source import check_posteriors
+from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.weights.autoencoder import Autoencoder
-
-# A configuration's keys, which messages contain → this command's flags.
-FLAGS_OF_KEYS = {
-    "data.name": "--data_name",
-    "data.path": "--data_path",
-    "data.split": "--data_split",
-    "data.class_order": "--class_order",
-    "data.labels": "--labels",
-}
 
 
 class Batch(NamedTuple):
@@ -143,7 +136,7 @@ def encode_latents(
             tqdm(total=total, initial=total - left, unit="image", disable=not progress) as bar,
         ):
             for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
-                encoded = _encode(description, autoencoder, of_shard, batch_size, bar)
+                encoded = _encode(source, description, autoencoder, of_shard, batch_size, bar)
                 latent_writing.write_shard(output, description, shard, encoded)
     return latent_writing.finish_cache(output, description)
 
@@ -182,22 +175,39 @@ def describe_cache(
 
 
 def _encode(
+    source: Source,
     description: CacheDescription,
     autoencoder: Autoencoder,
     batches: Iterable[Batch],
     batch_size: int,
     bar: tqdm,
 ) -> Iterator[np.ndarray]:
-    """Encodes batches: arrays of a cache's records, each image's before its mirror image's."""
+    """Encodes batches: arrays of a cache's records, each image's before its mirror image's.
+
+    Raises:
+      ValueError: an image's posterior is not finite, in the type that it is to be stored in.
+    """
     for batch in batches:
+        place = functools.partial(_place, source, description, autoencoder, batch.indices)
         versions = [batch.images, batch.images[:, :, ::-1]][: description.versions]
         rows = np.zeros((len(batch.indices), len(versions)), description.record_type)
         rows["index"], rows["label"] = np.c_[batch.indices], np.c_[batch.labels]
         for k, version in enumerate(versions):
             rows["mirrored"][:, k] = k
-            rows["posterior"][:, k] = _posterior(autoencoder, version, batch_size)
+            with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and refused
+                rows["posterior"][:, k] = _posterior(autoencoder, version, batch_size)
+            check_posteriors(rows["posterior"][:, k], place)
         yield rows.reshape(-1)
         bar.update(len(batch.indices))
+
+
+def _place(
+    source: Source, description: CacheDescription, autoencoder: Autoencoder, indices: list[int],
+    row: int,
+) -> str:  # fmt: skip
+    """The image of a batch's row and its encoder, for messages."""
+    how = f"computed in {description.compute_dtype} and stored in {description.dtype}"
+    return f"{source.place(indices[row])}, encoded by {autoencoder.name}, {how}"
 
 
 def _posterior(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -30,6 +30,7 @@ leaves DIR/NAME/VERSION.partial, which the next one removes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -44,8 +45,9 @@ from typing import Any
 from absl import logging
 
 from mdt_jax.data.decoding import BadImage
-from mdt_jax.data.folders import CLASS_ORDERS, LABELS, read_folder
+from mdt_jax.data.folders import CLASS_ORDERS, LABELS, are_splits, read_folder
 from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepare_dataset
+from mdt_jax.names import printable
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
@@ -75,10 +77,16 @@ def from_tar(path: Path) -> InputImages:
     if others or not members:
         what = others[0] if others else "nothing"
         raise ValueError(
-            f"{path}: must hold a tar for each class, such as n01440764.tar, and holds {what}; "
+            f"{path}: must hold a tar for each class, such as n01440764.tar, and holds "
+            f"{printable(what)}; "
             "images that are not in class tars can be unpacked, for --folder"
         )
     names = sorted(PurePosixPath(member.name).stem for member in members)
+    if are_splits(names):
+        raise ValueError(
+            f"{path}: its tars ({', '.join(names)}) are named like the splits of a data set, not "
+            "like classes; unpack it, and give the one to train on"
+        )
 
     def records() -> Iterator[InputImage]:
         with _open_tar(str(path), name=path) as archive:
@@ -142,15 +150,22 @@ def from_folder(path: Path, class_order: str = "string", labels: str = "auto") -
       FileNotFoundError, ValueError: as `read_folder`.
     """
     folder = read_folder(path, class_order, labels)
-    print(f"{path}: {folder.layout}")
+    print(f"{printable(path)}: {folder.layout}")
 
     def records() -> Iterator[InputImage]:
         for index, file in enumerate(folder.files):
             label = 0 if folder.labels is None else int(folder.labels[index])
             yield InputImage(str(path / file), file, path / file, label)
 
-    num_bytes = sum((path / file).stat().st_size for file in folder.files)
+    num_bytes = sum(_size(path / file) for file in folder.files)
     return InputImages(str(path), records, num_bytes, folder.class_names)
+
+
+def _size(file: Path) -> int:
+    """A file's bytes; 0 for a link that leads nowhere, which reading it will say."""
+    with contextlib.suppress(OSError):
+        return file.stat().st_size
+    return 0
 
 
 def from_lmdb(path: Path) -> InputImages:
@@ -352,10 +367,11 @@ def preparation_summary(
     """Two lines: counts of what was written, and the flags to train on it."""
     flags = f"--config.data.name=tfds:{name} --config.data.path={shlex.quote(str(data_dir))}"
     flags += "" if split == "train" else f" --config.data.split={split}"
+    folder = printable(made.folder)
     return (
-        f"{made.folder}: examples {made.examples:,}, classes {len(images.class_names):,}, "
+        f"{folder}: examples {made.examples:,}, classes {len(images.class_names):,}, "
         f"bytes {made.num_bytes:,}, files {made.shards:,}; re-encoded as PNG {made.reencoded:,}, "
-        f"left out {made.skipped:,}\ntrain on it with {flags}"
+        f"left out {made.skipped:,}\ntrain on it with {printable(flags)}"
     )
 
 

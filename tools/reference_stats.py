@@ -15,6 +15,7 @@ Images are read once and never held, so memory does not grow with their number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zipfile
 from collections.abc import Iterator
@@ -29,11 +30,12 @@ from tqdm import tqdm
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.data import Source, center_crop, create_source
+from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.evaluation.batches import read_ahead
 from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
-from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +193,7 @@ def _moments(gaussian: Gaussian, ending: str) -> dict[str, np.ndarray]:
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending(f):
+    with command_ending(f, message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS)):
         config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))

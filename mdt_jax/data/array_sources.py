@@ -1,16 +1,25 @@
 """Sources of arrays: in memory, in a folder of .npy files, and scikit-learn's digits."""
 
 import dataclasses
-import functools
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Integer, UInt8
 
-from mdt_jax.data.source import ExampleKind, Source, short_digest
+from mdt_jax.data.feature_files import FEATURES, LABELS, FeatureFiles, feature_folders
+from mdt_jax.data.npy import MemoryMap
+from mdt_jax.data.source import ExampleKind, MissingData, Source, short_digest
 from mdt_jax.models.latent_space import LatentSpace
+from mdt_jax.names import printable
+
+# Without class names, as many classes are made as the largest label says.
+MOST_CLASSES = 2**20
 
 
 def digits(split: str = "train") -> Source:
@@ -70,33 +79,42 @@ def npy_directory(path: str | Path) -> Source:
         have classes, `labels.npy`, integers (n,), with `class_names.txt`, a name per line,
         or without (the names are then "0", "1", ... up to the largest label). `latents.json`, an
         object with the fields of `LatentSpace` that are known ({"scale": 0.13025, "shift": 0}),
-        says what latents are; without it they are Stable Diffusion's.
+        says what latents are; without it they are Stable Diffusion's. Or a folder with
+        fast-DiT's features, in `imagenet256_features` and `imagenet256_labels` or another such
+        pair of names; see `data.feature_files`.
 
     Raises:
-      FileNotFoundError: no such folder, or nothing to read in it.
+      MissingData: no such folder, or nothing to read in it.
       ValueError: a file that cannot be read, or files that do not fit each other.
     """
     folder = Path(path).expanduser()
+    shown = printable(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; data.path must name one with images.npy or latents.npy"
+        raise MissingData(
+            f"{shown}: no such folder; data.path must name one with images.npy or latents.npy"
         )
     present = [name for name in ("images.npy", "latents.npy") if (folder / name).exists()]
+    names_file, labels_file = folder / "class_names.txt", folder / "labels.npy"
+    # A link that leads nowhere is there, too: without its labels the data would be others.
+    names = _read_class_names(names_file) if os.path.lexists(names_file) else ()
+    if not present and (pair := feature_folders(folder)):
+        return _from_features(str(folder), FeatureFiles.open(*pair), names)
     if len(present) != 1:
         found = "both images.npy and latents.npy" if present else "no images.npy or latents.npy"
-        error = ValueError if present else FileNotFoundError
-        raise error(f"{folder}: holds {found}; data.path must name a folder with one of them")
+        error = ValueError if present else MissingData
+        raise error(
+            f"{shown}: holds {found}; data.path must name a folder with one of them, or with "
+            f"fast-DiT's imagenet256{FEATURES} and imagenet256{LABELS}"
+        )
 
-    images = _MemoryMap(folder / present[0])
+    images = MemoryMap(folder / present[0])
     if images.array.dtype.kind != ("u" if present[0] == "images.npy" else "f"):
         raise ValueError(
-            f"{images.path}: holds {images.array.dtype}; images.npy must be uint8 pixels, "
+            f"{shown}/{present[0]}: holds {images.array.dtype}; images.npy must be uint8 pixels, "
             "latents.npy floating-point posteriors"
         )
-    names_file, labels_file = folder / "class_names.txt", folder / "labels.npy"
-    names = names_file.read_text(encoding="utf-8").splitlines() if names_file.exists() else ()
     # Labels are small and every one is checked, so they are read at once.
-    labels = np.array(_MemoryMap(labels_file).array) if labels_file.exists() else None
+    labels = np.array(MemoryMap(labels_file).array) if os.path.lexists(labels_file) else None
     source = _from_arrays(str(folder), images.array, labels, names, read_from=images)
     return _with_latent_space(source, folder / "latents.json")
 
@@ -107,7 +125,7 @@ def _with_latent_space(source: Source, path: Path) -> Source:
     Raises:
       ValueError: the file describes no latents, or the data are not latents of its channels.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return source
     channels = source.image_shape[-1]
     try:
@@ -128,7 +146,7 @@ def _with_latent_space(source: Source, path: Path) -> Source:
 class _ArrayRecords:
     """Images and labels by index, from memory or from a memory map."""
 
-    images: "np.ndarray | _MemoryMap"
+    images: "np.ndarray | MemoryMap"
     labels: np.ndarray | None
     latent_space: LatentSpace | None = None
 
@@ -138,38 +156,61 @@ class _ArrayRecords:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], 0 if self.labels is None else int(self.labels[index])
 
+    def place(self, index: int) -> str:
+        """The file of an example, if it is in one, and its number, for messages."""
+        file = printable(self.images.path) if isinstance(self.images, MemoryMap) else "arrays"
+        return f"{file}: example {index}"
+
     @property
     def digest(self) -> str:
-        images = self.images.array if isinstance(self.images, _MemoryMap) else self.images
+        images = self.images.array if isinstance(self.images, MemoryMap) else self.images
         rows = np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)
         some = np.ascontiguousarray(images[rows])
         labels = b"" if self.labels is None else np.asarray(self.labels, "<i8").tobytes()
         return short_digest(f"{images.dtype} {images.shape}", some.tobytes(), labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class _MemoryMap:
-    """A .npy file that pickles as its path: NumPy would pickle the contents of a memory map."""
+def _read_class_names(path: Path) -> list[str]:
+    """The lines of a class_names.txt, of any system's line ends, with or without a mark in front.
 
-    path: Path
-
-    @functools.cached_property
-    def array(self) -> np.ndarray:
-        try:
-            return np.load(self.path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
+    Raises:
+      ValueError: it is no file of text in UTF-8, or a line is empty.
+    """
+    shown = printable(path)
+    if not path.is_file():
+        raise ValueError(f"{shown}: is no file; it must be one with a line for each class")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{shown}: is no text in UTF-8 ({error.reason} at byte {error.start}); save it as such"
+        ) from error
+    # Not `splitlines`, which also ends lines at characters within a name, such as a form feed.
+    names = re.split(r"\r\n|\r|\n", text)
+    if names[-1] == "":
+        names.pop()
+    for number, name in enumerate(names, start=1):
+        if not name.strip():
             raise ValueError(
-                f"{self.path}: cannot be memory-mapped ({error}); write it again with np.save"
-            ) from error
+                f"{shown}: line {number} is empty; it must have one line for each class, so remove "
+                "that one or name the class"
+            )
+    for name, count in Counter(names).items():
+        if count > 1:
+            logging.warning(
+                "%s: %d classes are called %s; that name means the first of them",
+                *(shown, count, printable(name)),
+            )
+    return names
 
-    def __reduce__(self):
-        return _MemoryMap, (self.path,)
 
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.array[index]
+def _from_features(place: str, records: FeatureFiles, class_names: Sequence[str]) -> Source:
+    channels, height, width = records.shape
+    names = _check_labels(place, records.labels, len(records), class_names)
+    return Source(
+        place, records, (height, width, channels), tuple(names), ExampleKind.POSTERIORS,
+        note="fast-DiT's features",
+    )  # fmt: skip
 
 
 def _from_arrays(
@@ -177,31 +218,41 @@ def _from_arrays(
     images: np.ndarray,
     labels: np.ndarray | None,
     class_names: Sequence[str],
-    read_from: _MemoryMap | None = None,
+    read_from: MemoryMap | None = None,
 ) -> Source:
     """Checks arrays and makes a source of them, which reads `read_from` if given, or `images`."""
+    shown = printable(place)
     if images.ndim != 4:
         raise ValueError(
-            f"{place}: images of shape {images.shape}; they must be (count, height, width, "
+            f"{shown}: images of shape {images.shape}; they must be (count, height, width, "
             "channels), with a channel axis even for gray"
         )
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ValueError(
-            f"{place}: images of type {images.dtype}; they must be uint8 pixels, or "
+            f"{shown}: images of type {images.dtype}; they must be uint8 pixels, or "
             "floating-point posteriors of latents"
         )
     *size, channels = images.shape[1:]
     latents = images.dtype != np.uint8
+    if 0 in images.shape[1:]:
+        raise ValueError(f"{shown}: images of shape {images.shape}, which have no pixels")
+    # No model takes images that are not square, so this refuses none of use.
+    if size[0] != size[1] == channels:
+        raise ValueError(
+            f"{shown}: {'latents' if latents else 'images'} of shape {images.shape}, which looks "
+            "like (count, channels, height, width); they must be (count, height, width, channels): "
+            "np.moveaxis(array, 1, -1)"
+        )
     if latents and channels % 2:
         raise ValueError(
-            f"{place}: latents of {channels} channels; they must be even in number, the mean's "
+            f"{shown}: latents of {channels} channels; they must be even in number, the mean's "
             "and then the standard deviation's (pixels are uint8)"
         )
     if labels is not None:
         class_names = _check_labels(place, labels, len(images), class_names)
     elif class_names:
         raise ValueError(
-            f"{place}: {len(class_names)} class names but no labels; give labels (labels.npy) or "
+            f"{shown}: {len(class_names)} class names but no labels; give labels (labels.npy) or "
             "leave out the names (class_names.txt)"
         )
     return Source(
@@ -221,6 +272,7 @@ def _check_labels(
     Raises:
       ValueError: labels that do not fit the names or the `count` images.
     """
+    place = printable(place)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{place}: labels of shape {labels.shape} and type {labels.dtype} for {count} images; "
@@ -232,5 +284,10 @@ def _check_labels(
         raise ValueError(
             f"{place}: label {labels.max()} with {len(class_names)} class names; labels must be "
             f"0 ... {len(class_names) - 1}, or class_names.txt have a line for each class"
+        )
+    if count and not class_names and labels.max() >= MOST_CLASSES:
+        raise ValueError(
+            f"{place}: label {labels.max()}; without class_names.txt labels must be below "
+            f"{MOST_CLASSES:,}"
         )
     return class_names or [str(label) for label in range(labels.max() + 1 if count else 0)]

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from mdt_jax.names import printable
+
 _ORIENTATION = 0x0112  # an EXIF tag
 # The turn that shows a picture of each orientation upright.
 _UPRIGHT = {
@@ -67,7 +69,8 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
     # Damage surfaces in Pillow's decoders as nearly any exception: struct.error, IndexError, ...
     except Exception as error:
         raise BadImage(
-            f"{name}: cannot be decoded ({_reason(error)}); replace the image or remove it"
+            f"{printable(name)}: cannot be decoded ({_reason(error)}); replace the image or remove "
+            "it"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,11 +11,18 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
-from mdt_jax.data.source import Source
+from mdt_jax.data.source import MissingData, Source
+from mdt_jax.names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")
-LABELS = ("auto", "file_names", "none")
+LABELS = ("auto", "file_names", "none", "sub_folders")
+# The names of a data set's splits: train, Val, test2017, dev_set, held-out.
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|test|testing|dev|eval|evaluation|held[-_ ]?out)"
+    r"([-_ ]?(set|split|data|images|\d+))?",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,10 @@ class ImageFolder:
         ((picture, label),) = self.pictures([index])
         return np.asarray(picture), label
 
+    def place(self, index: int) -> str:
+        """The path of an image, for messages."""
+        return printable(self.path / self.files[index])
+
     def pictures(self, indices: Sequence[int]) -> list[tuple[Image.Image, int]]:
         """RGB pictures and labels, decoded now."""
         paths = [self.path / self.files[index] for index in indices]
@@ -57,7 +69,9 @@ class ImageFolder:
         return [(decode_picture(p, str(p)), label) for p, label in zip(paths, labels, strict=True)]
 
 
-def read_folder(path: str | Path, class_order: str = "string", labels: str = "auto") -> ImageFolder:
+def read_folder(
+    path: str | Path, class_order: str = "string", labels: str = "auto", *, settings: bool = True
+) -> ImageFolder:
     """The images in a folder, and their classes, by the layout that it recognises.
 
     1. Sub-folders with images, at any depth: each is a class of that name.
@@ -67,8 +81,13 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
     3. Any other folder of images: they have no classes.
 
     Images are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif and .tiff files, in upper or lower case,
-    in the order of their sorted paths (class by class in layout 1). Other files, and those that
-    start with a dot, are left out.
+    in the order of their sorted paths (class by class in layout 1). Other files, those that start
+    with a dot, and what is called so but is no file (a pipe, a device) are left out. Links are
+    followed, to a folder once for each class, and never to the folder itself or to one around it.
+
+    Sub-folders that are all named like a data set's splits (train and val, say) are refused as
+    classes: a model would learn for weeks to tell train from val without a word, while the way out
+    takes a moment, and "sub_folders" lets them be classes after all.
 
     Args:
       path: the folder.
@@ -76,51 +95,91 @@ def read_folder(path: str | Path, class_order: str = "string", labels: str = "au
         "2", as ADM does (and PyTorch's ImageFolder); "numeric" sorts by value.
       labels: "auto" recognises the layout. "file_names" reads any folder as layout 2, "none" as
         layout 3; both take the images in sub-folders too, as ADM does, so that FFHQ's sub-folders
-        of a thousand can be read as one set.
+        of a thousand can be read as one set. "sub_folders" reads it as layout 1, whatever the
+        sub-folders are called.
+      settings: whether the caller has `data.labels` and `data.path`, which messages then advise.
 
     Raises:
-      FileNotFoundError: no such folder, or no images in it or in one of its classes.
-      ValueError: images beside sub-folders of images, names that are no numbers or hold no
-        class where they must, or an unknown `class_order` or `labels`.
+      MissingData: no such folder, or no images in it.
+      FileNotFoundError: no images in one of its classes.
+      PermissionError: the folder or one in it cannot be listed.
+      ValueError: two classes that are one folder, images beside sub-folders of images, sub-folders
+        named like splits, names that are no numbers or hold no class where they must, or an unknown
+        `class_order` or `labels`.
     """
     folder = Path(path).expanduser()
     _check_choice("data.class_order", class_order, CLASS_ORDERS)
     _check_choice("data.labels", labels, LABELS)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; data.path must name one of images, or of a sub-folder of "
-            "images for each class"
+        raise MissingData(
+            f"{printable(folder)}: no such folder; data.path must name one of images, or of a "
+            "sub-folder of images for each class"
         )
-    loose, classes = _entries(folder)
-    inside = {name: _images_below(folder, name) for name in classes}
+    loose, found = _entries(folder)
+    classes, seen, twins = _sub_folders(folder, found)
+    one_set = labels in ("file_names", "none")
+    if one_set:
+        classes = [name for name in classes if name not in twins]
+    # A folder that is linked to from several classes is in each of them.
+    inside = {n: _images_below(folder, n, seen if one_set else set(seen)) for n in classes}
     filled = [name for name in classes if inside[name]]
     if not loose and not filled:
         kinds = ", ".join(IMAGE_SUFFIXES)
-        raise FileNotFoundError(f"{folder}: holds no images ({kinds}), nor do its sub-folders")
+        raise MissingData(f"{printable(folder)}: holds no images ({kinds}), nor do its sub-folders")
 
-    if labels != "auto":
+    if one_set:
         files = sorted(loose + [file for name in classes for file in inside[name]])
         names = _named_classes(folder, files) if labels == "file_names" else None
         return _label(folder, files, names, "file names", class_order, f"data.labels is {labels!r}")
     if loose and filled:
+        or_set = ", or set data.labels to 'none' or 'file_names' to read them as one set"
         raise ValueError(
-            f"{folder}: images such as {loose[0]} beside sub-folders of images such as "
-            f"{filled[0]}; put every image into the sub-folder of its class, or all into one "
-            "folder, or set data.labels to 'none' or 'file_names' to read them as one set"
+            f"{printable(folder)}: images such as {printable(loose[0])} beside sub-folders of "
+            f"images such as {printable(filled[0])}; put every image into the sub-folder of its "
+            f"class, or all into one folder{or_set if settings else ''}"
         )
     if loose:
+        why_not = "data.labels is 'sub_folders', and none has images"
+        if labels == "sub_folders":
+            raise ValueError(f"{printable(folder)}: {why_not}; set it to 'auto', or make them")
         why_not = _why_unlabelled(loose)
         names = None if why_not else [_class_in_name(file) for file in loose]
         return _label(folder, loose, names, "file names", class_order, why_not)
+    if labels == "auto":
+        _check_no_splits(folder, filled, settings)
     if len(filled) < len(classes):
         empty = next(name for name in classes if not inside[name])
         raise FileNotFoundError(
-            f"{folder / empty}: holds no images, so it cannot be a class; remove it, or fill it"
+            f"{printable(folder / empty)}: holds no images, so it cannot be a class; remove it, or "
+            "fill it"
+        )
+    for name, other in twins.items():
+        raise ValueError(
+            f"{printable(folder)}: the sub-folders {printable(other)} and {printable(name)} are "
+            "one folder, by a link; its images cannot be of two classes: remove one"
         )
     classes = _sort_classes(folder, classes, class_order)
     files = [file for name in classes for file in inside[name]]
     names = [name for name in classes for _ in inside[name]]
     return _label(folder, files, names, "sub-folders", class_order)
+
+
+def are_splits(names: Iterable[str]) -> bool:
+    """Whether names are all those of a data set's splits, such as train and val, and no classes."""
+    return all(map(_SPLIT.fullmatch, names))
+
+
+def _check_no_splits(place: Path, names: Sequence[str], settings: bool) -> None:
+    """Refuses, with ValueError, classes that are all named like splits; see `read_folder`."""
+    if not are_splits(names):
+        return
+    first = min(names, key=lambda name: (not name.lower().startswith("train"), name))
+    such = f"one of them, such as {printable(place / first)}"
+    way_out = f"set data.path to {such}, or data.labels to 'sub_folders' if they are classes"
+    raise ValueError(
+        f"{printable(place)}: its sub-folders ({', '.join(names)}) are named like the splits of a "
+        f"data set, not like classes; {way_out if settings else f'give {such}'}"
+    )
 
 
 def folder_source(path: str | Path, class_order: str = "string", labels: str = "auto") -> Source:
@@ -164,8 +223,8 @@ def _sort_classes(folder: Path, names: Iterable[str], class_order: str) -> list[
     for name in names:
         if not _is_number(name):
             raise ValueError(
-                f"{folder}: class {name!r} is no number, so data.class_order cannot be 'numeric'; "
-                "set it to 'string'"
+                f"{printable(folder)}: class {name!r} is no number, so data.class_order cannot be "
+                "'numeric'; set it to 'string'"
             )
     return sorted(names, key=int)
 
@@ -186,10 +245,10 @@ def _why_unlabelled(files: Sequence[str]) -> str:
     for file in files:
         name = _class_in_name(file)
         if not name:
-            return f"{file} names none before an underscore, nor are there sub-folders"
+            return f"{printable(file)} names none before an underscore, nor are there sub-folders"
         names.add(name)
     if len(names) == 1:
-        return f"all file names begin with {names.pop()}_, nor are there sub-folders"
+        return f"all file names begin with {printable(names.pop())}_, nor are there sub-folders"
     if len(names) == len(files):
         return "no two file names have the same class before an underscore"
     return ""
@@ -200,8 +259,8 @@ def _named_classes(folder: Path, files: Sequence[str]) -> list[str]:
     if not all(names):
         file = files[names.index("")]
         raise ValueError(
-            f"{folder / file}: names no class before an underscore, as data.labels 'file_names' "
-            "wants; rename it, or set data.labels to 'auto' or 'none'"
+            f"{printable(folder / file)}: names no class before an underscore, as data.labels "
+            "'file_names' wants; rename it, or set data.labels to 'auto' or 'none'"
         )
     return names
 
@@ -215,24 +274,91 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
+def _may_be_image(entry: os.DirEntry) -> bool:
+    """Whether an entry is a file with an image's name, or such a link that leads nowhere.
+
+    Reading the latter says so. Reading a pipe, a socket or a device could wait for ever.
+    """
+    if not _is_image(entry.name):
+        return False
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself
+        return True
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the images and of the sub-folders in a folder, sorted."""
+    """The names of the images and of the sub-folders in a folder, sorted.
+
+    Raises:
+      PermissionError: it cannot be listed.
+    """
     images, folders = [], []
-    with os.scandir(folder) as entries:  # a million entries, without a `stat` of each
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    folders.append(entry.name)
-            elif _is_image(entry.name):
-                images.append(entry.name)
+    try:
+        with os.scandir(folder) as entries:  # a million entries, without a `stat` of each
+            for entry in entries:
+                if _is_folder(entry):
+                    if not entry.name.startswith("."):
+                        folders.append(entry.name)
+                elif _may_be_image(entry):
+                    images.append(entry.name)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{printable(folder)}: cannot be listed ({error.strerror}); allow this user to read "
+            "it, or move it elsewhere"
+        ) from error
     return sorted(images), sorted(folders)
 
 
-def _images_below(folder: Path, name: str) -> list[str]:
-    """The image files in a sub-folder and its own, as sorted paths in the folder."""
-    found = []
-    for place, folders, files in os.walk(folder / name, followlinks=True):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
-        inside = os.path.relpath(place, folder)
-        found += [os.path.join(inside, file) for file in files if _is_image(file)]
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder is, by whatever links it was reached."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _sub_folders(
+    folder: Path, names: Sequence[str]
+) -> tuple[list[str], set[tuple[int, int]], dict[str, str]]:
+    """The sub-folders of a folder, without links to the folder itself or to one around it.
+
+    Returns:
+      Their names; the identities of all those folders; and each name of a folder that has an
+      earlier name, by a link, with that name.
+    """
+    real = folder.resolve()
+    seen = {_identity(place) for place in (real, *real.parents)}
+    found = {name: _identity(folder / name) for name in names}
+    found = {name: identity for name, identity in found.items() if identity not in seen}
+    first: dict[tuple[int, int], str] = {}
+    for name, identity in found.items():
+        first.setdefault(identity, name)
+    twins = {name: first[one] for name, one in found.items() if first[one] != name}
+    return list(found), seen.union(first), twins
+
+
+def _images_below(folder: Path, name: str, seen: set[tuple[int, int]]) -> list[str]:
+    """The image files in a sub-folder and its own, as sorted paths in the folder.
+
+    Args:
+      folder: the folder.
+      name: the sub-folder.
+      seen: folders that a link does not lead to; those that are read are added to it.
+    """
+    found, waiting = [], [name]
+    while waiting:
+        inside = waiting.pop()
+        images, folders = _entries(folder / inside)
+        found += [os.path.join(inside, image) for image in images]
+        for inner in reversed(folders):
+            place = os.path.join(inside, inner)
+            if (identity := _identity(folder / place)) not in seen:
+                seen.add(identity)
+                waiting.append(place)
     return sorted(found)

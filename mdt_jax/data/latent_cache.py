@@ -22,8 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
 from mdt_jax.data.shard_readers import ShardReaders
-from mdt_jax.data.source import ExampleKind, Source
+from mdt_jax.data.source import ExampleKind, MissingData, Source, check_posteriors
 from mdt_jax.models.latent_space import LatentSpace
+from mdt_jax.names import printable
 
 CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
@@ -183,17 +184,17 @@ class LatentCache:
         """Opens a cache and checks its manifest and its files' sizes.
 
         Raises:
-          FileNotFoundError: no such folder, or no finished cache in it.
+          MissingData: no such folder, or no finished cache in it.
           ValueError: a damaged cache, or one that training cannot use.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; data.path must name one that {_TOOL} made"
+            raise MissingData(
+                f"{printable(folder)}: no such folder; data.path must name one that {_TOOL} made"
             )
         manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
-            raise FileNotFoundError(f"{folder}: {_why_no_manifest(folder)}")
+            raise MissingData(f"{printable(folder)}: {_why_no_manifest(folder)}")
         if manifest.get("version") not in VERSIONS:
             raise ValueError(
                 f"{folder / CACHE_MANIFEST}: is of version {manifest.get('version')}, this program "
@@ -262,7 +263,8 @@ class LatentCache:
           mirror: True for each image whose mirror image is wanted instead; only where `mirrored`.
 
         Raises:
-          ValueError: a damaged shard, or a record of another image, by name.
+          ValueError: a damaged shard, a record of another image, or a posterior that cannot be
+            drawn from, by name.
           OSError: this process has too many files open.
         """
         shards = np.searchsorted(self._ends, indices, side="right")
@@ -281,7 +283,9 @@ class LatentCache:
             posteriors[row] = np.frombuffer(record, stored, offset=_HEAD.itemsize)
         found = np.frombuffer(b"".join(heads), _HEAD)
         self._check(found, shards, images, mirror)
-        return posteriors.reshape(-1, height, width, 2 * channels), found["label"].copy()
+        posteriors = posteriors.reshape(-1, height, width, 2 * channels)
+        check_posteriors(posteriors, lambda row: self._place(int(shards[row]), int(places[row])))
+        return posteriors, found["label"].copy()
 
     def describe(self) -> str:
         """One line for a log."""
@@ -321,21 +325,23 @@ class LatentCache:
             said = f"{'mirrored ' if mirrored else ''}image {index}, label {label}"
             sought = f"{'mirrored ' if mirror[row] else ''}image {index - late[row]}"
             raise ValueError(
-                f"{self.folder / d.shard_name(shard)}: record {place} says that it is of {said}, "
+                f"{self._place(shard, place)} says that it is of {said}, "
                 f"and should be of {sought}, label 0 to {max(1, len(d.class_names)) - 1}; remove "
                 f"the file, and {_again(self.folder)}"
             )
 
+    def _place(self, shard: int, place: int) -> str:
+        return f"{printable(self.folder / self.description.shard_name(shard))}: record {place}"
+
     def _damaged(self, shard: int, place: int) -> ValueError:
-        path = self.folder / self.description.shard_name(shard)
-        return ValueError(f"{path}: record {place} is damaged; {_again(self.folder)}")
+        return ValueError(f"{self._place(shard, place)} is damaged; {_again(self.folder)}")
 
 
 def latents_source(path: str | Path) -> Source:
     """The posteriors of a finished cache.
 
     Raises:
-      FileNotFoundError: no such folder, or not one that the tool finished.
+      MissingData: no such folder, or not one that the tool finished.
       ValueError: a shard that is missing or damaged.
     """
     cache = LatentCache.open(path)

@@ -405,7 +405,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     try:
         with whole_file(path) as file:
-            file.write(text.encode())
+            # A name's byte that is no UTF-8 becomes JSON's escape of it.
+            file.write(text.encode(errors="backslashreplace"))
     except FileNotFoundError:  # another process has finished, and removed what was half written
         if not path.exists():
             raise

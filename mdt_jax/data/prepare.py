@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdt_jax.data.decoding import BadImage, decode_image
+from mdt_jax.names import check_class_names, printable
 
 # Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.
 KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO is a JPEG with further pictures behind it
@@ -194,7 +195,8 @@ def _checked(
         try:
             data = data if isinstance(data, bytes) else data.read_bytes()
         except OSError as error:
-            raise BadImage(f"{record.place}: cannot be read ({error.strerror})") from error
+            place = printable(record.place)
+            raise BadImage(f"{place}: cannot be read ({error.strerror})") from error
         return storable(data, record.place)
 
     workers = len(os.sched_getaffinity(0))
@@ -333,7 +335,9 @@ class _Target:
     texts: tuple[str, ...]  # the features that hold a record's name
 
     def serialize(self, record: InputImage, data: bytes) -> bytes:
-        example = dict.fromkeys(self.texts, record.name) | {"image": data}
+        # TFDS's texts are UTF-8; the names of files may not be.
+        name = record.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        example = dict.fromkeys(self.texts, name) | {"image": data}
         if "label" in self.features:
             example["label"] = record.label
         return self.features.serialize_example(self.features.encode_example(example))
@@ -379,7 +383,9 @@ def _target(name: str, data_dir: Path, class_names: tuple[str, ...]) -> _Target:
             f"name {name!r}: must be of small letters, digits and _, and begin with a letter; one "
             "such name may follow a slash"
         )
-    if len(set(class_names)) < len(class_names) or not all(map(str.strip, class_names)):
+    check_class_names("classes", class_names)
+    plain = list(map(str.strip, class_names))  # as TFDS reads them
+    if len(set(plain)) < len(plain) or not all(plain):
         raise ValueError("classes: two of them have the same name, or one has none")
     base, _, config = name.partition("/")
     try:

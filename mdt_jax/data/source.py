@@ -7,12 +7,13 @@ nothing of order, epochs, batches or processes, which the pipeline decides.
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mdt_jax.models.latent_space import LatentSpace
+from mdt_jax.names import check_class_names, printable
 
 
 class ExampleKind(enum.Enum):
@@ -31,6 +32,10 @@ class ExampleKind(enum.Enum):
     INPUTS = "the model's inputs"
 
 
+class MissingData(FileNotFoundError):
+    """The data are not there (yet); data that are there, but damaged, are another error."""
+
+
 @runtime_checkable
 class Records(Protocol):
     """The examples that a `Source` reads, by index. They pickle, to travel to worker processes.
@@ -41,7 +46,8 @@ class Records(Protocol):
       many at a time is faster;
     - `pictures(indices)`, the same with Pillow's pictures in place of arrays, where images are
       stored encoded;
-    - `digest`, a short string of their number, order, names and labels, where it is cheap to tell.
+    - `digest`, a short string of their number, order, names and labels, where it is cheap to tell;
+    - `place(index)`, the file of a record and its number there, for messages.
 
     Posteriors that are stored in shards also have `read_posteriors(indices, mirror)`, `mirrored`,
     `stored_dtype` and `latent_space` (see `LatentCache`).
@@ -67,6 +73,9 @@ class Source:
       kind: the content of an example's "image": pixels, uint8, or an autoencoder's posterior,
         float32 of shape (height, width, 2 * channels).
       note: how the classes were found, where that was a guess; for `describe`.
+
+    Raises:
+      ValueError: no examples, or a class whose name no list of classes can hold.
     """
 
     name: str
@@ -78,7 +87,10 @@ class Source:
 
     def __post_init__(self):
         if len(self.records) == 0:
-            raise ValueError(f"{self.name}: holds no examples; a source needs at least one")
+            raise ValueError(
+                f"{printable(self.name)}: holds no examples; a source needs at least one"
+            )
+        check_class_names(self.name, self.class_names)
 
     @property
     def latents(self) -> bool:
@@ -136,6 +148,11 @@ class Source:
         found = zip(indices, read_pictures(indices), strict=True)
         return [{"image": picture, "label": self._label(i, n)} for i, (picture, n) in found]
 
+    def place(self, index: int) -> str:
+        """Where example `index` is stored, for messages."""
+        place = getattr(self.records, "place", None)
+        return place(index) if place else f"{printable(self.name)}: record {index}"
+
     def identity(self) -> dict[str, str]:
         """Short strings that tell these data from others, empty where there is nothing to tell.
 
@@ -170,7 +187,7 @@ class Source:
             names[10:-1] = ["..."]
         classes = f", {len(self.class_names):,} classes: {', '.join(names)}" if names else ""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.name}: {len(self):,} examples{classes}{note}"
+        return printable(f"{self.name}: {len(self):,} examples{classes}{note}")
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -185,10 +202,51 @@ class Source:
     def _label(self, index: int, label: int) -> np.int32:
         if not 0 <= label < max(1, len(self.class_names)):
             raise ValueError(
-                f"{self.name}: record {index} has label {label}; with {len(self.class_names)} "
+                f"{self.place(index)} has label {label}; with {len(self.class_names)} "
                 f"classes labels are 0 ... {max(0, len(self.class_names) - 1)}"
             )
         return np.int32(label)
+
+
+def check_posteriors(posteriors: np.ndarray, place: Callable[[int], str]) -> None:
+    """Refuses, with ValueError, posteriors that training cannot draw latents from.
+
+    Their means must be finite, and so must their standard deviations, which cannot be negative.
+
+    Args:
+      posteriors: floating-point (n, h, w, 2c), means before standard deviations.
+      place: gives the place of a row, for the message.
+    """
+    channels = posteriors.shape[-1] // 2
+    if _seem_good(posteriors, channels):
+        return
+    bad = ~np.isfinite(posteriors)
+    bad[..., channels:] |= posteriors[..., channels:] < 0
+    if not bad.any():
+        return
+    row, y, x, channel = (int(found[0]) for found in np.nonzero(bad))
+    what = "mean" if channel < channels else "standard deviation"
+    raise ValueError(
+        f"{place(row)}: the {what} of its latent is {posteriors[row, y, x, channel]} in row {y}, "
+        f"column {x}, channel {channel % channels}, which cannot be trained on; encode that image "
+        "again, or leave it out"
+    )
+
+
+def _seem_good(posteriors: np.ndarray, channels: int) -> bool:
+    """Whether posteriors are certainly good, by two passes over their bits.
+
+    As integers, numbers that are not finite are those with all bits of the exponent, and negative
+    ones are the largest. For float16 comparing numbers would take twenty times as long, and a third
+    as long as reading them.
+    """
+    exponents = {"float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+    if not posteriors.size or (known := exponents.get(str(posteriors.dtype))) is None:
+        return False
+    bits = posteriors.view(known[0])
+    exponent = known[0](known[1])
+    largest = max((bits & exponent).max(), bits.max(axis=0)[..., channels:].max(initial=0))
+    return bool(largest < exponent)
 
 
 def _short(text: str) -> str:

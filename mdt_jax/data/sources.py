@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mdt_jax.data.array_sources import digits, npy_directory
 from mdt_jax.data.folders import folder_source
 from mdt_jax.data.latent_cache import latents_source
-from mdt_jax.data.source import Source
+from mdt_jax.data.source import MissingData, Source
 from mdt_jax.data.tfds import tfds_source
 
 # `data.name`, and the function that makes the source of the `data` settings. A name that ends in
@@ -28,6 +28,20 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
         data.name.removeprefix("tfds:"), _split(data), data.get("path")
     ),
 }
+
+
+# The keys of `data`, which messages contain, and the flags of tools that take data by flags.
+FLAGS_OF_KEYS = {
+    "data.name": "--data_name",
+    "data.path": "--data_path",
+    "data.split": "--data_split",
+    "data.class_order": "--class_order",
+    "data.labels": "--labels",
+}
+
+
+class NoDataPath(MissingData, ValueError):
+    """The settings do not say where the data are."""
 
 
 def create_source(data_config: ConfigDict) -> Source:
@@ -48,9 +62,10 @@ def create_source(data_config: ConfigDict) -> Source:
         choices, and so is `crop` "random" where the data are latents.
 
     Raises:
-      ValueError: an unknown name or split, no path where one is needed, or a setting that the
-        data have no use for.
-      FileNotFoundError: the data are not where the configuration says.
+      NoDataPath: no path where one is needed.
+      ValueError: an unknown name or split, a setting that the data have no use for, or data that
+        are damaged or do not fit each other.
+      MissingData: the data are not where the configuration says.
     """
     _check_use(data_config, "class_order", "string")
     _check_use(data_config, "labels", "auto")
@@ -95,11 +110,12 @@ def _folder(data_config: ConfigDict, contents: str) -> str:
       contents: the contents of such a folder, for messages.
 
     Raises:
-      ValueError: no path, or another split than "train".
+      NoDataPath: no path.
+      ValueError: another split than "train".
     """
     name, path, split = data_config.name, data_config.get("path"), _split(data_config)
     if not path:
-        raise ValueError(f"data.name {name!r} needs data.path, the folder of {contents}")
+        raise NoDataPath(f"data.name {name!r} needs data.path, the folder of {contents}")
     if split != "train":
         raise ValueError(
             f"data.split is {split!r}, but a folder is one split, 'train': name another folder "

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from mdt_jax.data.decoding import BadImage
-from mdt_jax.data.source import Source
+from mdt_jax.data.source import Source, check_posteriors
 from mdt_jax.data.transforms import center_crop, random_crop
 
 # Philox is keyed by (seed, purpose), so that draws for two purposes never coincide.
@@ -110,6 +110,7 @@ class ExampleStream:
 
         Raises:
           BadImage: an image that cannot be used, or too many of them.
+          ValueError: a posterior that latents cannot be drawn from, naming its file and number.
           Exception: any other error of the source; its message ends with what was being read.
         """
         indices = range(first, first + count)
@@ -132,6 +133,7 @@ class ExampleStream:
                 examples = self.source.__getitems__(records.tolist())
                 posteriors = np.stack([example["image"] for example in examples])
                 labels = np.array([example["label"] for example in examples])
+                check_posteriors(posteriors, lambda row: self.source.place(int(records[row])))
         if mirror.any() and not getattr(cache, "mirrored", False):
             posteriors[mirror] = posteriors[mirror, :, ::-1]
         return {"image": posteriors, "label": labels}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
-from mdt_jax.data.source import Source, short_digest
+from mdt_jax.data.source import MissingData, Source, short_digest
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
@@ -27,7 +27,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
         empty.
 
     Raises:
-      FileNotFoundError: the dataset is not prepared in that folder.
+      MissingData: the dataset is not prepared in that folder.
       ValueError: it has no such split, no "image" of uint8, or a format without random access.
     """
     import tensorflow_datasets as tfds  # here, so that other sources do not wait for it
@@ -76,7 +76,7 @@ def _find_prepared(name: str, folder: Path) -> Any:
     """TFDS's builder of a dataset on disk, which is inside `folder` or is `folder` itself.
 
     Raises:
-      FileNotFoundError: there is no such dataset.
+      MissingData: there is no such dataset.
       ValueError: it cannot be read, or `folder` holds another one.
     """
     from google.protobuf.json_format import ParseError
@@ -89,7 +89,7 @@ def _find_prepared(name: str, folder: Path) -> Any:
         else:
             builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
     except registered.DatasetNotFoundError as error:  # its message has many lines
-        raise FileNotFoundError(
+        raise MissingData(
             f"tfds:{name}: not in {folder}; {_prepare_command(name, str(folder))}, or name the "
             "folder that has it in data.path"
         ) from error
@@ -135,6 +135,10 @@ class _TfdsRecords:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def place(self, index: int) -> str:
+        """The number of a record, for messages."""
+        return f"{self.name}: record {index}"
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.__getitems__([index])[0]
 
@@ -157,7 +161,7 @@ class _TfdsRecords:
     ) -> tuple[Image.Image | np.ndarray, int]:
         image = example["image"]
         if self.channels is not None:
-            image = decode_picture(image, f"{self.name}: record {index}", self.channels)
+            image = decode_picture(image, self.place(index), self.channels)
         return image, int(example["label"]) if self.labelled else 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 
+from mdt_jax.names import printable
 from mdt_jax.parallel.distributed import UNREAD, ending_together
 
 # What a person can do about the errors of the operating system, which say it in a word or two.
@@ -59,6 +60,7 @@ def one_line(error: Exception, flags_of_keys: Mapping[str, str] | None = None) -
         way_out = WAYS_OUT.get(error.errno)
         text = "".join([*parts, error.strerror, f"; {way_out}" if way_out else ""])
     said = " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+    said = printable(said)  # a file's name may hold what moves the terminal's cursor
     if not flags_of_keys:
         return said
     keys = "|".join(map(re.escape, flags_of_keys))
