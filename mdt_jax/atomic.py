@@ -104,6 +104,17 @@ def make_folder(path: _Name, flag: str = "--output") -> None:
         raise OSError(f"{folder} cannot be written to: {why} another {flag}")
 
 
+def check_writable(path: _Name, flag: str = "--output") -> None:
+    """Refuses a file that could not be written, before the work for it is done; makes its folder.
+
+    Raises:
+      OSError: one line that says why.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{os.fspath(path)}: is a folder; name a file")
+    make_folder(os.path.dirname(os.path.abspath(path)), flag)
+
+
 def _in_the_way(folder: Path, error: OSError) -> str:
     """What keeps a folder from being made: the first thing above it that is no folder to write."""
     for place in (folder, *folder.parents):

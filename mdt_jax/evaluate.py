@@ -29,9 +29,9 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import checkpoints
-from mdt_jax.atomic import make_folder, whole_file
+from mdt_jax.atomic import check_writable, whole_file
 from mdt_jax.evaluation import descriptions, evaluator, extractors
-from mdt_jax.evaluation.batches import open_images
+from mdt_jax.evaluation.batches import image_size, open_images, share
 from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
@@ -78,16 +78,42 @@ def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:
       ValueError, OSError, CheckpointError: flags or files that a user can mend.
     """
     workdir = _check_flags(f)
-    extractor = extractors.load_inception(f.inception, f.feature_batch_size)
-    # Before hours of sampling: here errors in the files show.
     _check_output(f.output)
+    # All that is given is opened before hours of work on any of it.
+    _check_files(f, workdir)
+    extractor = extractors.load_inception(f.inception, f.feature_batch_size)
+    # The reference comes before hours of sampling: here errors in its images show.
     how = {"batch_size": f.feature_batch_size, "split_size": f.split_size, "progress": True}
     reference = descriptions.describe_reference(
         f.reference, extractor, recompute=f.recompute_reference, **how
     )
-    place = make_samples(f, workdir) if workdir or f.checkpoint else f.samples
+    place = make_samples(f, workdir) if _is_sampled(f, workdir) else f.samples
     samples = descriptions.describe_images(open_images(place), extractor, **how)
     return by_first_process(lambda: _finish(f, reference, samples))
+
+
+def _is_sampled(f: flags.FlagValues, workdir: str | None) -> bool:
+    """Whether the samples are made first."""
+    return bool(workdir or f.checkpoint)
+
+
+def _check_files(f: flags.FlagValues, workdir: str | None) -> None:
+    """Opens the reference, and the samples or the model to sample, as far as headers go.
+
+    Raises:
+      ValueError, OSError, CheckpointError: one is not there or damaged, or they do not fit.
+    """
+    size = descriptions.check_reference(f.reference, recompute=f.recompute_reference)
+    if _is_sampled(f, workdir):
+        mesh = sharding.create_mesh(devices=jax.local_devices())
+        found = sample_command.check_model(_sampling_flags(f, workdir), mesh)
+        name = workdir or f.checkpoint
+    else:
+        samples = open_images(f.samples)
+        share(samples.count, jax.process_index(), jax.process_count())
+        name, found = samples.name, image_size(samples)
+    if size:
+        evaluator.check_sizes(str(f.reference), size, str(name), found)
 
 
 def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
@@ -96,6 +122,14 @@ def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
     Raises:
       ValueError, CheckpointError: as `sample.command.generate` does.
     """
+    given = _sampling_flags(f, workdir)
+    mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
+    sample_command.generate(given, mesh)
+    return sample_flags.output_files(given.output)[0]
+
+
+def _sampling_flags(f: flags.FlagValues, workdir: str | None) -> flags.FlagValues:
+    """The flags of `mdt_jax.sample` that make the samples."""
     given = flags.FlagValues()
     sample_flags.define_flags(given)
     given.mark_as_parsed()
@@ -106,9 +140,7 @@ def make_samples(f: flags.FlagValues, workdir: str | None) -> Path:
     if f.vae is None and _samples_latents(f, workdir):
         given.vae = "ema"
     given.output = str(_sample_stem(f, workdir))
-    mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
-    sample_command.generate(given, mesh)
-    return sample_flags.output_files(given.output)[0]
+    return given
 
 
 def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
@@ -158,7 +190,7 @@ def _check_output(output: str | None) -> None:
     if output:
         if Path(output).is_dir():
             raise ValueError(f"--output {output} is a folder; name a .json file")
-        make_folder(Path(output).parent)
+        check_writable(output)
 
 
 def _finish(

@@ -13,8 +13,10 @@ import pytest
 from absl import flags
 from fake_extractor import random_images
 from jobs import xla_flags
+from PIL import Image
 from test_sample import save_run
 
+from mdt_jax import checkpoints
 from mdt_jax.evaluation import extractors
 
 command = importlib.import_module("mdt_jax.evaluate")
@@ -117,3 +119,153 @@ def test_the_command_ends_in_one_line_on_missing_weights(files, tmp_path):
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert str(tmp_path / "none") in line and "pt_inception-2015-12-05-6726825d.pth" in line
     assert done.stderr.strip().splitlines()[-1] == line
+
+
+# What is given is opened before Inception runs on any of it
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def relabel(path: Path) -> None:
+    np.savez(path, arr_0=random_images(40, 1), arr_1=np.zeros(39, int))
+
+
+WRONG_SAMPLES = {
+    "not there": (lambda path: path.unlink(), "samples.npz: no such file"),
+    "cut off": (truncate, "samples.npz: cannot be read as npz"),
+    "text": (lambda path: path.write_text("<html>"), "samples.npz: cannot be read as npz"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "it is no file"),
+    "a folder of nothing": (lambda path: (path.unlink(), path.mkdir()), "holds no images"),
+    "latents": (lambda p: np.savez(p, arr_0=np.zeros((9, 4, 4, 4), "f4")), "latents of 4 channels"),
+    "none": (lambda p: np.savez(p, arr_0=np.zeros((0, 4, 4, 3), "u1")), r"shape \(0, 4, 4, 3\)"),
+    "of another size": (
+        lambda path: np.savez(path, arr_0=random_images(40, 1, size=8)),
+        "samples.npz holds images of 8 × 8 pixels, .*reference.npz of 4 × 4",
+    ),
+    "of other labels": (relabel, "arr_1 is int64 .39,., which is not a label for each"),
+    "of other names": (lambda path: np.savez(path, images=random_images(9, 1)), "no arr_0; it hol"),
+}
+
+
+@pytest.fixture
+def no_features(monkeypatch):
+    def extract(self, images):
+        raise AssertionError("features of images were computed")
+
+    monkeypatch.setattr(extractors.NetworkExtractor, "extract", extract)
+
+
+@pytest.mark.parametrize("wrong", WRONG_SAMPLES)
+def test_wrong_samples_are_refused_before_the_reference_is_looked_at(files, wrong, no_features):
+    change, message = WRONG_SAMPLES[wrong]
+    change(Path(files["samples"]))
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        command.evaluate_samples(parse(**files))
+    assert "\n" not in str(caught.value)
+
+
+def singular(path: Path) -> None:
+    np.savez(path, mu=np.zeros(12), sigma=-np.eye(12))
+
+
+WRONG_REFERENCES = {
+    "not there": (lambda path: path.unlink(), "--reference .*reference.npz: no such file or fold"),
+    "of nothing": (lambda path: np.savez(path, x=np.zeros(3)), "holds neither images .* but x"),
+    "of half a moment": (lambda path: np.savez(path, mu=np.zeros(3)), "holds neither .* but mu"),
+    "of other moments": (
+        lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(4)),
+        "reference.npz: mu, sigma: a mean of shape",
+    ),
+    "of text": (
+        lambda path: np.savez(path, mu=np.array(["a"]), sigma=np.eye(1)),
+        "reference.npz: mu, sigma: ",
+    ),
+    "of NaN": (
+        lambda path: np.savez(path, mu=np.full(12, np.nan), sigma=np.eye(12)),
+        "mu, sigma: mean or covariance hold numbers that are not finite",
+    ),
+    "of no covariance": (singular, "reference.npz: the covariance has the negative eigenvalue -1"),
+    "of odd metadata": (
+        lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(12), metadata=np.array("[1]")),
+        "reference.npz: its metadata cannot be read",
+    ),
+    "cut off": (truncate, "reference.npz: cannot be read as npz"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REFERENCES)
+def test_wrong_references_are_refused_before_any_features(files, wrong, no_features):
+    change, message = WRONG_REFERENCES[wrong]
+    change(Path(files["reference"]))
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        command.evaluate_samples(parse(**files))
+    assert "\n" not in str(caught.value)
+
+
+def test_moments_of_another_extractor_are_refused_at_the_first_batch(files, monkeypatch):
+    np.savez(files["reference"], arr_0=random_images(60, 0), mu=np.zeros(7), sigma=np.eye(7))
+    seen = []
+    extract = extractors.NetworkExtractor.extract
+    monkeypatch.setattr(
+        extractors.NetworkExtractor,
+        "extract",
+        lambda self, x: seen.append(len(x)) or extract(self, x),
+    )
+    with pytest.raises(ValueError, match="stored statistics of 7 features, fake has 12"):
+        command.evaluate_samples(parse(**files, feature_batch_size=9))
+    assert seen == [9]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"workdir": "gone"}, "gone"),
+        ({"workdir": "run", "step": 8}, "8"),
+        ({"workdir": "run", "ema_rate": 0.5}, "0.5"),
+        ({"workdir": "run", "labels": "9"}, "label 9 is outside 0 to 3"),
+        ({"workdir": "run", "vae": "gone.safetensors"}, "gone.safetensors"),
+        ({"workdir": "run", "reference": "large.npz"}, "8 × 8 pixels, large.npz of 16 × 16"),
+        ({"checkpoint": "gone.safetensors"}, "gone.safetensors is not there"),
+        ({"checkpoint": "damaged.safetensors"}, "damaged.safetensors .* is truncated or not"),
+    ],
+)
+def test_a_model_that_cannot_be_sampled_is_refused_first(
+    tmp_path, monkeypatch, no_features, changed, message
+):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run")
+    np.savez("reference.npz", arr_0=random_images(20, 0, size=8, channels=1))
+    np.savez("large.npz", arr_0=random_images(20, 0, size=16))
+    Path("damaged.safetensors").write_bytes(b"x" * 100)
+    settings = {"reference": "reference.npz", "inception": "8", "num_samples": 6, "steps": 2}
+    with pytest.raises((ValueError, OSError, checkpoints.CheckpointError), match=message):
+        command.evaluate_samples(parse(**(settings | changed)))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file/report.json", "file: the folder cannot be made"),
+        ("locked/report.json", "cannot write"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_first(
+    files, tmp_path, monkeypatch, no_features, output, message
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda place, mode: "locked" not in str(place))
+    with pytest.raises(OSError, match=message):
+        command.evaluate_samples(parse(**files, output=tmp_path / output))
+
+
+def test_a_folder_of_pictures_beside_a_folder_is_advised_what_evaluate_can(tmp_path, files):
+    for name in ("0.png", "grids/1.png"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "out" / name)
+    with pytest.raises(
+        ValueError, match="0.png beside sub-folders of images such as grids"
+    ) as caught:
+        command.evaluate_samples(parse(**(files | {"samples": str(tmp_path / "out")})))
+    assert "data." not in str(caught.value)

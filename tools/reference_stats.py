@@ -28,7 +28,7 @@ from absl import app, flags
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from tqdm import tqdm
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import check_writable, whole_file
 from mdt_jax.data import Source, center_crop, create_source
 from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.evaluation.batches import read_ahead
@@ -198,6 +198,7 @@ def main(_: list[str]) -> None:
         config |= {"class_order": f.class_order, "labels": f.labels}
         source = create_source(ml_collections.ConfigDict(config))
         choose_images(source, f.image_size, f.num_images, f.stats_images, f.seed)
+        check_writable(f.output)  # all is checked before hours of work
         make_reference(
             source,
             load_inception(f.inception, f.batch_size),

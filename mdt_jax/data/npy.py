@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import math
 import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class NpyHeader(NamedTuple):
     num_bytes: int
 
 
-def read_header(file: BinaryIO) -> NpyHeader:
+def read_header(file: io.BufferedIOBase) -> NpyHeader:
     """Reads an .npy file up to its first number; nothing is allocated by what the header says.
 
     Args:

@@ -6,11 +6,8 @@ read from the zip piece by piece, compressed or not, and its checksum is verifie
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import zipfile
-import zlib
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +18,7 @@ from jaxtyping import Integer, UInt8
 
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.data.folders import IMAGE_SUFFIXES, read_folder
-
-# The errors of zipfile, zlib and NumPy for a zip file or member that is cut off or altered.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+from mdt_jax.evaluation.npz import NpzMember, npz_members, read_npz
 
 
 @runtime_checkable
@@ -92,9 +87,9 @@ class NpzImages:
                 f"{path}: no arr_0; it holds {', '.join(names) or 'nothing'}. Images are to be "
                 "saved as arr_0, uint8 (n, height, width, 3), as `mdt_jax.sample` writes them"
             )
-        with _arr_0(path) as member:
-            shape, dtype = _read_header(path, member)
-            _check_dtype(path, member, shape, dtype)
+        with NpzMember.open(path, "arr_0") as member:
+            shape = member.header.shape
+            _check_layout(path, member)
         if len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape):
             raise ValueError(
                 f"{path}: arr_0 has the shape {shape}; images are (n, height, width, 3), or 1 "
@@ -124,16 +119,15 @@ class NpzImages:
         Raises:
           ValueError: the file is damaged.
         """
-        image_bytes = int(np.prod(self.shape[1:]))
-        with _arr_0(self.path) as member:
-            _read_header(self.path, member)
-            _read_bytes(self.path, member, start * image_bytes, keep=False)
+        image_bytes = math.prod(self.shape[1:])
+        with NpzMember.open(self.path, "arr_0") as member:
+            member.read(start * image_bytes, keep=False)
             for first in range(start, stop, batch_size):
                 count = min(batch_size, stop - first)
-                read = _read_bytes(self.path, member, count * image_bytes)
+                read = member.read(count * image_bytes)
                 yield np.frombuffer(read, np.uint8).reshape(count, *self.shape[1:])
-            if stop == self.count:  # the end of the member, where its checksum is compared
-                _read_bytes(self.path, member, 1, at_end=True)
+            if stop == self.count:
+                member.check_end()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +147,7 @@ class FolderImages:
     @classmethod
     def open(cls, path: str | Path) -> FolderImages:
         """Lists the images of a folder, with the errors of `read_folder`."""
-        folder = read_folder(path)
+        folder = read_folder(path, settings=False)
         return cls(folder.path, folder.files, folder.labels)
 
     @property
@@ -258,34 +252,14 @@ def _joined(paths: Sequence[Path], name: str) -> ImageSet:
     return parts[0] if len(parts) == 1 else JoinedImages(parts, name)
 
 
-def npz_members(path: str | Path) -> list[str]:
-    """The names of the arrays in an npz.
+def image_size(images: ImageSet) -> tuple[int, int]:
+    """Height and width of a set's images, by its first image.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is no zip file, or a damaged one.
+      BadImage, ValueError: the first image cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give an npz, or a folder of images")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
-
-
-def read_npz(path: str | Path, name: str) -> np.ndarray:
-    """One small array of an npz, whole.
-
-    Raises:
-      ValueError: the file is damaged, or the array a pickle.
-    """
-    try:
-        with np.load(path) as arrays:
-            return arrays[name]
-    except (*_DAMAGE, ValueError) as error:  # ValueError: a pickle, or a damaged header
-        raise _damaged(Path(path), error) from error
+    height, width = next(images.read(0, 1, 1)).shape[1:3]
+    return height, width
 
 
 def read_ahead(images: ImageSet, mine: range, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -327,47 +301,25 @@ def share(count: int, index: int, processes: int) -> range:
     return range(count * index // processes, count * (index + 1) // processes)
 
 
-@contextlib.contextmanager
-def _arr_0(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Opens the .npy file of the images inside an npz; damage found in it is a ValueError."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            yield member
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+def _check_layout(path: Path, member: NpzMember) -> None:
+    """Refuses, with ValueError, images in Fortran order or of other types than uint8.
 
-
-def _read_header(path: Path, member: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and type of an .npy member, read up to its first number."""
-    try:
-        version = np.lib.format.read_magic(member)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(member)
-    except (ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
+    The advice goes by the first numbers.
+    """
+    shape, fortran, dtype, _ = member.header
     if fortran:
         raise ValueError(
             f"{path}: arr_0 is in Fortran order, which cannot be read image by image; save "
             "np.ascontiguousarray of it"
         )
-    return shape, dtype
-
-
-def _check_dtype(
-    path: Path, member: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype
-) -> None:
-    """Refuses, with ValueError, other types than uint8; the advice goes by the first numbers."""
     if dtype == np.uint8:
         return
     advice = "save uint8 in 0 ... 255"
     if dtype.kind == "f" and len(shape) == 4 and shape[-1] not in (1, 3):
         advice = f"these are latents of {shape[-1]} channels; sample with --vae to get images"
     elif dtype.kind == "f" and all(shape):
-        count = min(int(np.prod(shape)), 1 << 16)
-        values = np.frombuffer(_read_bytes(path, member, count * dtype.itemsize), dtype)
+        count = min(math.prod(shape), 1 << 16)
+        values = np.frombuffer(member.read(count * dtype.itemsize), dtype)
         low, high = float(values.min()), float(values.max())
         span = next((s for s in ((0, 1), (-1, 1)) if s[0] <= low and high <= s[1]), None)
         convert = {(0, 1): "255·x", (-1, 1): "127.5·(x + 1)"}.get(span)
@@ -375,36 +327,6 @@ def _check_dtype(
             f"save {convert} as uint8" if convert else advice
         )
     raise ValueError(f"{path}: arr_0 is {dtype}, images must be uint8 in 0 ... 255: {advice}")
-
-
-def _read_bytes(
-    path: Path, member: io.BufferedIOBase, count: int, *, keep: bool = True, at_end: bool = False
-) -> bytearray:
-    """Reads the next bytes of a member.
-
-    Args:
-      path: the npz, for messages.
-      member: the open member.
-      count: how many bytes to read.
-      keep: whether to return them; otherwise they are only read past.
-      at_end: whether the member may end earlier.
-
-    Raises:
-      ValueError: the member ends earlier.
-    """
-    read = bytearray()
-    left = count
-    while left and (piece := member.read(min(left, 1 << 24))):
-        left -= len(piece)
-        if keep:
-            read += piece
-    if left and not at_end:
-        raise _damaged(path, f"arr_0 ends {left} bytes early")
-    return read
-
-
-def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(f"{path}: cannot be read as npz ({reason}); it is damaged or no npz at all")
 
 
 def _size(shape: Sequence[int]) -> str:

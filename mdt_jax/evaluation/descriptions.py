@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,18 +17,13 @@ import numpy as np
 from jaxtyping import Float32, Float64, Integer
 from tqdm import tqdm
 
-from mdt_jax.evaluation.batches import (
-    ImageSet,
-    npz_members,
-    open_images,
-    read_ahead,
-    read_npz,
-    share,
-)
+from mdt_jax.evaluation.batches import ImageSet, image_size, open_images, read_ahead, share
 from mdt_jax.evaluation.extractors import Extractor, Features, check_finite
+from mdt_jax.evaluation.npz import npz_members, read_npz
 from mdt_jax.evaluation.processes import gather_arrays, gather_rows
 from mdt_jax.evaluation.spectrum import PowerSpectrum
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, InceptionScore
+from mdt_jax.names import printable
 
 SPLIT_SIZE = 5000  # images of a split of the Inception Score
 DIGEST_KEY = "extractor_digest"  # in the metadata of a reference, see tools/reference_stats.py
@@ -73,6 +69,7 @@ def describe_images(
     batch_size: int = 64,
     split_size: int = SPLIT_SIZE,
     progress: bool = False,
+    check: Callable[[Features], None] | None = None,
 ) -> ImageSetDescription:
     """Describes a set of images; every image is read once.
 
@@ -84,9 +81,11 @@ def describe_images(
       batch_size: images read at a time.
       split_size: images of a split of the Inception Score.
       progress: whether process 0 shows a bar.
+      check: is given the features of the first batch, and may refuse them.
 
     Raises:
-      ValueError: features that are not finite, fewer images than processes, or an error of reading.
+      ValueError: features that are not finite, fewer images than processes, or an error of reading
+        or of `check`.
     """
     processes, index = jax.process_count(), jax.process_index()
     mine = share(images.count, index, processes)
@@ -101,6 +100,8 @@ def describe_images(
         counted: Future | None = None
         for first, batch in read_ahead(images, mine, batch_size):
             features = extractor.extract(batch)
+            if check and first == mine.start:
+                check(features)
             if counted:
                 counted.result()
             # This batch is summed while the devices work on the next one.
@@ -110,6 +111,40 @@ def describe_images(
             counted.result()
     collected.join()
     return collected.description(extractor)
+
+
+def check_reference(
+    place: str | Path, *, recompute: bool = False, what: str = "--reference"
+) -> tuple[int, int] | None:
+    """Opens a reference as far as headers, stored statistics and its first image go.
+
+    Args:
+      place, recompute: as for `describe_reference`.
+      what: the flag or key that names it, for messages.
+
+    Returns:
+      Height and width of its images; None where it has none.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      ValueError: it is damaged, or holds neither images nor statistics.
+    """
+    path = Path(place)
+    if not path.exists() and "," not in str(place):
+        raise FileNotFoundError(
+            f"{what} {printable(path)}: no such file or folder; tools/reference_stats.py makes one"
+        )
+    members = _members(path)
+    if members is not None and not recompute and {"mu", "sigma"} <= set(members):
+        _read_statistics(path, members)
+        if "arr_0" not in members:
+            return None
+    elif members is not None and "arr_0" not in members:
+        raise ValueError(
+            f"{what} {printable(path)}: holds neither images (arr_0) nor statistics (mu, sigma), "
+            f"but {printable(', '.join(members)) or 'nothing'}"
+        )
+    return image_size(open_images(place))
 
 
 def describe_reference(
@@ -132,14 +167,16 @@ def describe_reference(
         reading.
     """
     path = Path(place)
-    members = npz_members(path) if path.suffix == ".npz" and path.exists() else []
+    members = _members(path) or []
     if recompute or "mu" not in members or "sigma" not in members:
         return describe_images(open_images(place), extractor, **settings)
     _check_digest(path, members, extractor)
-    stored = {
-        name: _stored(path, members, *keys)
-        for name, keys in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s")))
-    }
+    stored = _read_statistics(path, members)
+    for gaussian in filter(None, stored.values()):
+        try:
+            _ = gaussian.factor  # kept; a matrix that has none would be found at the very end
+        except (ValueError, np.linalg.LinAlgError) as error:
+            raise ValueError(f"{printable(path)}: {error}") from error
     if "arr_0" not in members:
         return ImageSetDescription(
             name=str(place),
@@ -154,15 +191,19 @@ def describe_reference(
             stored=True,
             **stored,
         )
-    found = describe_images(open_images(place), extractor, **settings)
-    for name, gaussian in stored.items():
-        ours = getattr(found, name)
-        if gaussian and ours and gaussian.mean.shape != ours.mean.shape:
-            raise ValueError(
-                f"{path}: stored statistics of {gaussian.mean.size} features, {extractor.name} has "
-                f"{ours.mean.size}: they are another extractor's; make the reference anew with "
-                "tools/reference_stats.py, or give --recompute_reference"
-            )
+
+    def check(features: Features) -> None:
+        """Refuses statistics of another number of features, before all images are looked at."""
+        for name, gaussian in stored.items():
+            ours = getattr(features, name)
+            if gaussian and ours is not None and gaussian.mean.size != ours.shape[1]:
+                raise ValueError(
+                    f"{path}: stored statistics of {gaussian.mean.size} features, {extractor.name} "
+                    f"has {ours.shape[1]}: they are another extractor's; make the reference anew "
+                    "with tools/reference_stats.py, or give --recompute_reference"
+                )
+
+    found = describe_images(open_images(place), extractor, check=check, **settings)
     kept = {name: gaussian for name, gaussian in stored.items() if gaussian}
     return dataclasses.replace(found, stored=True, **kept)
 
@@ -245,7 +286,15 @@ def _check_digest(path: Path, members: list[str], extractor: Extractor) -> None:
     """Refuses, with ValueError, statistics whose metadata name other weights."""
     if "metadata" not in members:
         return
-    stored = json.loads(str(read_npz(path, "metadata"))).get(DIGEST_KEY)
+    try:
+        stored = json.loads(str(read_npz(path, "metadata")))[DIGEST_KEY]
+    except KeyError:  # of another program, or of samples
+        return
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{printable(path)}: its metadata cannot be read; make the reference anew with "
+            "tools/reference_stats.py, or give --recompute_reference to use its images"
+        ) from error
     if stored and stored != extractor.digest:
         raise ValueError(
             f"{path}: its statistics are of weights {stored}, {extractor.name} has "
@@ -254,15 +303,27 @@ def _check_digest(path: Path, members: list[str], extractor: Extractor) -> None:
         )
 
 
+def _members(path: Path) -> list[str] | None:
+    """The names of the arrays in a reference; None where it is no npz."""
+    return npz_members(path) if path.suffix == ".npz" and path.exists() else None
+
+
+def _read_statistics(path: Path, members: list[str]) -> dict[str, Gaussian | None]:
+    """The statistics that are stored in a reference, by the name of their attribute."""
+    keys = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    return {name: _stored(path, members, *pair) for name, pair in keys.items()}
+
+
 def _stored(path: Path, members: list[str], mean: str, covariance: str) -> Gaussian | None:
     if mean not in members or covariance not in members:
         return None
     try:
         arrays = (read_npz(path, key).astype(np.float64) for key in (mean, covariance))
         return Gaussian(*arrays)
-    except ValueError as error:
-        raise ValueError(f"{path}: {mean}, {covariance}: {error}") from error
+    except (TypeError, ValueError, np.linalg.LinAlgError) as error:
+        raise ValueError(f"{printable(path)}: {mean}, {covariance}: {error}") from error
 
 
 def _shortened(name: str, width: int = 24) -> str:
+    name = printable(name)
     return name if len(name) <= width else "…" + name[1 - width :]

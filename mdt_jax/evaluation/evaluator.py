@@ -120,12 +120,25 @@ def _check_pair(reference: ImageSetDescription, samples: ImageSetDescription) ->
             f"{reference.name} was described by {reference.extractor} {reference.digest}, "
             f"{samples.name} by {samples.extractor} {samples.digest}: use one extractor for both"
         )
-    if reference.size and reference.size != samples.size:
-        sizes = ["{1} × {0}".format(*d.size) for d in (samples, reference)]
+    if reference.size:
+        check_sizes(reference.name, reference.size, samples.name, samples.size)
+
+
+def check_sizes(
+    reference: str, reference_size: tuple[int, int], samples: str, size: tuple[int, int]
+) -> None:
+    """Refuses, with ValueError, samples of another (height, width) than a reference's images.
+
+    Args:
+      reference, samples: their names.
+      reference_size, size: the sizes of their images.
+    """
+    if tuple(reference_size) != tuple(size):
+        sizes = ["{1} × {0}".format(*pair) for pair in (size, reference_size)]
         raise ValueError(
-            f"{samples.name} holds images of {sizes[0]} pixels, {reference.name} of {sizes[1]}: "
-            "give a reference of the samples' size (tools/reference_stats.py --image_size "
-            f"{min(samples.size)} makes one)"
+            f"{samples} holds images of {sizes[0]} pixels, {reference} of {sizes[1]}: give a "
+            "reference of the samples' size (tools/reference_stats.py --image_size "
+            f"{min(size)} makes one)"
         )
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from mdt_jax import sampling
-from mdt_jax.atomic import make_folder
+from mdt_jax import checkpoints, sampling
+from mdt_jax import config as config_lib
+from mdt_jax.atomic import check_writable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
-from mdt_jax.sample.drawing import draw_samples
+from mdt_jax.sample.drawing import chosen_labels, draw_samples
+from mdt_jax.sample.flags import given_options, output_files
 from mdt_jax.sample.painting import paint_picture
+from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
 
 
@@ -38,9 +41,38 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     )
     autoencoder = load_autoencoder(f, model, mesh)
     # Before the work: an output that cannot be written would lose it.
-    make_folder(Path(f.output).parent)
+    check_writable(output_files(f.output)[0])
     make = paint_picture if f.inpaint else draw_samples
     return make(f, model, params, autoencoder, mesh)
+
+
+def check_model(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Opens the flags' model as far as headers go, and its decoder; resolves options and classes.
+
+    Returns:
+      Height and width of the samples.
+
+    Raises:
+      ValueError, CheckpointError: it is not there or damaged, or a flag does not fit it.
+    """
+    if f.workdir:
+        step, meta = checkpoints.read_meta(f.workdir, f.step)
+        config, names = config_lib.from_json(meta["config"]), meta["class_names"]
+        pretrained.average_item(f.workdir, config, f.ema_rate)
+        latents = pretrained.latents_of_run(meta)
+    else:
+        sizes = ("decode_layers", "num_heads", "num_classes", "input_size")
+        found = pretrained.read_pretrained(f.checkpoint, **{name: f[name].value for name in sizes})
+        step, config, names = found.step, found.config, found.class_names
+        latents = found.latents
+    model = sampling.DiffusionModel.from_config(config, names, step, latents)
+    sampling.resolve_options(model, **given_options(f))
+    chosen_labels(f, model)
+    check_writable(output_files(f.output)[0])
+    autoencoder = load_autoencoder(f, model, mesh)
+    factor = autoencoder.module.downsampling if autoencoder else 1
+    height, width, _ = model.network.image_shape
+    return height * factor, width * factor
 
 
 def load_autoencoder(

@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from mdt_jax import sampling
 from mdt_jax.data import BadImage, Source, center_crop
 from mdt_jax.evaluation import classifier, evaluator
-from mdt_jax.evaluation.batches import ArrayImages, ImageSet, NpzImages, npz_members, share
+from mdt_jax.evaluation.batches import ArrayImages, ImageSet, share
 from mdt_jax.evaluation.descriptions import (
     ImageSetDescription,
+    check_reference,
     describe_images,
     describe_reference,
 )
@@ -75,7 +76,7 @@ class Judgement:
 
 
 def check_evaluation(config: ConfigDict, source: Source) -> None:
-    """Checks the settings and files of the evaluation; reads no more of the files than headers.
+    """Checks the settings of the evaluation, and opens its files as far as headers go.
 
     Raises:
       ValueError: settings or files that cannot work; the message is one line.
@@ -97,7 +98,8 @@ def check_evaluation(config: ConfigDict, source: Source) -> None:
     if kind == "inception":
         _check_inception(config)
     if e.reference:
-        _check_reference(e.reference, None if source.latents else config.model.input_size)
+        size = check_reference(e.reference, what="eval.reference")
+        _check_size(e.reference, size, None if source.latents else config.model.input_size)
 
 
 def judgement_is_due(config: ConfigDict, step: int) -> bool:
@@ -152,25 +154,6 @@ def _check_inception(config: ConfigDict) -> None:
         raise ValueError(
             "eval.reference is missing: an npz in ADM's layout, such as its VIRTUAL_imagenet256_"
             "labeled.npz; tools/reference_stats.py makes one from any data"
-        )
-
-
-def _check_reference(place: str, side: int | None) -> None:
-    """Checks a reference's names and image size; samples are `side` × `side` pixels."""
-    path = Path(place)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"eval.reference {place}: no such file or folder; tools/reference_stats.py makes one"
-        )
-    if path.suffix != ".npz":
-        return
-    members = npz_members(path)
-    if "arr_0" in members:
-        _check_size(place, NpzImages.open(path).shape[1:3], side)
-    elif not {"mu", "sigma"} <= set(members):
-        raise ValueError(
-            f"eval.reference {place}: holds neither images (arr_0) nor statistics (mu, sigma), but "
-            f"{', '.join(members) or 'nothing'}"
         )
 
 
