@@ -26,6 +26,7 @@ from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import MissingData, check_posteriors
 from mdt_jax.names import check_class_names, printable
 from mdt_jax.parallel.command import one_line
+from mdt_jax.training import checks
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
@@ -473,3 +474,35 @@ def test_classes_of_one_name_are_told_of(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert data.npy_directory(tmp_path).class_names == ("crane", "maillot", "crane")
     assert "class_names.txt: 2 classes are called crane" in caplog.text
+
+
+# Data and a model
+
+
+def test_data_of_fewer_classes_than_the_model_are_told_of(tmp_path, caplog):
+    write_arrays(tmp_path, {"images": IMAGES, "labels": np.arange(4) % 2})
+    config = dry_config(tmp_path)
+    for classes, told in (
+        (2, None),
+        (1000, "2 class(es), model.num_classes is 1000: the other 998"),
+    ):
+        config.model.num_classes = classes
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            train.dry_run(config)
+        assert (told is None) == (caplog.text == "") and (told or "") in caplog.text
+    assert "set model.num_classes to 2, or data.path to" in caplog.text
+    config.model.num_classes = -1
+    assert "2 classes" in train.dry_run(config)
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_latents_without_standard_deviations_are_seen_as_such(channels):
+    config = dry_config(Path(""))
+    config.model.update(input_size=8, in_channels=4)
+    source = data.arrays(np.zeros((3, 8, 8, channels), np.float32), np.arange(3) % 2)
+    if channels == 8:
+        checks.check_data(config, source)
+        return
+    with pytest.raises(ValueError, match="are its 4 channels a latent's mean alone"):
+        checks.check_data(config, source)

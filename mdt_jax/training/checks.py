@@ -15,6 +15,7 @@ from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models.latent_space import check_same_latents
+from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
 from mdt_jax.weights.pretrained import latents_of_run
@@ -94,21 +95,33 @@ def with_classes_of_data(config: ConfigDict) -> ConfigDict:
 
 
 def check_data(config: ConfigDict, source: Source) -> None:
-    """Refuses, with ValueError, data whose shape or classes do not fit the model."""
+    """Refuses, with ValueError, data whose shape or classes do not fit the model.
+
+    Data of fewer classes than the model's are told of: fine-tuning may mean that, a wrong data.path
+    does not.
+    """
     size, channels = config.model.input_size, config.model.in_channels
     wanted, given = (size, size, channels), tuple(source.image_shape)
     # Images are cropped to size, latents are not.
     if given != wanted if source.latents else given[-1] != channels:
+        halved = source.latents and given[:-1] == wanted[:-1] and 2 * given[-1] == channels
         raise ValueError(
             f"data.name {config.data.name!r} gives {given}, the model takes {wanted}: "
             "set model.input_size and model.in_channels"
+            + f"; or are its {channels} channels a latent's mean alone? Standard deviations must "
+            "follow them, zeros if they are not known" * halved
         )
-    classes = config.model.num_classes
-    if classes and len(source.class_names) > classes:
-        raise ValueError(
-            f"the data have {len(source.class_names)} classes, model.num_classes is {classes}"
+    classes, found = config.model.num_classes, len(source.class_names)
+    if 0 < found < classes:
+        logging.warning(
+            "%s: the data have %d class(es), model.num_classes is %d: the other %d will not be "
+            "trained; if that is not meant, set model.num_classes to %d, or data.path to all the "
+            "data",
+            *(printable(source.name), found, classes, classes - found, found),
         )
-    if classes and not source.class_names:
+    if classes and found > classes:
+        raise ValueError(f"the data have {found} classes, model.num_classes is {classes}")
+    if classes and not found:
         raise ValueError(
             f"the data have no labels ({source.note or source.name}); model.num_classes is "
             f"{classes}, 0 would do, or data.labels 'file_names'"
