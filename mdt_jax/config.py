@@ -245,7 +245,10 @@ def create_network(config: ConfigDict) -> LatentTransformer:
     # Without label dropout a null class would not be trained.
     null = config.label_dropout > 0
     settings |= {"dtype": jnp.dtype(dtype), "learn_variance": learned, "null_class": null}
-    return create_model(name, **settings)
+    try:
+        return create_model(name, **settings)
+    except ValueError as error:
+        raise ValueError(f"model.name {name!r}: {error}") from error
 
 
 def create_diffusion(config: ConfigDict) -> GaussianDiffusion:

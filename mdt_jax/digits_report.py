@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 from absl import app
-from absl.flags import argparse_flags
 from jaxtyping import Float, Integer, UInt8
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
@@ -148,7 +147,9 @@ def _scans(split: str) -> tuple[DigitImages, Labels]:
 
 def parse_report_flags(argv: list[str]) -> argparse.Namespace:
     """The command's settings. No flag is defined by importing this module."""
-    parser = argparse_flags.ArgumentParser(
+    from mdt_jax.parallel.flag_parsing import AbslArgumentParser
+
+    parser = AbslArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="directory of the trained run")
@@ -191,8 +192,6 @@ def _draw_samples(args: argparse.Namespace) -> tuple[DigitImages, DigitImages, L
       CheckpointError: no run there.
       ValueError: a run of other images than the digits.
     """
-    import jax
-
     from mdt_jax.sampling.images import to_uint8
     from mdt_jax.sampling.model import load
     from mdt_jax.sampling.sampler import sample
@@ -208,7 +207,7 @@ def _draw_samples(args: argparse.Namespace) -> tuple[DigitImages, DigitImages, L
                 model,
                 params,
                 labels=labels,
-                key=jax.random.key(args.seed),
+                key=args.seed,
                 cfg_scale=cfg_scale,
                 steps=args.steps,
                 sampler=args.sampler,

@@ -37,6 +37,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
+from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.weights.pretrained import latents_of_run
@@ -77,6 +78,7 @@ def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:
     Raises:
       ValueError, OSError, CheckpointError: flags or files that a user can mend.
     """
+    sample_flags.check_sample_flags(f)
     workdir = _check_flags(f)
     _check_output(f.output)
     # All that is given is opened before hours of work on any of it.
@@ -234,4 +236,4 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)

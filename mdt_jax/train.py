@@ -7,18 +7,20 @@ would be trained, and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoin
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
+from mdt_jax import ranges
 from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
@@ -30,6 +32,7 @@ from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
+from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
@@ -55,6 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
         last checkpoint could not be written.
       NonFiniteLoss: the loss or the gradient norm is not finite.
     """
+    ranges.check_config(config)
     with Stop(max_hours) as stop:
         config = checks.with_classes_of_data(config)
         run = Run(config, workdir)
@@ -196,6 +200,7 @@ def dry_run(config: ConfigDict) -> str:
     Raises:
       ValueError, OSError: settings cannot work, or the data are there and cannot be used.
     """
+    ranges.check_config(config)
     data, source = "", None
     try:
         source = create_source(config.data)
@@ -229,37 +234,18 @@ def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
         train(config, workdir, flags.FLAGS.max_hours)
 
 
-def parse_config_flags(argv: list[str]) -> list[str]:
-    """Parses flags as absl does; a missing --config file or key ends with one line."""
-    with command_ending():
-        _check_config_is_there(argv)
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        # ml_collections quotes one exception's message in the next one's.
-        said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "")
-        with command_ending():
-            raise ValueError(f"--config has no such key: {said}") from error
-
-
-def _check_config_is_there(argv: list[str]) -> None:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config", "-config") or flag.startswith("--config="):
-            path = Path((flag.partition("=")[2] or value).split(":")[0])
-            if not path.is_file():
-                there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
-                raise ValueError(
-                    f"--config {path} is not there; "
-                    + (f"there are {there}" if there else "run from the root of the clone")
-                )
+def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """The command's flags; `argv` is the command line, the process's by default."""
+    define_config_flag(f, argv)
+    text = "Where checkpoints, metrics and samples go."
+    flags.DEFINE_string("workdir", None, text, flag_values=f)
+    text = "Show parameters, memory and data, and stop."
+    flags.DEFINE_bool("dry_run", False, text, flag_values=f)
+    flags.DEFINE_float("max_hours", None, "Save and end after so many hours.", flag_values=f)
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-    flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
-    flags.DEFINE_bool("dry_run", False, "Show parameters, memory and data, and stop.")
-    flags.DEFINE_float("max_hours", None, "Save and end after so many hours.")
-    flags.mark_flag_as_required("config")
+    define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main, flags_parser=parse_config_flags)
+        app.run(main, flags_parser=functools.partial(parse_config_flags, required=True))

@@ -46,7 +46,7 @@ def test_the_time_limit_asks_a_run_to_stop(caplog):
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("nan")])
 def test_a_time_limit_that_is_none_is_refused(hours):
-    with pytest.raises(ValueError, match=f"--max_hours {hours} is not positive"):
+    with pytest.raises(ValueError, match=f"^max_hours {hours} is outside .0, "):
         Stop(hours)
 
 

@@ -100,7 +100,7 @@ def test_sources_that_do_not_fit_are_refused(source, tmp_path):
     for given, settings, message in (
         (latents, {}, "^arrays: holds latents, and Inception sees images: give the source that"),
         (data.arrays(np.zeros((4, 4, 4, 2), np.uint8)), {}, "images of 2 channels"),
-        (source, {"num_images": 0}, "--num_images 0 must be above 0"),
+        (source, {"num_images": 0}, "^--num_images 0 is below 1; it takes a whole number"),
         (source, {"stats_images": 1}, "a covariance needs two images; there are 1"),
     ):
         with pytest.raises(ValueError, match=message):

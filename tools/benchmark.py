@@ -30,21 +30,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from mdt_jax import benchmarking
 from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
-from mdt_jax.train import parse_config_flags
 from mdt_jax.training import metrics
+from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
 
@@ -234,8 +233,6 @@ def run_benchmark(f: flags.FlagValues) -> list[dict[str, Any]]:
         raise ValueError(f"--parts {unknown[0]!r} is unknown; known: {', '.join(PARTS)}")
     if f.config is None:
         raise ValueError("--model is missing: such as MDTv2-XL/2")
-    if f.repeats < 1:
-        raise ValueError(f"--repeats {f.repeats} is below 1")
     about = benchmarking.describe_machine()
     print(json.dumps(about), flush=True)
     alone = time_compilation if f.compile else time_alone
@@ -270,15 +267,30 @@ def set_up(f: flags.FlagValues) -> None:
         jax.config.update("jax_num_cpu_devices", 8)
 
 
+def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """The command's flags; `argv` is the command line, the process's by default."""
+    define_config_flag(f, argv)
+    flags.DEFINE_enum(
+        "device", None, list(DEVICES), "What to run on; JAX's choice by default.", flag_values=f
+    )
+    flags.DEFINE_list("parts", list(PARTS), "What to time.", flag_values=f)
+    flags.DEFINE_integer(
+        "repeats", 7, "How often each is timed, warm-up calls apart.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "sample_batch_size", None, "Samples at a time; config.batch_size if none.", flag_values=f
+    )
+    flags.DEFINE_string(
+        "vae", None, "Weights of the autoencoder; random ones by default.", flag_values=f
+    )
+    flags.DEFINE_bool(
+        "reference_torch", False, "Time PyTorch beside step and forward.", flag_values=f
+    )
+    flags.DEFINE_bool("compile", False, "Time compilation instead.", flag_values=f)
+    flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.", flag_values=f)
+
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-    flags.DEFINE_enum("device", None, list(DEVICES), "What to run on; JAX's choice by default.")
-    flags.DEFINE_list("parts", list(PARTS), "What to time.")
-    flags.DEFINE_integer("repeats", 7, "How often each is timed, warm-up calls apart.")
-    flags.DEFINE_integer("sample_batch_size", None, "Samples at a time; config.batch_size if none.")
-    flags.DEFINE_string("vae", None, "Weights of the autoencoder; random ones by default.")
-    flags.DEFINE_bool("reference_torch", False, "Time PyTorch beside step and forward.")
-    flags.DEFINE_bool("compile", False, "Time compilation instead.")
-    flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.")
+    define_flags(flags.FLAGS)
     with ending_quietly():
         app.run(main, flags_parser=lambda argv: parse_config_flags(expand_model(argv)))

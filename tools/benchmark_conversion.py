@@ -10,7 +10,6 @@ needs about three times the checkpoint's size of disk in --scratch.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -28,6 +27,7 @@ from mdt_jax.atomic import whole_file
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
 from mdt_jax.models.positions import relative_position_index
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.weights import files as weight_files
 
 XL = {
@@ -122,13 +122,13 @@ def benchmark_model(name: str, scratch: Path) -> list[dict]:
     return [row | {"bit_exact": exact} for row in rows]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=["MDTv2-XL/2", "MDT-XL/2"])
     parser.add_argument("--scratch", help="where files of some 10 GB may lie for a while")
     parser.add_argument("--output", help="where the JSON goes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with command_ending(args):
         rows = []
         for name in args.models:

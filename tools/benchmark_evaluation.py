@@ -10,7 +10,6 @@ the device.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -27,6 +26,7 @@ from mdt_jax.atomic import whole_file
 from mdt_jax.evaluation import manifold
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 
 
 def random_features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -117,14 +117,14 @@ def _processor() -> str:
     return found.partition(": ")[2] or platform.machine()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--references", type=int, nargs="*", default=[10_000, 50_000])
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--output", help="where the JSON goes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with command_ending(args):
         rows = benchmark_metrics(args.samples, args.references, args.features)
         print(

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mdt_jax.compilers import advice, programs, topologies
 from mdt_jax.compilers.programs import Program, TrainingJob
@@ -36,7 +37,7 @@ from mdt_jax.compilers.report import CompileReport, create_report, is_calibrated
 from mdt_jax.compilers.topologies import GIB, Topology
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.parallel.command import command_ending, ending_quietly
-from mdt_jax.train import parse_config_flags
+from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
 ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
@@ -216,20 +217,39 @@ def main(_: list[str]) -> None:
         print(json.dumps(run_compilation(flags.FLAGS)))
 
 
+def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """The command's flags; `argv` is the command line, the process's by default."""
+    define_config_flag(f, argv)
+    flags.DEFINE_string("topology", None, "Such as v4-512, v5litepod-16, v5p:2x2x4.", flag_values=f)
+    flags.DEFINE_integer(
+        "num_slices", None, "Slices of that size, joined by the network.", flag_values=f
+    )
+    flags.DEFINE_bool(
+        "advise", False, "Try other settings until one fits, and report on that.", flag_values=f
+    )
+    flags.DEFINE_bool(
+        "quick", False, "Compile one number of kept tokens for all of them.", flag_values=f
+    )
+    flags.DEFINE_bool("sampler", True, "Compile the sampler too.", flag_values=f)
+    flags.DEFINE_integer(
+        "sample_batch_size", None, "Samples at a time; config.batch_size if none.", flag_values=f
+    )
+    flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.", flag_values=f)
+    flags.DEFINE_bool(
+        "calibrate", False, "Compile only a lone product; needs no --config.", flag_values=f
+    )
+    flags.DEFINE_bool(
+        "all", False, "A table of the MDTv2 models over four kinds of chip.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "unroll", 12, "scan_unroll of --all; 1 compiles much faster.", flag_values=f
+    )
+    flags.DEFINE_list("models", list(ALL_MODELS), "The models of --all.", flag_values=f)
+    flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "The topologies of --all.", flag_values=f)
+
+
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # it traces; the TPU's compiler compiles
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-    flags.DEFINE_string("topology", None, "Such as v4-512, v5litepod-16, v5p:2x2x4.")
-    flags.DEFINE_integer("num_slices", None, "Slices of that size, joined by the network.")
-    flags.DEFINE_bool("advise", False, "Try other settings until one fits, and report on that.")
-    flags.DEFINE_bool("quick", False, "Compile one number of kept tokens for all of them.")
-    flags.DEFINE_bool("sampler", True, "Compile the sampler too.")
-    flags.DEFINE_integer("sample_batch_size", None, "Samples at a time; config.batch_size if none.")
-    flags.DEFINE_bool("calibration", True, "Set a lone product beside the MFU.")
-    flags.DEFINE_bool("calibrate", False, "Compile only a lone product; needs no --config.")
-    flags.DEFINE_bool("all", False, "A table of the MDTv2 models over four kinds of chip.")
-    flags.DEFINE_integer("unroll", 12, "scan_unroll of --all; 1 compiles much faster.")
-    flags.DEFINE_list("models", list(ALL_MODELS), "The models of --all.")
-    flags.DEFINE_list("topologies", list(ALL_TOPOLOGIES), "The topologies of --all.")
+    define_flags(flags.FLAGS)
     with ending_quietly():
         app.run(main, flags_parser=parse_config_flags)

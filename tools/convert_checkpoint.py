@@ -28,6 +28,7 @@ import numpy as np
 from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
 from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training import transfer
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import inception, pretrained
@@ -142,7 +143,7 @@ def _print_arrays(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

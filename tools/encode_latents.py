@@ -37,6 +37,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from mdt_jax import ranges
 from mdt_jax.data import (
     BadImage,
     Source,
@@ -52,6 +53,7 @@ from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
+from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.weights.autoencoder import Autoencoder
 
 
@@ -114,11 +116,9 @@ def encode_latents(
     """
     output = Path(output).expanduser()
     _check(source, autoencoder, image_size)
-    for flag, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
-        if value < 1:
-            raise ValueError(f"--{flag} {value} is below 1")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"--max_bad_fraction {max_bad_fraction:g} is outside 0 to 1")
+    numbers = {"image_size": image_size, "batch_size": batch_size}
+    numbers |= {"images_per_shard": images_per_shard, "max_bad_fraction": max_bad_fraction}
+    ranges.check_flags(numbers)
     description = describe_cache(
         source, autoencoder, image_size, mirror, dtype, images_per_shard, normalize
     )
@@ -362,31 +362,63 @@ def _summary(output: Path) -> str:
     )
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("data_name", "folder", "As config.data.name: folder, tfds:NAME, ...")
-    flags.DEFINE_string("data_path", "", "As config.data.path: where the images are.")
-    flags.DEFINE_string("data_split", "train", "As config.data.split.")
-    flags.DEFINE_string("class_order", "string", "As config.data.class_order.")
-    flags.DEFINE_string("labels", "auto", "As config.data.labels.")
-    flags.DEFINE_string("vae", "mse", "mse (training's), ema, or a path to an autoencoder.")
-    flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.")
-    flags.DEFINE_string("output", None, "The folder to make, or to go on with.", required=True)
-    flags.DEFINE_bool("mirror", True, "Whether the mirrored images are encoded, too.")
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string(
+        "data_name", "folder", "As config.data.name: folder, tfds:NAME, ...", flag_values=f
+    )
+    flags.DEFINE_string(
+        "data_path", "", "As config.data.path: where the images are.", flag_values=f
+    )
+    flags.DEFINE_string("data_split", "train", "As config.data.split.", flag_values=f)
+    flags.DEFINE_string("class_order", "string", "As config.data.class_order.", flag_values=f)
+    flags.DEFINE_string("labels", "auto", "As config.data.labels.", flag_values=f)
+    flags.DEFINE_string(
+        "vae", "mse", "mse (training's), ema, or a path to an autoencoder.", flag_values=f
+    )
+    flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.", flag_values=f)
+    flags.DEFINE_string(
+        "output", None, "The folder to make, or to go on with.", required=True, flag_values=f
+    )
+    flags.DEFINE_bool(
+        "mirror", True, "Whether the mirrored images are encoded, too.", flag_values=f
+    )
     flags.DEFINE_enum(
         "normalize",
         "autoencoder",
         list(latent_cache.NORMALIZATIONS),
         "What training normalises latents by: the autoencoder's numbers, or each channel's own.",
+        flag_values=f,
     )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Type of the stored numbers.")
-    flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Type computed in.")
-    flags.DEFINE_integer("batch_size", 64, "Images at a time, over a process's devices.")
-    flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.")
-    flags.DEFINE_integer("process_index", None, "Which of several processes this is, from 0 on.")
-    flags.DEFINE_integer("process_count", None, "How many there are; 1, or a TPU pod's hosts.")
     flags.DEFINE_enum(
-        "on_bad_image", "error", ["error", "skip"], "Stop at a bad image, or leave it out."
+        "dtype", "float32", ["float32", "float16"], "Type of the stored numbers.", flag_values=f
     )
-    flags.DEFINE_float("max_bad_fraction", 0.01, "With skip: stop when more of the images are bad.")
+    flags.DEFINE_enum(
+        "compute_dtype", "float32", ["float32", "bfloat16"], "Type computed in.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "batch_size", 64, "Images at a time, over a process's devices.", flag_values=f
+    )
+    flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.", flag_values=f)
+    flags.DEFINE_integer(
+        "process_index", None, "Which of several processes this is, from 0 on.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "process_count", None, "How many there are; 1, or a TPU pod's hosts.", flag_values=f
+    )
+    flags.DEFINE_enum(
+        "on_bad_image",
+        "error",
+        ["error", "skip"],
+        "Stop at a bad image, or leave it out.",
+        flag_values=f,
+    )
+    flags.DEFINE_float(
+        "max_bad_fraction", 0.01, "With skip: stop when more of the images are bad.", flag_values=f
+    )
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)

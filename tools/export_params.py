@@ -13,12 +13,13 @@ import argparse
 import jax
 
 from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training import transfer
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", required=True, help="the run's workdir")

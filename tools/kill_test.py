@@ -29,6 +29,7 @@ from absl import app, flags
 
 from mdt_jax import checkpoints
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.training import metrics
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
@@ -105,11 +106,16 @@ for phase, moment in moments.items():
 runpy.run_module("mdt_jax.train", run_name="__main__", alter_sys=True)
 """
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A folder to work in, new or empty.", required=True)
-_KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes it has.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "The seed of the kills.")
-_JSON = flags.DEFINE_string("json", None, "A file for the kills and the outcome.")
+
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    text = "A folder to work in, new or empty."
+    flags.DEFINE_string("workdir", None, text, required=True, flag_values=f)
+    flags.DEFINE_integer("kills", 20, "How often the run is killed.", flag_values=f)
+    text = "How many processes it has."
+    flags.DEFINE_integer("processes", 2, text, lower_bound=2, flag_values=f)
+    flags.DEFINE_integer("seed", 0, "The seed of the kills.", flag_values=f)
+    flags.DEFINE_string("json", None, "A file for the kills and the outcome.", flag_values=f)
 
 
 def plan_kills(number: int, processes: int, seed: int) -> list[dict[str, Any]]:
@@ -202,7 +208,7 @@ def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) ->
     before = sealed(workdir)
     plan = kill | {"workdir": str(workdir), "log": str(seen)}
     command = [sys.executable, "-c", DRIVER, json.dumps(plan), *run]
-    job = start_job(command, _PROCESSES.value, folder / "cache", folder / "log")
+    job = start_job(command, flags.FLAGS.processes, folder / "cache", folder / "log")
     until = time.time() + START_SECONDS
     while not list(folder.glob("seen.*")) and any(p.poll() is None for p in job):
         if time.time() > until:
@@ -279,7 +285,7 @@ def run_to_end(run: list[str], workdir: Path, folder: Path, processes: int) -> N
 def main(_: list[str]) -> None:
     """The command."""
     with command_ending(flags.FLAGS):
-        passed = kill_again_and_again(Path(_WORKDIR.value).absolute())
+        passed = kill_again_and_again(Path(flags.FLAGS.workdir).absolute())
     sys.exit(0 if passed else 1)
 
 
@@ -296,27 +302,27 @@ def kill_again_and_again(folder: Path) -> bool:
     rng = np.random.default_rng(0)
     np.save(folder / "images.npy", rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8))
     np.save(folder / "labels.npy", np.arange(20) % 4)
-    kills = plan_kills(_KILLS.value, _PROCESSES.value, _SEED.value)
+    kills = plan_kills(flags.FLAGS.kills, flags.FLAGS.processes, flags.FLAGS.seed)
     settings = {"data": str(folder), "every": CHECKPOINT_EVERY}
     config = CONFIG.format(steps=STEPS_PER_KILL * (len(kills) + 1), **settings)
     (folder / "config.py").write_text(config)
     run = ["--config", str(folder / "config.py")]
 
     whole, killed = folder / "whole", folder / "killed"
-    run_to_end(run, whole, folder, _PROCESSES.value)
+    run_to_end(run, whole, folder, flags.FLAGS.processes)
     print("  #  signal   to         checkpoints     ended  statuses   while", flush=True)
     rows = []
     for number, kill in enumerate(kills, start=1):
         rows.append(strike(kill, [*run, "--workdir", str(killed)], killed, folder))
         print(table_line(number, rows[-1]), flush=True)
-    run_to_end(run, killed, folder, _PROCESSES.value)
+    run_to_end(run, killed, folder, flags.FLAGS.processes)
     expected, found = contents(whole), contents(killed)
     different = [k for k in expected | found if expected.get(k) != found.get(k)]
     problems = [row["problem"] for row in rows if "problem" in row]
     print(kill_summary(rows, expected, different, problems))
-    if _JSON.value:
+    if flags.FLAGS.json:
         outcome = {"kills": rows, "different": different, "problems": problems}
-        Path(_JSON.value).write_text(json.dumps(outcome, indent=1))
+        Path(flags.FLAGS.json).write_text(json.dumps(outcome, indent=1))
     return not different and not problems
 
 
@@ -345,5 +351,6 @@ def kill_summary(rows: list, expected: dict, different: list, problems: list) ->
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)

@@ -21,6 +21,7 @@ from typing import Any
 
 from mdt_jax.atomic import whole_file
 from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training.metrics import METRICS_FILE, read_lines
 
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
@@ -171,7 +172,7 @@ def draw_plot(curves: list[Curve], metric: str, x: str, log: str, output: str | 
 
 def parse_plot_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's settings."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", help=f"workdirs, or their {METRICS_FILE}")

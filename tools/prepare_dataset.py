@@ -49,6 +49,7 @@ from mdt_jax.data.folders import CLASS_ORDERS, LABELS, are_splits, read_folder
 from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepare_dataset
 from mdt_jax.names import printable
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
 # A configuration's keys, which messages about folders contain → this command's flags.
@@ -379,8 +380,6 @@ def prepare_from_flags(args: argparse.Namespace) -> None:
     """Prepares the data set that the flags describe, and prints what was made."""
     import tensorflow_datasets as tfds  # takes seconds, which --help should not
 
-    if args.shard_mb < 1:
-        raise ValueError(f"--shard_mb {args.shard_mb} is below 1")
     images = read_input(args)
     name = args.name or default_name(args, images)
     data_dir = Path(args.data_dir or tfds.core.constants.DATA_DIR).expanduser().resolve()
@@ -409,7 +408,7 @@ def _message(error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     inputs = parser.add_mutually_exclusive_group(required=True)

@@ -58,6 +58,7 @@ from mdt_jax.models import create_model, flops
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.devices import peak_flops
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 
 CORES = len(os.sched_getaffinity(0))
 JPEG_SIZE = (500, 375)  # ImageNet's commonest
@@ -363,7 +364,7 @@ def rates_table(kind: str, result: dict[str, Any], needed: float, why: str) -> s
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_name", help="as config.data.name; both kinds are made without")
@@ -398,14 +399,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(arguments: argparse.Namespace) -> None:
     """Refuses, with ValueError, flags with which nothing can be measured."""
-    above_0 = ("image_size", "batch_size", "read_ahead", "seconds", "rounds", "images_per_second",
-               "num_devices", "processes", "mfu", "examples")  # fmt: skip
-    for flag in above_0:
-        value = getattr(arguments, flag)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{flag} is {value:g}; it must be above 0")
-    if min(arguments.workers) < 0:
-        raise ValueError(f"--workers is {min(arguments.workers)}; it must be at least 0")
     if arguments.crop not in CROPS:
         raise ValueError(f"--crop is {arguments.crop!r}; known are {', '.join(map(repr, CROPS))}")
 

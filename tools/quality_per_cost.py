@@ -14,7 +14,6 @@ the seeds), and its cost is its time over the reference's.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -37,10 +36,12 @@ from mdt_jax import config as config_lib
 from mdt_jax.atomic import whole_file
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
+from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.sampling import images
 from mdt_jax.training import run_evaluation
 
@@ -183,9 +184,7 @@ def compare_methods(
             # Each batch begins with another method, so that none always follows the same one.
             for k in np.roll(np.arange(len(compiled)), -turn).tolist():
                 began = time.perf_counter()
-                samples = compiled[k][1](
-                    params, labels[first : first + size], jax.random.key(seed), first
-                )
+                samples = compiled[k][1](params, labels[first : first + size], key_of(seed), first)
                 seconds[k] += time.perf_counter() - began
                 drawn[k].append(images.to_uint8(samples, first))
         for (row, _), batches, taken in zip(compiled, drawn, seconds, strict=True):
@@ -232,7 +231,7 @@ def device_name() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; `arguments` are its own, those of the process by default."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="the run")
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, help="SAMPLER:STEPS; --steps' forms"

@@ -28,6 +28,7 @@ from absl import app, flags
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from tqdm import tqdm
 
+from mdt_jax import ranges
 from mdt_jax.atomic import check_writable, whole_file
 from mdt_jax.data import Source, center_crop, create_source
 from mdt_jax.data.sources import FLAGS_OF_KEYS
@@ -36,6 +37,7 @@ from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
+from mdt_jax.parallel.flag_parsing import parse_flags
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,8 +170,8 @@ def choose_images(
         raise ValueError(
             f"{source.name}: images of {source.image_shape[-1]} channels; they must be RGB or gray"
         )
-    if image_size < 1 or num_images < 1:
-        raise ValueError(f"--image_size {image_size} and --num_images {num_images} must be above 0")
+    ranges.check_flags({"image_size": image_size, "num_images": num_images, "seed": seed})
+    ranges.check_flags({"stats_images": stats_images})
     total = len(source) if stats_images is None else min(stats_images, len(source))
     if total < 2:
         raise ValueError(f"a covariance needs two images; there are {total} (--stats_images)")
@@ -213,18 +215,31 @@ def main(_: list[str]) -> None:
         print(f.output)
 
 
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string(
+        "data_name", "folder", "As config.data.name: folder, tfds:NAME, ...", flag_values=f
+    )
+    flags.DEFINE_string(
+        "data_path", "", "As config.data.path: where the images are.", flag_values=f
+    )
+    flags.DEFINE_string("data_split", "train", "As config.data.split.", flag_values=f)
+    flags.DEFINE_string("class_order", "string", "As config.data.class_order.", flag_values=f)
+    flags.DEFINE_string("labels", "auto", "As config.data.labels.", flag_values=f)
+    flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.", flag_values=f)
+    flags.DEFINE_integer(
+        "num_images", 10_000, "Images kept, for precision and recall.", flag_values=f
+    )
+    flags.DEFINE_integer(
+        "stats_images", None, "Images of the moments; all by default.", flag_values=f
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the choice of images.", flag_values=f)
+    flags.DEFINE_integer("batch_size", 64, "Images through Inception at a time.", flag_values=f)
+    flags.DEFINE_string("inception", None, "Weights of Inception-v3.", required=True, flag_values=f)
+    flags.DEFINE_string("output", None, "The npz to write.", required=True, flag_values=f)
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("data_name", "folder", "As config.data.name: folder, tfds:NAME, ...")
-    flags.DEFINE_string("data_path", "", "As config.data.path: where the images are.")
-    flags.DEFINE_string("data_split", "train", "As config.data.split.")
-    flags.DEFINE_string("class_order", "string", "As config.data.class_order.")
-    flags.DEFINE_string("labels", "auto", "As config.data.labels.")
-    flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.")
-    flags.DEFINE_integer("num_images", 10_000, "Images kept, for precision and recall.")
-    flags.DEFINE_integer("stats_images", None, "Images of the moments; all by default.")
-    flags.DEFINE_integer("seed", 0, "Seed of the choice of images.")
-    flags.DEFINE_integer("batch_size", 64, "Images through Inception at a time.")
-    flags.DEFINE_string("inception", None, "Weights of Inception-v3.", required=True)
-    flags.DEFINE_string("output", None, "The npz to write.", required=True)
+    define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from mdt_jax import ranges
+
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
     """Ho et al.'s linear betas in float64, 1e-4 to 0.02 for 1000 steps, rescaled for others."""
@@ -21,6 +23,8 @@ def squared_cosine_betas(num_timesteps: int, max_beta: float = 0.999) -> np.ndar
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
 
+# Fewest timesteps of the linear schedule: its last beta is 20 over their number.
+FEWEST_LINEAR = 21
 BETAS = {"linear": linear_betas, "squared_cosine": squared_cosine_betas}
 
 
@@ -115,10 +119,25 @@ class NoiseSchedule:
 
     @classmethod
     def create(cls, name: str = "linear", num_timesteps: int = 1000) -> NoiseSchedule:
-        """The schedule of a name, a key of `BETAS`; raises ValueError for other names."""
+        """The schedule of a name.
+
+        Args:
+          name: a key of `BETAS`.
+          num_timesteps: T.
+
+        Raises:
+          ValueError: another name, or so few timesteps that one would destroy everything.
+        """
         if name not in BETAS:
             raise ValueError(f"noise schedule {name!r} is unknown; known: {', '.join(BETAS)}")
-        return cls(BETAS[name](num_timesteps), np.arange(num_timesteps), num_timesteps)
+        ranges.check("diffusion.num_timesteps", num_timesteps, "num_timesteps")
+        betas = BETAS[name](num_timesteps)
+        if betas.max() >= 1:
+            raise ValueError(
+                f"num_timesteps {num_timesteps} is too few for the schedule {name!r}, whose last "
+                f"beta would be {betas.max():g}; from {FEWEST_LINEAR} on it is below 1"
+            )
+        return cls(betas, np.arange(num_timesteps), num_timesteps)
 
     def respaced(self, respacing: str | int) -> NoiseSchedule:
         """The process over fewer of its steps, with β_i = 1 − ᾱ_i/ᾱ_prev.

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mdt_jax import ranges
 from mdt_jax.models import attention_kernel, layers, placement
 from mdt_jax.models.blocks import Block, BlockStack
 from mdt_jax.models.computation import (
@@ -93,6 +94,7 @@ class LatentTransformer(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        ranges.check_sizes({name: getattr(self, name) for name in self.__dataclass_fields__})
         if self.input_size % self.patch_size:
             sizes = [p for p in range(1, self.input_size + 1) if self.input_size % p == 0]
             raise ValueError(
@@ -105,14 +107,22 @@ class LatentTransformer(nn.Module):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
+        if self.num_tokens > ranges.MAX_TOKENS:
+            raise ValueError(
+                f"input_size {self.input_size} in patches of patch_size {self.patch_size} is "
+                f"{self.num_tokens:,} tokens; attention takes up to {ranges.MAX_TOKENS:,}"
+            )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves no hidden "
+                "unit; 4 is usual"
+            )
         if self.kernels not in ("auto", *COMPUTATIONS):
             known = ", ".join(("auto", *COMPUTATIONS))
             raise ValueError(f"kernels {self.kernels!r} is unknown; known: {known}")
         self._check_kernels()
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
-        if self.scan_unroll < 1:
-            raise ValueError(f"scan_unroll {self.scan_unroll} is below 1")
 
     def _check_kernels(self) -> None:
         """Refuses kernels that cannot compute this model."""
@@ -172,7 +182,11 @@ class LatentTransformer(nn.Module):
         """
         if not self.supports_masking:
             return NO_MASKED_PASS
-        return KeptTokens.of_ratio(self.num_tokens, ratio, ratio_span)
+        try:
+            return KeptTokens.of_ratio(self.num_tokens, ratio, ratio_span)
+        except ValueError as error:
+            sizes = f"input_size {self.input_size}, patch_size {self.patch_size}"
+            raise ValueError(f"{error} ({sizes})") from None
 
     def layers_of(self, num_kept: int | None) -> tuple[Layers, ...]:
         """The blocks that a pass goes through: a masked pass that keeps so many tokens, or a full

@@ -64,7 +64,8 @@ class KeptTokens:
                 weights = np.diff([low, *between, high]).tolist()
         if min(counts) < 1:
             raise ValueError(
-                f"a mask ratio up to {mask_ratio + ratio_span} keeps none of {num_tokens} tokens"
+                f"masking.ratio {mask_ratio} with masking.ratio_span {ratio_span}: a mask ratio up "
+                f"to {mask_ratio + ratio_span} keeps none of {num_tokens} tokens"
             )
         pairs = [(int(c), w / sum(weights)) for c, w in zip(counts, weights, strict=True) if w > 0]
         return cls(tuple(c for c, _ in pairs), tuple(p for _, p in pairs))

@@ -10,6 +10,8 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mdt_jax import ranges
+
 if TYPE_CHECKING:
     import mdt_jax.models.base
 
@@ -46,7 +48,8 @@ def create_model(name: str, **overrides: Any) -> mdt_jax.models.base.LatentTrans
       **overrides: fields of the module, overriding the name's.
 
     Raises:
-      ValueError: an unknown name (the nearest are listed) or an unknown field.
+      ValueError: an unknown name (the nearest are listed), an unknown field, or sizes out of their
+        ranges or that do not fit each other.
     """
     if name in FAMILIES:
         module, sizes = family_class(name), {}
@@ -64,4 +67,5 @@ def create_model(name: str, **overrides: Any) -> mdt_jax.models.base.LatentTrans
         raise ValueError(
             f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}"
         )
+    ranges.check_sizes(overrides)
     return module(**{**sizes, **overrides})

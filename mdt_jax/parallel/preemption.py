@@ -21,6 +21,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mdt_jax import ranges
 from mdt_jax.parallel import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -42,10 +43,9 @@ class Stop:
           max_hours: hours after which to stop; None for no limit.
 
         Raises:
-          ValueError: the limit is not positive.
+          ValueError: the limit is not positive, or out of its range.
         """
-        if max_hours is not None and not max_hours > 0:
-            raise ValueError(f"--max_hours {max_hours} is not positive; leave it out for no limit")
+        ranges.check_arguments({"max_hours": max_hours})
         self._max_hours = max_hours
         self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
         self._joined = jax.process_count() > 1

@@ -12,10 +12,11 @@ command goes on where it was killed, to the same bits, and does nothing when all
 from absl import app, flags
 
 from mdt_jax.parallel.command import ending_quietly
+from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.sample.command import main
 from mdt_jax.sample.flags import define_flags
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
     with ending_quietly():
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)

@@ -15,7 +15,7 @@ from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.sample.drawing import chosen_labels, draw_samples
-from mdt_jax.sample.flags import given_options, output_files
+from mdt_jax.sample.flags import check_sample_flags, given_options, output_files
 from mdt_jax.sample.painting import paint_picture
 from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
@@ -23,6 +23,8 @@ from mdt_jax.weights.autoencoder import Autoencoder
 
 def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     """Samples, decodes and writes what the flags ask for; returns the files written."""
+    check_sample_flags(f)
+    given_options(f)  # which refuses numbers out of their ranges
     if bool(f.workdir) == bool(f.checkpoint):
         raise ValueError("give --workdir, a run, or --checkpoint, a file of PyTorch weights")
     if bool(f.inpaint) != bool(f.mask):
@@ -85,8 +87,6 @@ def load_autoencoder(
     """
     if not f.vae:
         return None
-    if f.vae_batch_size < 1:
-        raise ValueError(f"--vae_batch_size {f.vae_batch_size} is below 1")
     autoencoder = Autoencoder.load(f.vae, mesh)
     if autoencoder.module.latent_channels != model.network.in_channels:
         raise ValueError(
@@ -109,6 +109,7 @@ def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
     with command_ending(f):
+        check_sample_flags(f)
         initialize_distributed()
         use_compilation_cache()
         for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):

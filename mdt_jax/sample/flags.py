@@ -8,7 +8,9 @@ from typing import Any
 
 from absl import flags
 
+from mdt_jax import ranges
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
+from mdt_jax.parallel.flag_parsing import check_flags, flag_values
 
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
 
@@ -54,14 +56,32 @@ def define_flags(f: flags.FlagValues) -> None:
         define(name, default, help=text, flag_values=f)
 
 
+def check_sample_flags(f: flags.FlagValues) -> None:
+    """Refuses, with ValueError, flags that no run could take: numbers, empty paths and names."""
+    check_flags(flag_values(f))
+    if not all(name.strip() for name in f.labels):
+        raise ValueError(
+            f"--labels {','.join(f.labels)} holds an empty name; give classes by number or name, "
+            "such as 0,1,2"
+        )
+
+
 def given_options(f: flags.FlagValues) -> dict[str, Any]:
-    """The sampler's options that flags give, as `sampling.resolve_options` takes them."""
+    """The sampler's options that flags give, as `sampling.resolve_options` takes them.
+
+    Raises:
+      ValueError: a number outside its range.
+    """
     values = {name: getattr(f, name) for name in SAMPLER_OPTIONS}
-    return {
+    options = {
         name: SAMPLER_OPTIONS[name].read(value)
         for name, value in values.items()
         if value not in (None, [])
     }
+    for name, value in options.items():
+        if ranges.is_numeric(value):
+            ranges.check(f"--{name}", value)
+    return options
 
 
 def output_files(output: str | Path) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mdt_jax import sampling
+from mdt_jax import ranges, sampling
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
+from mdt_jax.sampling.options import given_labels
 
 # The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,
 # going back a step.
@@ -62,9 +63,9 @@ def inpaint(
     images: np.ndarray | Array,
     mask: np.ndarray | Array,
     *,
-    labels: Sequence[int | str] | np.ndarray | Array | None = None,
+    labels: Any = None,
     num_samples: int | None = None,
-    key: Array | int | np.integer = 0,
+    key: Any = 0,
     resamples: int = 4,
     masked_share: float | None = None,
     batch_size: int | None = None,
@@ -139,7 +140,7 @@ def prepare_task(
     images: np.ndarray | Array,
     mask: np.ndarray | Array,
     *,
-    labels: Sequence[int | str] | np.ndarray | Array | None = None,
+    labels: Any = None,
     num_samples: int | None = None,
     resamples: int = 4,
     masked_share: float | None = None,
@@ -150,8 +151,8 @@ def prepare_task(
     Raises:
       ValueError: images, a mask, labels or settings that do not fit the model or each other.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples {resamples} is below 1; 1 takes each step once")
+    ranges.check("--resamples", resamples, "resamples")
+    ranges.check_arguments({"masked_share": masked_share, "num_samples": num_samples})
     mask = check_mask(model.network, mask)
     images = check_images(model.network, images, mask)
     given = options.get("cfg_scale")
@@ -159,8 +160,6 @@ def prepare_task(
     if (labels == model.network.num_classes).all():  # also if unconditional
         options["cfg_scale"] = 1.0
     share = model.network.inpainting_masked_share if masked_share is None else masked_share
-    if not 0 <= share <= 1:
-        raise ValueError(f"masked_share {share} is outside 0 to 1")
     if share and masked_share and not model.network.supports_masking:
         raise ValueError(f"masked_share {share}: {model.name} has no masked pass; 0 works")
     ids_keep = known_tokens(model.network, mask)
@@ -184,7 +183,7 @@ def paint_task(
     params: dict[str, Any],
     task: Task,
     *,
-    key: Array | int | np.integer = 0,
+    key: Any = 0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
@@ -256,7 +255,7 @@ def _resolve_labels(
     cfg_scale: float | None,
 ) -> Int[np.ndarray, " n"]:
     """The class of every result, one each; num_classes stands for no class."""
-    network, given = model.network, 0 if labels is None else len(labels)
+    network, given = model.network, len(given_labels(labels))
     if given > 1 and num_images > 1 and given != num_images:
         raise ValueError(f"{given} labels for {num_images} images; give one for each, or one")
     count = max(num_images, given) if num_samples is None else num_samples

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from mdt_jax import checkpoints
+from mdt_jax import checkpoints, ranges
 from mdt_jax import config as config_lib
 from mdt_jax.diffusion import GaussianDiffusion
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
@@ -62,21 +63,37 @@ class DiffusionModel:
             latents=latents,
         )
 
-    def label(self, name: str | int) -> int:
+    def label(self, name: Any) -> int:
         """The class of a number or a name; ValueError lists the nearest names to an unknown one."""
         count = self.network.num_classes
-        if name in self.class_names:
+        if isinstance(name, str) and name in self.class_names:
             return self.class_names.index(name)
-        try:
-            label = int(name)
-        except ValueError:
+        if isinstance(name, str) and not name.strip():
+            raise ValueError(f"labels hold an empty name; classes are 0 to {count - 1}")
+        label = _whole(name)
+        if label is None and not isinstance(name, str):
+            raise ValueError(
+                f"label {name!r} is no class: classes are whole numbers, 0 to {count - 1}, or names"
+            )
+        if label is None:
             nearest = difflib.get_close_matches(str(name), self.class_names, n=3, cutoff=0.3)
             hint = f"; the nearest: {', '.join(nearest)}" if nearest else ""
             hint = hint or f"; classes are 0 to {count - 1}, {', '.join(self.class_names[:5])}, …"
-            raise ValueError(f"no class is named {name!r}{hint}") from None
+            raise ValueError(f"no class is named {name!r}{hint}")
         if not 0 <= label < count:
             raise ValueError(f"label {label} is outside 0 to {count - 1}")
         return label
+
+
+def _whole(label: Any) -> int | None:
+    """A label as a whole number, None if it is none: a name, True, 3.7, NaN or an object."""
+    if getattr(label, "ndim", None) == 0:  # a scalar of NumPy's or JAX's
+        label = label.item()
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", label) else None
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label // 1:
+        return None
+    return int(label)
 
 
 def load(
@@ -107,6 +124,16 @@ def load(
       ValueError: an average the run does not keep; PyTorch weights that cannot be read, are damaged
         or of another kind of model.
     """
+    ranges.check_arguments(
+        {
+            "ema_rate": ema_rate,
+            "step": step,
+            "decode_layers": decode_layers,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "input_size": input_size,
+        }
+    )
     mesh = sharding.create_mesh() if mesh is None else mesh
     if weight_files.is_weight_file(path) or Path(path).is_file():
         if ema_rate is not None or step is not None:

@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from mdt_jax import ranges
 from mdt_jax.diffusion import SAMPLERS
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.diffusion.samplers import FEW_STEPS, spaced
+from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.sampling.model import DiffusionModel
 
 # The number, under a sample's key, of the draw of its label. Draws of noise count up from 0.
@@ -66,28 +68,43 @@ def resolve_options(model: DiffusionModel, **options: Any) -> SamplerOptions:
         # The model's number of steps is its own sampler's.
         chosen["steps"] = FEW_STEPS.get(chosen["sampler"], own["steps"])
     interval = chosen["cfg_interval"] or (0.0, 1.0)
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"cfg_interval {tuple(interval)} is not (low, high), 0 <= low < high <= 1")
+    if ranges.range_of("sample.cfg_interval").fault(interval):
+        raise ValueError(f"cfg_interval {interval} is not (low, high), 0 <= low < high <= 1")
+    for name, value in chosen.items():
+        if is_number(name):
+            ranges.check(f"sample.{name}", value, name)
     chosen["cfg_interval"] = None if tuple(interval) == (0, 1) else tuple(map(float, interval))
     if chosen["sampler"] not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
     chosen["steps"] = spaced(chosen["sampler"], chosen["steps"])
-    model.diffusion.respaced(chosen["steps"])  # refuses steps that the process does not have
+    try:  # which refuses steps that the process does not have
+        model.diffusion.respaced(chosen["steps"])
+    except ValueError as error:
+        total = model.diffusion.num_steps
+        raise ValueError(f"steps {chosen['steps']}: {error}; num_timesteps is {total}") from None
     available = model.network.in_channels
     if chosen["guided_channels"] is None:
         chosen["guided_channels"] = available
     if not 1 <= chosen["guided_channels"] <= available:
         raise ValueError(
             f"guided_channels {chosen['guided_channels']} is outside 1 to {available}; None guides "
-            "all of them"
+            f"all of them (in_channels is {available})"
         )
     if model.network.num_classes == 0:
         chosen["cfg_scale"] = 1.0
     elif chosen["cfg_scale"] != 1 and not model.network.null_class:
-        raise ValueError(f"cfg_scale {chosen['cfg_scale']}: the model has no null class; 1 works")
+        raise ValueError(
+            f"cfg_scale {chosen['cfg_scale']}: the model has no null class (label_dropout was 0); "
+            "1 works"
+        )
     chosen["cfg_scale"] = float(chosen["cfg_scale"])
     return SamplerOptions(**chosen)
+
+
+def is_number(option: str) -> bool:
+    """Whether an option of the samplers takes numbers."""
+    return SAMPLER_OPTIONS[option].kind in (int, float, tuple)
 
 
 def judging_options(config: ConfigDict) -> dict[str, Any]:
@@ -99,25 +116,23 @@ def resolve_labels(
     model: DiffusionModel, labels: Any = None, num_samples: int | None = None
 ) -> Int[np.ndarray, " n"]:
     """Labels as numbers, repeated or in turn to `num_samples`; zeros if unconditional."""
-    given = labels is not None and len(labels) > 0
     classes = class_numbers(model, labels)
-    return np.resize(classes, _count(num_samples, len(classes) if given else 16))
+    return np.resize(classes, _count(num_samples, len(classes) if given_labels(labels) else 16))
 
 
 def draw_labels(
     model: DiffusionModel,
     labels: Any = None,
     num_samples: int | None = None,
-    key: Array | int | np.integer = 0,
+    key: Any = 0,
 ) -> Int[np.ndarray, " n"]:
     """Labels drawn uniformly from the classes given, each by (key, index of the sample) alone.
 
     Arguments as for `resolve_labels`, and the key.
     """
-    given = labels is not None and len(labels) > 0
     classes = class_numbers(model, labels)
-    count = _count(num_samples, len(classes) if given else 16)
-    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
+    count = _count(num_samples, len(classes) if given_labels(labels) else 16)
+    key = key_of(key)
     # In blocks of one size, so that it compiles once.
     blocks = range(0, count, _LABEL_BLOCK)
     drawn = [np.asarray(_draw(key, np.int32(first), np.int32(len(classes)))) for first in blocks]
@@ -139,17 +154,35 @@ def class_numbers(model: DiffusionModel, labels: Any = None) -> Int[np.ndarray, 
     """The classes that labels name, as numbers: all of them without any, 0 if unconditional.
 
     Raises:
-      ValueError: a class that the model does not have.
+      ValueError: a class that the model does not have, or no list of classes.
     """
-    count = model.network.num_classes
-    if labels is None or not len(labels):
+    count, given = model.network.num_classes, given_labels(labels)
+    if not given:
         return np.arange(max(count, 1), dtype=np.int32)
     if count == 0:
         raise ValueError("the model is unconditional; it takes no labels")
-    return np.array([model.label(name) for name in np.asarray(labels).tolist()], np.int32)
+    return np.array([model.label(name) for name in given], np.int32)
+
+
+def given_labels(labels: Any) -> list[Any]:
+    """Labels as a list, as they were given; empty where there are none.
+
+    Raises:
+      ValueError: something else than a flat list of them.
+    """
+    if labels is None:
+        return []
+    if hasattr(labels, "tolist"):  # an array of NumPy's or JAX's
+        labels = labels.tolist()
+    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels {labels!r} is one label; give a list of them, [{labels!r}]")
+    given = list(labels)
+    for label in given:
+        if isinstance(label, (list, tuple, dict, set)) or np.ndim(label):
+            raise ValueError(f"labels hold {label}; give a flat list, a class for each sample")
+    return given
 
 
 def _count(num_samples: int | None, default: int) -> int:
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples {num_samples} is below 1")
-    return num_samples or default
+    ranges.check_arguments({"num_samples": num_samples})
+    return default if num_samples is None else num_samples

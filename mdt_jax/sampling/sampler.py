@@ -6,7 +6,7 @@ devices change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from mdt_jax import ranges
 from mdt_jax.diffusion import guided, initial_state, run_steps
 from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState
+from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling.batch_size import fitting
 from mdt_jax.sampling.model import DiffusionModel
@@ -38,9 +40,9 @@ def sample(
     model: DiffusionModel,
     params: dict[str, Any],
     *,
-    labels: Sequence[int | str] | np.ndarray | Array | None = None,
+    labels: Any = None,
     num_samples: int | None = None,
-    key: Array | int | np.integer = 0,
+    key: Any = 0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
@@ -88,7 +90,7 @@ def run_in_batches(
     count: int,
     inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
     *,
-    key: Array | int | np.integer,
+    key: Any,
     batch_size: int,
     mesh: Mesh,
     progress: bool,
@@ -128,10 +130,9 @@ def global_batch_size(batch_size: int, count: int, mesh: Mesh) -> int:
     """Samples in a batch over all devices: at most `count`, rounded up to fill the devices.
 
     Raises:
-      ValueError: a batch size below 1.
+      ValueError: a batch size out of its range.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1")
+    ranges.check("batch_size", batch_size)
     shards = sharding.batch_shards(mesh)
     return -(-min(batch_size, count) // shards) * shards
 
@@ -142,7 +143,7 @@ def in_batches(
     count: int,
     inputs: Callable[[Int[np.ndarray, " n"]], tuple[Any, ...]],
     *,
-    key: Array | int | np.integer,
+    key: Any,
     progress: bool,
     done: Container[int] = (),
 ) -> Iterator[tuple[int, Float[np.ndarray, "n h w c"]]]:
@@ -154,7 +155,7 @@ def in_batches(
       count, inputs, key, progress: as for `run_in_batches`.
       done: first indices of the batches to leave out.
     """
-    key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
+    key = key_of(key)
     params = on_mesh(params, run.mesh)
     size = run.shape[0]
     batches = [(first, min(first + size, count)) for first in range(0, count, size)]

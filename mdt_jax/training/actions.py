@@ -18,6 +18,7 @@ from mdt_jax import config as config_lib
 from mdt_jax import sampling
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.data import Source
+from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.sampling import images
@@ -86,7 +87,7 @@ class GridSampler:
         """Saves WORKDIR/samples/STEP.png and returns it; None where another process does."""
         run, o = self._run, self._options
         labels = sampling.resolve_labels(self._model, None, run.config.sample.num_samples)
-        key = jax.random.key(run.config.seed)
+        key = key_of(run.config.seed, "seed")
         samples = self._sampler(run.sampled(state), labels, key)
         if self._autoencoder:
             samples = self._autoencoder.decode(samples, run_evaluation.DECODED_AT_ONCE)

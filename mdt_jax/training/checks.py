@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
+from mdt_jax import ranges, sampling
 from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
@@ -131,45 +132,26 @@ def check_data(config: ConfigDict, source: Source) -> None:
 EVALUATORS = ("auto", "inception", "classifier")
 
 
+def check_sampling(config: ConfigDict) -> None:
+    """Refuses, with ValueError, options of `config.sample` that the model does not have."""
+    try:
+        sampling.resolve_options(sampling.DiffusionModel.from_config(config))
+    except ValueError as error:
+        raise ValueError(f"sample.{error}") from error
+
+
 def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Refuses, with ValueError, settings out of range, unknown choices and batches that do not fit.
 
-    The message names the key and says which values would do.
+    The message names the key and says which values would do. The ranges are `mdt_jax.ranges`'.
     """
-    for key in ("num_steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every",
-                "keep_last"):  # fmt: skip
-        if config[key] < 1:
-            raise ValueError(f"{key} {config[key]} is below 1")
-    at_least = {"seed": 0, "data.read_ahead": 1, "data.num_workers": 0, "sample.num_samples": 1,
-                "sample.every": 0, "keep_every": 1, "eval_every": 0, "eval.num_samples": 2,
-                "eval.batch_size": 1, "eval.seed": 0}  # fmt: skip
-    for key, least in at_least.items():
-        section, _, name = key.rpartition(".")
-        value = (config[section] if section else config)[name]
-        if value is not None and value < least:
-            raise ValueError(f"{key} {value} is below {least}")
-    if not config.ema_rates:
-        raise ValueError("ema_rates is empty; sampling uses the first of them, such as 0.9999")
-    for rate in config.ema_rates:
-        if not 0 <= rate < 1:
-            raise ValueError(f"ema_rates holds {rate}, which is outside [0, 1)")
-    if not 0 <= config.label_dropout <= 1:
-        raise ValueError(f"label_dropout {config.label_dropout} is outside [0, 1]")
-    if config.profile_steps:
-        first, last = [*config.profile_steps, 0, 0][:2]
-        if len(config.profile_steps) != 2 or not 1 <= first < last:
-            raise ValueError(
-                f"profile_steps {tuple(config.profile_steps)} is not two steps, the first before "
-                "the last, such as (100, 105)"
-            )
+    ranges.check_config(config)
     choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}
     for key, known in choices.items():
         if config.data[key] not in known:
             raise ValueError(
                 f"data.{key} {config.data[key]!r} is unknown; known: {', '.join(known)}"
             )
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        raise ValueError(f"data.max_bad_fraction {config.data.max_bad_fraction} is outside [0, 1]")
     if config.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")

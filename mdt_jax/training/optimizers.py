@@ -11,6 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 OPTIMIZERS = ("adamw", "adam", "adan")
+# The form of each optimiser's state: a run goes on with another one of the same form alone.
+MOMENTS = {"adamw": "adam", "adam": "adam", "adan": "adan"}
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
@@ -43,7 +45,9 @@ def learning_rate_schedule(
     if name not in SCHEDULES:
         raise ValueError(f"schedule.name {name!r} is unknown; known: {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < max(num_steps, 1):
-        raise ValueError(f"schedule.warmup_steps {warmup_steps} is outside the run's {num_steps}")
+        raise ValueError(
+            f"schedule.warmup_steps {warmup_steps} is outside the run's {num_steps} (num_steps)"
+        )
     rest = num_steps - warmup_steps
     if name == "constant":
         after = optax.constant_schedule(peak)
@@ -147,7 +151,10 @@ def create_optimizer(
     default_betas = (0.98, 0.92, 0.99) if name == "adan" else (0.9, 0.999)
     betas = tuple(betas or default_betas)
     if len(betas) != len(default_betas):
-        raise ValueError(f"optimizer.betas {betas}: {name} takes {len(default_betas)}")
+        raise ValueError(
+            f"optimizer.betas {betas}: optimizer.name {name!r} takes {len(default_betas)}, such as "
+            f"{default_betas}"
+        )
 
     # The parts are always the same, so that a saved run can turn clipping or decay on.
     if name == "adan":

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mdt_jax import checkpoints, sampling
+from mdt_jax import checkpoints, ranges
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import ExampleKind, Source, example_spec
@@ -67,12 +67,13 @@ class Run:
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
+        ranges.check_config(config)
         self.config, self.workdir = config, Path(workdir)
         self.mesh = sharding.create_mesh(**config.mesh)
         self.trainer = create_trainer(config, self.mesh)
         self.model = self.trainer.model
         self.kept_tokens = self.model.kept_tokens(**config.masking)
-        sampling.resolve_options(sampling.DiffusionModel.from_config(config))
+        checks.check_sampling(config)
         self.abstract = self.trainer.abstract_state()
         self.rates = [str(rate) for rate in config.ema_rates]
 
@@ -222,6 +223,7 @@ class Run:
             rates = [str(rate) for rate in saved.ema_rates]
             if "state" in meta["weights"]["items"]:
                 self._warn_of_other_optimizer(saved)
+                changed += self._other_moments(saved)
                 if rates != self.rates:
                     changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
             if self.config.init_from:
@@ -233,6 +235,7 @@ class Run:
             changed = config_lib.differences(
                 config_lib.to_json(saved), config_lib.to_json(self.config)
             )
+            changed += self._other_moments(saved)
         if changed:
             raise ValueError(
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
@@ -244,6 +247,13 @@ class Run:
         for key, before in saved.optimizer.items():
             if (now := self.config.optimizer[key]) != before and None not in (now, before):
                 logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
+
+    def _other_moments(self, saved: ConfigDict) -> list[str]:
+        """The optimiser's change since a saved config, if its state is of another form now."""
+        before, now = saved.optimizer.name, self.config.optimizer.name
+        if optimizers.MOMENTS.get(before) == optimizers.MOMENTS[now]:
+            return []
+        return [f"optimizer.name: {before}, now {now}"]
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
         """Changes of network and process since a saved config, as "key: old, now new"."""

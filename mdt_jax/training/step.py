@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
 from mdt_jax.data import ExampleKind
 from mdt_jax.diffusion import GaussianDiffusion, timesteps
+from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.models import LatentTransformer, Pass, masking
 from mdt_jax.models.latent_space import STABLE_DIFFUSION, LatentSpace
 from mdt_jax.parallel import sharding
@@ -80,7 +81,7 @@ def draw_randomness(
       shape: (B, H, W, C) of the global batch.
       num_tokens: patch tokens of a sample.
     """
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(key_of(seed, "seed"), step)
 
     def draw(i: Array) -> Draws:
         keys = jax.random.split(jax.random.fold_in(key, i), len(Draws._fields))
@@ -122,7 +123,7 @@ def draw_latents(
       space: the numbers that they are normalised by.
     """
     mean, std = jnp.split(posteriors.astype(jnp.float32), 2, axis=-1)
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(key_of(seed, "seed"), step)
 
     def draw(i: Array) -> Array:
         # With jax_threefry_partitionable, JAX's default, the key after those of `draw_randomness`.
@@ -213,13 +214,13 @@ class Trainer:
         """The state at step 0, sharded."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         init = jax.jit(lambda key: nn.unbox(self.init(key)), out_shardings=shardings)
-        return init(jax.random.key(self.seed))
+        return init(key_of(self.seed, "seed"))
 
     def create_parameters(self) -> Params:
         """The parameters at step 0, sharded: those of `create_state`."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().params)
         init = jax.jit(lambda key: nn.unbox(self.init(key).params), out_shardings=shardings)
-        return init(jax.random.key(self.seed))
+        return init(key_of(self.seed, "seed"))
 
     def start_from(self, params: Params, ema: Params | None = None, step: int = 0) -> TrainState:
         """The state of a run that starts with given parameters and a fresh optimiser, sharded.

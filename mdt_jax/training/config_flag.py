@@ -1,0 +1,240 @@
+"""The flag --config: the file that it names, and the file's settings as flags, --config.KEY=VALUE.
+
+What is wrong with any of them ends the command with one line: an error inside the file with the
+file's line, a value with its key.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
+
+from mdt_jax import ranges
+from mdt_jax.config import default_config
+from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.flag_parsing import check_flags, flag_message, flag_values
+
+# Flags with which a command does nothing that needs a config.
+_HELP = ("-h", "-?", "-help", "--help", "--helpshort", "--helpfull", "--helpxml")
+
+
+def _says_none(value: Any) -> bool:
+    """Whether a flag's text, or a tuple that was read from it, stands for None."""
+    if isinstance(value, tuple) and len(value) == 1:
+        (value,) = value
+        return value is None or _says_none(value)
+    return isinstance(value, str) and value.lower() == "none"
+
+
+class _WholeParser(flags.IntegerParser):
+    """A whole number, also as 1e6, or None."""
+
+    def convert(self, argument: Any) -> Any:
+        if not isinstance(argument, str) or _says_none(argument):
+            return None if isinstance(argument, str) else super().convert(argument)
+        try:
+            return super().convert(argument)
+        except ValueError:
+            try:
+                whole = float(argument).is_integer()
+            except ValueError:
+                whole = False
+        if not whole:
+            raise ValueError("it takes a whole number, such as 256 or 1e6") from None
+        return int(Decimal(argument))
+
+
+class _NumberParser(flags.FloatParser):
+    """A number, or None."""
+
+    def convert(self, argument: Any) -> Any:
+        if _says_none(argument):
+            return None
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError("it takes a number, such as 0.1 or 1e-4") from None
+
+
+class _SwitchParser(flags.BooleanParser):
+    """true, false, or None."""
+
+    def parse(self, argument: Any) -> Any:
+        if _says_none(argument):
+            return None
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError("it takes true or false") from None
+
+
+class _TupleParser(tuple_parser.TupleParser):
+    """Numbers or texts joined by commas, in parentheses or not."""
+
+    def parse(self, argument: Any) -> tuple:
+        try:
+            return super().parse(argument)
+        except (ValueError, SyntaxError):
+            raise ValueError("it takes values joined by commas, such as 0.9,0.999") from None
+
+
+for _kind, _parser in (
+    (int, _WholeParser()),
+    (float, _NumberParser()),
+    (bool, _SwitchParser()),
+    (tuple, _TupleParser()),
+):
+    config_flags.register_flag_parser_for_type(_kind, _parser)
+
+
+def define_config_flag(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """Defines --config, for `parse_config_flags`.
+
+    Args:
+      f: the flags.
+      argv: the command line that will be parsed; the process's by default.
+    """
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "The experiment, a file of configs/.",
+        flag_values=f,
+        sys_argv=None if argv is None else list(argv),
+    )
+
+
+def parse_config_flags(
+    argv: Sequence[str], f: flags.FlagValues = flags.FLAGS, required: bool = False
+) -> list[str]:
+    """Parses the flags of a command that has --config, for `app.run`.
+
+    Args:
+      argv: the command line, the program's name first.
+      f: the flags.
+      required: whether --config must be given.
+
+    Returns:
+      The arguments that are no flags, the program's name first.
+    """
+    with command_ending():
+        place = _find_config(argv, required)
+        try:
+            rest = f(argv)
+        except Exception as error:
+            raise ValueError(_explain(error, place)) from error
+        if f.config is not None:
+            _check_is_config(f.config, place)
+            _take_none(f.config, f["config"].override_values)
+            ranges.check_config(f.config)
+        check_flags(flag_values(f))
+    return rest
+
+
+def _find_config(argv: Sequence[str], required: bool) -> str:
+    """The value of --config on a command line; ValueError if it is missing or no file is there."""
+    there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
+    there = f"there are {there}" if there else "run from the root of the clone"
+    found = ""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config", "-config") or flag.startswith(("--config=", "-config=")):
+            found = flag.partition("=")[2] if "=" in flag else value
+            path = found.partition(":")[0]
+            if not Path(path).is_file():
+                raise ValueError(f"--config {path} is not there; {there}")
+    wanted = required or any(flag.startswith(("--config.", "-config.")) for flag in argv)
+    if not found and wanted and not any(flag in _HELP for flag in argv):
+        raise ValueError(f"--config is missing: the file of the experiment; {there}")
+    return found
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from or beside."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain(error: Exception, place: str) -> str:
+    """What is wrong with a command line, in one line that names the flag, or the file and its line.
+
+    Args:
+      error: what parsing raised.
+      place: the value of --config.
+    """
+    path = place.partition(":")[0]
+    innermost = error
+    for innermost in _chain(error):
+        if where := _line_in_config(innermost, path):
+            said = innermost.msg if isinstance(innermost, SyntaxError) else str(innermost)
+            return f"--config {place}: {where}: {type(innermost).__name__}: {said}"
+    if "get_config" in str(innermost):
+        return f"--config {place}: {str(innermost).replace('config_config', path)}"
+    if isinstance(error, flags.Error):
+        return flag_message(error)
+    # ml_collections quotes one exception's message in the next one's.
+    said = str(error.args[0] if error.args else error)
+    said = said.replace("\\n", " ").replace("\\", "").replace("'", "")
+    return f"--config has no such key: {said}"
+
+
+def _line_in_config(error: BaseException, path: str) -> str:
+    """The file and line at which an error was raised in a config or a config that it imports.
+
+    Empty for an error from elsewhere.
+    """
+    if not path:
+        return ""
+    own = Path(path).resolve()
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename} line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename).resolve() for frame in frames]
+    if own not in files:
+        return ""
+    inside = range(files.index(own), len(files))
+    last = max(i for i in inside if files[i].parent == own.parent)
+    return f"{frames[last].filename} line {frames[last].lineno}"
+
+
+def _check_is_config(config: Any, place: str) -> None:
+    """Refuses, with ValueError, what a config file gave if that is no ConfigDict."""
+    if isinstance(config, ConfigDict):
+        return
+    try:
+        config.seed  # noqa: B018  what stands for a config whose file raised an OSError
+    except OSError as error:
+        raise ValueError(_explain(error, place)) from error
+    except AttributeError:
+        pass
+    kind = type(config).__name__
+    raise ValueError(f"--config {place}: get_config() gives a {kind}, not a ConfigDict")
+
+
+def _take_none(config: ConfigDict, given: Mapping[str, Any]) -> None:
+    """Sets optional settings to None where a flag says so; refuses it, with ValueError, elsewhere.
+
+    Args:
+      config: the settings.
+      given: the values that flags gave, by key.
+    """
+    defaults = default_config()
+    for key, value in given.items():
+        *sections, name = key.split(".")
+        holder, own = config, defaults
+        for section in sections:
+            holder, own = holder[section], own.get(section, {})
+        if name not in own:
+            continue
+        optional = bool(ranges.RANGES[key].none) if key in ranges.RANGES else own[name] is None
+        if value is None and not optional:
+            takes = ranges.RANGES.get(key, "true or false")
+            raise ValueError(f"--config.{key}=None: None is no value of it; it takes {takes}")
+        if optional and _says_none(value):
+            holder[name] = None
