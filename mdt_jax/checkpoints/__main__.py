@@ -3,6 +3,7 @@
 from absl import app
 
 from mdt_jax.checkpoints import listing
+from mdt_jax.parallel.command import ending_quietly
 from mdt_jax.parallel.flag_parsing import parse_flags
 
 if __name__ == "__main__":
