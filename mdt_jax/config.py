@@ -93,8 +93,10 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1  # splits heads and hidden units
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # or "folder", "latents", "npy", "tfds:NAME"
-    config.data.split = "train"  # digits: or "heldout", "all"; tfds: any split of the data set
+    # "digits", "fashion_mnist", "folder", "latents", "npy" or "tfds:NAME".
+    config.data.name = "digits"
+    # digits: or "heldout", "all"; fashion_mnist: or "test"; tfds: any split of the data set
+    config.data.split = "train"
     config.data.path = ""  # the folder of images, latents, npy files, or TFDS data sets (or one)
     config.data.class_order = "string"  # or "numeric": how a folder's class names are sorted
     config.data.labels = "auto"  # of a folder: or "file_names", "sub_folders", "none" (no classes)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.data.array_sources import digits, npy_directory
 from mdt_jax.data.folders import folder_source
+from mdt_jax.data.idx import fashion_mnist
 from mdt_jax.data.latent_cache import latents_source
 from mdt_jax.data.source import MissingData, Source
 from mdt_jax.data.tfds import tfds_source
@@ -17,6 +18,7 @@ from mdt_jax.data.tfds import tfds_source
 # :NAME stands for every name that begins so.
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": lambda data: digits(_split(data)),
+    "fashion_mnist": lambda data: fashion_mnist(data.get("path") or "", _split(data)),
     "folder": lambda data: folder_source(
         _folder(data, "images"), data.get("class_order") or "string", data.get("labels") or "auto"
     ),
@@ -50,6 +52,8 @@ def create_source(data_config: ConfigDict) -> Source:
     Args:
       data_config: `name`, one of
         "digits": `split` is "train" (the default), "heldout" or "all";
+        "fashion_mnist": `path` is the folder of its IDX files (Debian's by default), `split` is
+          "train" (the default) or "test";
         "folder": `path` is a folder of images, with `class_order` and `labels` as
           `folders.read_folder` has them;
         "latents": `path` is a folder that `tools/encode_latents.py` made;
