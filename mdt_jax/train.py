@@ -34,10 +34,15 @@ from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 from mdt_jax.training.profiling import StepProfiler
+from mdt_jax.training.programs import StepPrograms, leaving_compilations
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
 from mdt_jax.training.step_log import StepLog
+
+# `StepPrograms`, or any mapping of compiled steps by their number of kept tokens. A check of the
+# types of its entries, as tests make, would wait for them.
+Steps = Any
 
 
 def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = None) -> TrainState:
@@ -100,7 +105,7 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
             with log.times.waiting():
                 batch = next(on_device)
             with trace.step(step):
-                state, values = steps[run.kept(step - 1)](state, batch)
+                state, values = _program(steps, run.kept(step - 1), log)(state, batch)
             log.add(step, values, batches.num_skipped)
             save.check()
             stop.requested()  # asked once a step, on all processes alike
@@ -116,6 +121,14 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
         how = "done; to sample: python -m mdt_jax.sample --workdir %s --output %s"
         logging.info(how, run.workdir, run.workdir / "picture")
     return state
+
+
+def _program(steps: Steps, count: int | None, log: StepLog) -> Callable:
+    """The compiled step; the run's clock stands while it is still being compiled."""
+    if isinstance(steps, StepPrograms) and not steps.is_ready(count):
+        with log.paused():
+            return steps[count]
+    return steps[count]
 
 
 def _restore(
@@ -138,8 +151,8 @@ def _restore(
 
 def _prepare(
     run: Run, source: Source, stop: Stop
-) -> tuple[dict[int | None, Callable], GridSampler | None, SampleJudge | None, float]:
-    """Writes the run's config, and compiles all that it needs before its first step.
+) -> tuple[Steps, GridSampler | None, SampleJudge | None, float]:
+    """Writes the run's config, and compiles what it needs for its first step.
 
     Returns:
       The step for each number of kept tokens; the sampler of grids and the judge of samples, None
@@ -150,7 +163,7 @@ def _prepare(
     evaluator = RunEvaluator(run, source) if config.eval_every else None
     began = time.perf_counter()
     count = len(run.kept_tokens.programs)
-    logging.info("compiling %d step(s), one for each number of kept tokens", count)
+    logging.info("compiling %d step(s), one for each number of kept tokens, in turn", count)
     with ThreadPoolExecutor(1) as background:  # one compilation does not use all processors
         compiling = background.submit(run.compile_steps, source)
         grids = GridSampler.asked_for(run, source, stop)
@@ -219,7 +232,7 @@ def dry_run(config: ConfigDict) -> str:
 
 def main(_: list[str]) -> None:
     """The command; errors that a user can mend end it with one line and exit status 1."""
-    with command_ending(flags.FLAGS):
+    with leaving_compilations(), command_ending(flags.FLAGS):
         initialize_distributed()
         use_compilation_cache()
         _run_command(flags.FLAGS.config, flags.FLAGS.workdir)

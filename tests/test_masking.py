@@ -39,9 +39,56 @@ def test_256_tokens_keep_four_multiples_of_16():
     assert np.dot(counts, probabilities) == 152
 
 
-@pytest.mark.parametrize("num_tokens", [16, 64])
-def test_few_tokens_keep_every_count_as_often_as_the_reference(num_tokens):
+def reference_moments(num_tokens, low=0.3, high=0.5):
+    """Mean and variance of int(N·(1 − r)), r uniform, by the integral of the survival function."""
+    kept = np.arange(1, num_tokens + 1)
+    survival = np.clip((1 - kept / num_tokens - low) / (high - low), 0, 1)
+    mean = survival.sum()
+    return mean, ((2 * kept - 1) * survival).sum() - mean**2
+
+
+@pytest.mark.parametrize("num_tokens", [16, 25, 36, 49, 64, 81, 100, 121])
+def test_few_tokens_keep_four_counts_with_the_references_mean_and_variance(num_tokens):
     counts, probabilities = kept_counts(num_tokens, 0.3, 0.2)
+    assert len(counts) == 4 and min(probabilities) > 0
+    assert counts[0] == num_tokens // 2 and counts[-1] >= 0.69 * num_tokens - 1
+    mean, variance = reference_moments(num_tokens)
+    found = np.dot(counts, probabilities)
+    assert sum(probabilities) == pytest.approx(1)
+    assert found == pytest.approx(mean)
+    assert np.dot(np.square(counts), probabilities) - found**2 == pytest.approx(variance)
+
+
+@pytest.mark.parametrize("num_tokens", [16, 49, 64, 100, 196, 225, 256, 1024])
+def test_there_are_four_programs_at_the_most(num_tokens):
+    counts, probabilities = kept_counts(num_tokens, 0.3, 0.2)
+    assert 1 <= len(counts) <= 4
+    mean, _ = reference_moments(num_tokens)
+    assert abs(np.dot(counts, probabilities) / mean - 1) < 0.01
+
+
+@pytest.mark.parametrize(("ratio", "span"), [(0.1, 0.8), (0.5, 0.01), (0.0, 0.9), (0.35, 0.3)])
+def test_any_range_of_ratios_has_four_counts_and_its_mean(ratio, span):
+    for num_tokens in (16, 36, 64, 121):
+        counts, probabilities = kept_counts(num_tokens, ratio, span)
+        assert len(counts) <= 4 and min(probabilities) > 0
+        mean, _ = reference_moments(num_tokens, ratio, ratio + span)
+        assert abs(np.dot(counts, probabilities) - mean) < max(0.01 * mean, 0.5)
+
+
+def test_the_programs_come_in_the_order_of_their_use():
+    kept = KeptTokens.of_ratio(64, 0.3, 0.2)
+    for first in (0, 7):
+        drawn = list(dict.fromkeys(kept.draw(3, step) for step in range(first, 500)))
+        assert kept.in_order(3, first) == drawn and len(drawn) == 4
+    assert KeptTokens((9, 5), (1.0, 0.0)).in_order(0, 0) == [9, 5]  # one that is never drawn
+    assert NO_MASKED_PASS.in_order(0, 0) == [None]
+
+
+@pytest.mark.parametrize("num_tokens", [16, 64])
+def test_runs_of_before_keep_every_count_as_often_as_the_reference(num_tokens):
+    kept = KeptTokens.of_ratio(num_tokens, 0.3, 0.2, at_most=None)
+    counts, probabilities = kept.counts, kept.probabilities
     assert counts == tuple(range(num_tokens // 2, int(0.7 * num_tokens) + 1))
     assert sum(probabilities) == pytest.approx(1)
     assert np.dot(counts, probabilities) == pytest.approx(reference_mean(num_tokens))

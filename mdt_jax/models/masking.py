@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+MOST_COUNTS = 4  # each is a program that takes up to minutes to compile
+
 
 @dataclasses.dataclass(frozen=True)
 class KeptTokens:
@@ -23,7 +25,13 @@ class KeptTokens:
     probabilities: tuple[float, ...]
 
     @classmethod
-    def of_ratio(cls, num_tokens: int, mask_ratio: float, ratio_span: float) -> KeptTokens:
+    def of_ratio(
+        cls,
+        num_tokens: int,
+        mask_ratio: float,
+        ratio_span: float,
+        at_most: int | None = MOST_COUNTS,
+    ) -> KeptTokens:
         """The numbers that stand for a mask ratio, or for one drawn in each step.
 
         The reference keeps int(N·(1 − r)), r fixed (MDT) or uniform on [mask_ratio, mask_ratio +
@@ -32,7 +40,15 @@ class KeptTokens:
         equally likely, which fused attention and the TPU's tiles want. Where that would move the
         mean by more than 1%, each takes the probability of the counts nearest to it; where the
         range holds fewer than three of them, multiples of 8 do. Below 128 tokens, or over a narrow
-        range, every count is used, with the reference's own probability.
+        range, counts need no multiple: all of them are used, with the reference's own
+        probabilities, or four spread over the range, with probabilities that keep the reference's
+        mean and variance.
+
+        Args:
+          num_tokens: N.
+          mask_ratio, ratio_span: as above.
+          at_most: how many counts there may be. None stands for the rule that runs of before it
+            was four have: every count, below 128 tokens or over a narrow range.
 
         Raises:
           ValueError: a ratio outside [0, 1) or one that keeps no token.
@@ -62,6 +78,10 @@ class KeptTokens:
                 # A count stands for the reference's from halfway to its neighbours on.
                 between = [(a + b) / 2 if step > 1 else b for a, b in pairwise(counts)]
                 weights = np.diff([low, *between, high]).tolist()
+                total = sum(weights)
+                off = abs(np.dot(counts, weights) / total / mean - 1) > 0.01
+                if at_most is not None and (len(counts) > at_most or off):
+                    counts, weights = _fewer(counts, np.divide(weights, total), at_most, low, high)
         if min(counts) < 1:
             raise ValueError(
                 f"masking.ratio {mask_ratio} with masking.ratio_span {ratio_span}: a mask ratio up "
@@ -69,6 +89,15 @@ class KeptTokens:
             )
         pairs = [(int(c), w / sum(weights)) for c, w in zip(counts, weights, strict=True) if w > 0]
         return cls(tuple(c for c, _ in pairs), tuple(p for _, p in pairs))
+
+    def to_json(self) -> dict[str, list]:
+        """The counts and their probabilities as values of JSON, exact."""
+        return {"counts": list(self.counts), "probabilities": list(self.probabilities)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, list]) -> KeptTokens:
+        """The inverse of `to_json`."""
+        return cls(tuple(values["counts"]), tuple(values["probabilities"]))
 
     @property
     def programs(self) -> dict[int | None, float]:
@@ -99,11 +128,56 @@ class KeptTokens:
         rng = np.random.default_rng([seed, step])
         return self.counts[int(rng.choice(len(self.counts), p=self.probabilities))]
 
+    def in_order(self, seed: int, step: int) -> list[int | None]:
+        """The programs in the order in which the steps from `step` on need them.
+
+        Those that the next 10,000 steps do not need come last.
+        """
+        wanted, order = set(self.programs), dict[int | None, None]()
+        for next_step in range(step, step + 10_000):
+            if len(order) == len(wanted):
+                break
+            order.setdefault(self.draw(seed, next_step))
+        return [*order, *(count for count in self.programs if count not in order)]
+
     def __str__(self) -> str:
         return ", ".join(map(str, self.counts)) or "no masked pass"
 
 
 NO_MASKED_PASS = KeptTokens((), ())
+
+
+def _fewer(
+    counts: list[int], weights: np.ndarray, at_most: int, low: float, high: float
+) -> tuple[list[int], list[float]]:
+    """A few of some counts, spread over them, that keep the reference's mean and variance.
+
+    Their probabilities are those nearest to what a count gets that stands for all from halfway to
+    its neighbours on. Where the variance would need a negative one, the mean alone is kept.
+
+    Args:
+      counts, weights: the counts and their probabilities.
+      at_most: how many to choose.
+      low, high: the reference keeps int(u), u uniform between them.
+    """
+    whole = np.arange(int(low), int(np.ceil(high)))
+    chances = np.minimum(whole + 1, high) - np.maximum(whole, low)
+    chances /= chances.sum()
+    moments = np.array([1.0, chances @ whole, chances @ np.square(whole)])
+    few = np.linspace(0, len(counts) - 1, min(at_most, len(counts))).round().astype(int)
+    chosen = np.array(counts)[few]
+    between = [(a + b) / 2 for a, b in pairwise(few)]
+    nearest = np.searchsorted(between, np.arange(len(counts)))
+    share = np.bincount(nearest, weights, minlength=len(few))
+    for kept in (3, 2):  # the sum, the mean and the mean square; or the sum and the mean
+        powers = np.stack([chosen**k for k in range(kept)]).astype(float)
+        # Scaled, since squares of counts are thousands.
+        scale = float(chosen[-1]) ** -np.arange(kept)
+        powers, wanted = powers * scale[:, None], moments[:kept] * scale
+        matched = share + np.linalg.lstsq(powers, wanted - powers @ share, rcond=None)[0]
+        if np.allclose(powers @ matched, wanted, rtol=1e-9) and (matched > 0).all():
+            return chosen.tolist(), matched.tolist()
+    return chosen.tolist(), share.tolist()
 
 
 def ids_to_keep(noise: Float[Array, "batch n"], num_kept: int) -> Int[Array, "batch {num_kept}"]:

@@ -140,11 +140,14 @@ def ending_together() -> Iterator[None]:
         _fail(message)
 
 
-def leave() -> NoReturn:
-    """Ends this process with status 0, from any thread, once all processes have called it."""
-    if _joined():
+def leave(status: int = 0) -> NoReturn:
+    """Ends this process with a status, from any thread; with 0 once all processes have called it.
+
+    It waits for no thread of this process.
+    """
+    if _joined() and status == 0:
         jax.distributed.shutdown()
-    _exit(0)
+    _exit(status)
 
 
 def _joined() -> bool:

@@ -159,6 +159,7 @@ class CheckpointSaver:
             meta = {
                 "config": config_lib.to_json(c),
                 **self._data,
+                "kept_tokens": self._run.kept_tokens.to_json(),
                 "position": self._position + done * c.batch_size,
                 **log.state(),
             }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,14 @@ from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops
 from mdt_jax.models.latent_space import LatentSpace
+from mdt_jax.models.masking import KeptTokens
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import mfu
 from mdt_jax.training import checks, optimizers
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.training.optimizers import learning_rate_of
+from mdt_jax.training.programs import StepPrograms
 from mdt_jax.training.step import Trainer, TrainState
 from mdt_jax.weights import pretrained
 
@@ -75,6 +75,7 @@ class Run:
         self.kept_tokens = self.model.kept_tokens(**config.masking)
         checks.check_sampling(config)
         self.abstract = self.trainer.abstract_state()
+        self._first = 0  # steps done when the run goes on
         self.rates = [str(rate) for rate in config.ema_rates]
 
     def describe(self) -> str:
@@ -115,8 +116,8 @@ class Run:
         """The number of tokens that the masked pass of a step keeps; None without such a pass."""
         return self.kept_tokens.draw(self.config.seed, step)
 
-    def compile_steps(self, source: Source | None = None) -> dict[int | None, Callable]:
-        """Compiles the step for every number of kept tokens, so that none is compiled later.
+    def compile_steps(self, source: Source | None = None) -> StepPrograms:
+        """Compiles the step of the run's next step, and in a thread those of the later ones.
 
         Args:
           source: the data, whose batches the steps take; None for batches of model inputs.
@@ -139,11 +140,11 @@ class Run:
             name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=batch)
             for name, one in spec.items()
         }
-        counts = self.kept_tokens.programs
-        lowered = [trainer.jit_step(n).lower(self.abstract, abstract_batch) for n in counts]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda step: step.compile(), lowered)
-            return dict(zip(counts, compiled, strict=True))
+
+        def compile_step(count: int | None) -> Callable:
+            return trainer.jit_step(count).lower(self.abstract, abstract_batch).compile()
+
+        return StepPrograms(compile_step, self.kept_tokens.in_order(self.config.seed, self._first))
 
     def restore(
         self, store: Checkpoints, latents: LatentSpace | None = None
@@ -166,13 +167,29 @@ class Run:
             return self._fresh_state(latents), {}
         items = self._saved_items(store)
         try:
-            return self._restore_items(store, items)
+            state, meta = self._restore_items(store, items)
         except CheckpointError:
             # The newest may have been damaged and set aside. The one before may be of converted
             # weights, and hold other items.
             if (before := self._saved_items(store)) == items:
                 raise
-            return self._restore_items(store, before)
+            state, meta = self._restore_items(store, before)
+        self.kept_tokens, self._first = self._kept_tokens_of(meta), int(state.step)
+        return state, meta
+
+    def _kept_tokens_of(self, meta: dict[str, Any]) -> KeptTokens:
+        """The numbers of kept tokens that a checkpoint's run began with; else the config's."""
+        if "kept_tokens" in meta:
+            return KeptTokens.from_json(meta["kept_tokens"])
+        if "weights" in meta or not self.model.supports_masking:
+            return self.kept_tokens
+        # A run from before there were four at the most.
+        return KeptTokens.of_ratio(
+            self.model.num_tokens,
+            self.config.masking.ratio,
+            self.config.masking.ratio_span,
+            at_most=None,
+        )
 
     def _saved_items(self, store: Checkpoints) -> list[str]:
         """The items of the newest checkpoint that hold a state; checks its settings first."""
