@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import data
 from mdt_jax.data.source import MissingData
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.training.step import draw_latents
 
 COUNT, SHAPE = 12, (4, 8, 8)
@@ -54,7 +55,7 @@ def test_features_are_a_source_of_posteriors_in_the_order_of_their_numbers(folde
         example = source[i]
         assert example["label"] == i % 3 and example["image"].dtype == np.float32
         np.testing.assert_array_equal(
-            example["image"][..., :4], stored(folder, i) / np.float32(data.LATENT_SCALE)
+            example["image"][..., :4], stored(folder, i) / np.float32(STABLE_DIFFUSION_SCALE)
         )
         assert not example["image"][..., 4:].any()
 
@@ -67,7 +68,7 @@ def test_a_step_makes_the_features_again_within_one_unit_in_the_last_place(folde
 
 
 def test_dividing_by_the_scale_and_multiplying_moves_any_number_by_one_unit_at_most():
-    scale = np.float32(data.LATENT_SCALE)
+    scale = np.float32(STABLE_DIFFUSION_SCALE)
     mantissas = np.arange(2**23, 2**24, dtype=np.float32)  # every float32 but for its exponent
     assert ulps(mantissas / scale * scale, mantissas) == 1
 

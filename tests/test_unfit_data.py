@@ -24,6 +24,7 @@ from mdt_jax.data import latent_writing
 from mdt_jax.data.folders import read_folder
 from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import MissingData, check_posteriors
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.names import check_class_names, printable
 from mdt_jax.parallel.command import one_line
 from mdt_jax.training import checks
@@ -364,7 +365,7 @@ def open_latents(folder: Path, posteriors: np.ndarray, kind: str) -> data.Source
     count, side, _, channels = posteriors.shape
     description = CacheDescription(
         source="pictures", num_images=count, class_names=(), image_size=8, vae="mse",
-        vae_digest="0" * 64, scale=data.LATENT_SCALE, compute_dtype="float32",
+        vae_digest="0" * 64, scale=STABLE_DIFFUSION_SCALE, compute_dtype="float32",
         latent_shape=(side, side, channels // 2), dtype=posteriors.dtype.name, mirror=False,
         images_per_shard=4,
     )  # fmt: skip

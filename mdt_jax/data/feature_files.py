@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mdt_jax.data.npy import read_header
-from mdt_jax.data.transforms import LATENT_SCALE
+from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.names import printable
 
 FEATURES, LABELS = "_features", "_labels"  # the ends of the two folders' names
@@ -88,7 +88,7 @@ class FeatureFiles:
                 f"{printable(path)}: holds {stored.dtype} {stored.shape}, not floating-point "
                 f"{(1, *self.shape)} as {self.names[0]}; extract it again"
             )
-        mean = np.moveaxis(stored[0], 0, -1).astype(np.float32) / np.float32(LATENT_SCALE)
+        mean = np.moveaxis(stored[0], 0, -1).astype(np.float32) / np.float32(STABLE_DIFFUSION_SCALE)
         return np.concatenate([mean, np.zeros_like(mean)], axis=-1), int(self.labels[index])
 
     def place(self, index: int) -> str:
