@@ -578,14 +578,14 @@ def test_the_command_ends_in_one_line_on_bad_input(tmp_path):
 
 def with_nan(autoencoder: Autoencoder) -> Autoencoder:
     nan = jax.tree.map(lambda leaf: leaf * np.nan, autoencoder.params)
-    return dataclasses.replace(autoencoder, params=nan, name="broken")
+    return dataclasses.replace(autoencoder, params=nan)
 
 
 def overflowing(autoencoder: Autoencoder) -> Autoencoder:
     """An encoder whose means are beyond float16 alone."""
     params = dict(autoencoder.params)
     params["quant"] = jax.tree.map(lambda leaf: leaf * 0 + 1e7, params["quant"])
-    return dataclasses.replace(autoencoder, params=params, name="large")
+    return dataclasses.replace(autoencoder, params=params)
 
 
 @pytest.mark.parametrize(

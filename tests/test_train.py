@@ -682,10 +682,12 @@ def test_a_dry_run_shows_the_run_and_touches_nothing(tiny_config, tmp_path, monk
 CONFIGS = {  # and its trainable parameters
     "digits.py": None,
     "digits_inpainting.py": None,
+    "fashion.py": None,
     "finetune_folder.py": None,
     "ffhq256.py": None,
     "imagenet256.py:MDTv2-XL/2": 742_263_904,
     "imagenet256_step_decay.py": 742_263_904,
+    "imagenet512.py": 745_429_088,
     "lsun_bedroom256.py": None,
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.data.array_sources import arrays
-from mdt_jax.data.source import Source
+from mdt_jax.data.source import MissingData, Source
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # Deflate makes at most about 1,032 bytes of one.
@@ -105,7 +105,7 @@ def fashion_mnist(path: str | Path = "", split: str = "train") -> Source:
       split: "train", 60,000 images, or "test", 10,000.
 
     Raises:
-      FileNotFoundError: a file is missing; the message says how to get them.
+      MissingData: a file is missing; the message says how to get them.
       ValueError: an unknown split, or a damaged file, or one that holds other things.
     """
     if split not in FASHION_SPLITS:
@@ -143,7 +143,7 @@ def _find(folder: Path, name: str) -> Path:
     for file in (folder / f"{name}.gz", folder / name):
         if file.is_file():
             return file
-    raise FileNotFoundError(
+    raise MissingData(
         f"{folder / name}.gz: no such file; get Fashion-MNIST by `apt-get install "
         "dataset-fashion-mnist`, or download the four files of "
         "https://github.com/zalandoresearch/fashion-mnist into a folder and give it as data.path"
