@@ -138,7 +138,7 @@ def ending_quietly() -> Iterator[None]:
         raise
 
 
-def refuse_urls(settings: Mapping[str, Any], name: str = "--") -> None:
+def refuse_urls(settings: Any, name: str = "--") -> None:
     """Refuses a setting that is a URL: only files and `hf://OWNER/REPO/FILE` are read and written.
 
     Args:
