@@ -29,6 +29,14 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, function=function: function(*a, True))
 
 
+@pytest.fixture
+def quick_compilation():
+    """XLA without its expensive passes, which double the time of an interpreted network."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def create_model_of(kernels):
     return create_model("MDTv2", **SIZES, kernels=kernels, dtype=jnp.float32)
 
@@ -122,7 +130,7 @@ def model_output_and_gradients(family, kernels, remat, kept):
 @pytest.mark.parametrize(
     ("family", "remat", "kept"), [("MDTv2", "dots", 144), ("MDT", "none", 179)]
 )
-def test_a_network_is_that_of_the_plain_form(interpreted, family, remat, kept):
+def test_a_network_is_that_of_the_plain_form(interpreted, quick_compilation, family, remat, kept):
     """Shortcuts, loops over layers, side-interpolator and what rematerialisation keeps."""
     expected = model_output_and_gradients(family, "plain", "none", kept)
     assert_alike(model_output_and_gradients(family, "pallas", remat, kept), expected)
