@@ -28,6 +28,7 @@ from mdt_jax.convert.transformers import from_torch
 from mdt_jax.models import LatentTransformer
 from mdt_jax.models.latent_space import STABLE_DIFFUSION, LatentSpace
 from mdt_jax.models.positions import sincos_position_table
+from mdt_jax.weights import claims
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightFile, WeightsError
 
@@ -171,6 +172,8 @@ def open_weights(
     try:
         if diffusers_dit.MARK in weights:
             beside = weight_files.json_beside(source, weights.path)
+            diffusers_dit.check_shapes(weights.shapes, diffusers_dit.depth(weights))
+            claims.check_diffusers(weights.path, beside, weights.shapes)
             size = _number(beside, "sample_size", input_size)
             if size is None:
                 logging.info("%s: no config.json beside it; taken to be of 32 × 32 latents", source)
@@ -181,12 +184,20 @@ def open_weights(
             known = Architecture(**own["architecture"])
             decode_layers, num_heads = known.decoder_depth or None, known.num_heads
             num_classes = known.num_classes
+        else:
+            said = claims.hints(weights.arguments, weights.shapes)
+            num_classes = _first(num_classes, said.get("num_classes"))
+            decode_layers = _first(decode_layers, said.get("decode_layers"))
         architecture = identify(
             weights.shapes,
             decode_layers=2 if decode_layers is None else decode_layers,
             num_heads=num_heads,
             num_classes=num_classes,
         )
+        if own:
+            claims.check_own(own, known, architecture)
+        else:
+            claims.check(weights, architecture)
     except UnknownWeights as error:
         raise UnknownWeights(f"{weights.path}: {error}") from error
     for name, dtype in weights.dtypes.items():
@@ -251,6 +262,23 @@ def average_item(workdir: str | Path, config: ConfigDict, ema_rate: float | None
         kept = ", ".join(map(str, config.ema_rates))
         raise ValueError(f"{workdir} keeps no average of rate {rate}; it keeps {kept}")
     return f"ema_{rate}"
+
+
+def first_not_finite(params: Any) -> str | None:
+    """The path of the first array of a tree that holds NaN or infinite values, None without one.
+
+    Of arrays on several processes it looks at this one's part.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        parts = [part.data for part in getattr(leaf, "addressable_shards", ())] or [leaf]
+        if not all(is_finite(np.asarray(part)) for part in parts):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinite values."""
+    return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
 
 def parameter_tree(weights: Mapping[str, np.ndarray], architecture: Architecture) -> Any:
@@ -354,7 +382,6 @@ def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
     depth = diffusers_dit.depth(weights)
     sources = diffusers_dit.sources(depth)
     copies = diffusers_dit.copies(depth)
-    diffusers_dit.check_shapes(weights.shapes, depth)
     for first, others in copies.items():
         for other in others:
             if not np.array_equal(weights[first], weights[other]):
