@@ -9,7 +9,8 @@ from mdt_jax import data
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.config import default_config
 from mdt_jax.parallel.preemption import Stop
-from mdt_jax.training.actions import CheckpointSaver, SampleJudge
+from mdt_jax.sampling import DiffusionModel, SamplerOptions
+from mdt_jax.training.actions import CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import Judgement, RunEvaluator
 from mdt_jax.training.step import TrainState
@@ -120,3 +121,20 @@ def test_a_judgement_that_was_cut_short_leaves_no_line():
     log = FakeLog()
     judge(FakeRun(), found=None)(4, STATE, log)
     assert log.lines == []
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_grid_of_samples_that_are_not_finite_is_told_and_not_drawn(channels, tmp_path, caplog):
+    grids = object.__new__(GridSampler)
+    run = FakeRun()
+    run.workdir, run.rates = tmp_path, ["0.9"]
+    run.config.sample.update(num_samples=2, every=1)
+    grids._run, grids._options = run, SamplerOptions()
+    grids._model = DiffusionModel.from_config(run.config)
+    samples = np.zeros((2, 8, 8, channels), np.float32)
+    samples[1, 0] = np.nan
+    grids._sampler = lambda *_: samples
+    log = FakeLog()
+    grids(1, STATE.replace(ema={"0.9": {"w": np.ones(2)}}), log)
+    assert "step 1: 1 of 2 samples hold NaN, the first at index 1" in caplog.text
+    assert "no grid is drawn" in caplog.text and not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from mdt_jax.convert.adapt import resize_position_table, resize_relative_bias
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.training import transfer
+from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import pretrained
 
@@ -302,3 +303,16 @@ def test_a_finetuned_run_goes_on_without_its_source(weights, data, tmp_path, mon
     config.init_from = str(weights / "dit")
     with pytest.raises(ValueError, match=f"init_from: {source}, now .*another --workdir"):
         train.train(config, workdir)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_trained_on(value, tmp_path):
+    arrays = {k: np.array(v) for k, v in authors_weights("dit").items()}
+    arrays["blocks.0.mlp.fc1.bias"][0] = value
+    weight_files.write_weights(tmp_path / "a.safetensors", arrays)
+    config = config_for("dit", tmp_path / "a.safetensors")
+    model = reference("dit").model()
+    with pytest.raises(
+        ValueError, match="blocks/layers/mlp/fc1/bias holds NaN or infinite values; give"
+    ):
+        initial_parameters(config, model, dict)

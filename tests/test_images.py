@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.sampling.images import (
+    check_finite,
     image_grid,
     provenance,
     read_metadata,
@@ -180,3 +181,21 @@ def test_provenance_says_synthetic_and_what_was_asked():
 
 def test_provenance_leaves_out_what_is_unknown():
     assert list(provenance(model="x", seed=0)) == ["Content", "Software", "model", "seed"]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 16])
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "NaN"), (np.inf, "infinite values"), (-np.inf, "infinite values")]
+)
+def test_samples_that_are_not_finite_are_refused_by_index(value, said, channels):
+    x = np.zeros((4, 2, 2, channels), np.float32)
+    check_finite(x)
+    x[2:, 1, 1, -1] = value
+    with pytest.raises(
+        ValueError, match=f"2 of 4 samples hold {said}, the first at index 102: the"
+    ):
+        check_finite(x, 100)
+    with pytest.raises(ValueError, match=f"2 of 4 images hold {said}, the first at index 2: the"):
+        to_uint8(x)
+    with pytest.raises(ValueError, match="index 2: such and such$"):
+        check_finite(x, cause="such and such")

@@ -168,11 +168,12 @@ def test_samples_are_the_same_whatever_the_batch_and_the_mesh(tmp_path, monkeypa
     assert found[0].metrics["eval_samples"] == 13
 
 
-def test_samples_that_are_not_numbers_are_not_judged(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_numbers_are_not_judged(value, tmp_path, monkeypatch, caplog):
     class Bad(Drawn):
         def __call__(self, *arguments):
             rows = super().__call__(*arguments)
-            rows[0, 0] = np.nan
+            rows[0, 0] = value
             rows.flags.writeable = False  # as arrays from a device are
             return rows
 

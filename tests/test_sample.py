@@ -1,5 +1,6 @@
 """Sampling: the same images however they are batched and spread, refusals, and the command."""
 
+import functools
 import json
 import os
 import re
@@ -284,6 +285,76 @@ def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "no checkpoint in" in line and str(tmp_path / "nothing") in line
     assert not list(tmp_path.iterdir())
+
+
+# ---- Numbers that are none ----------------------------------------------------------------------
+
+
+def with_value(params, path, value):
+    """The parameters with one number of the array at a path replaced."""
+
+    def change(keys, leaf):
+        if jax.tree_util.keystr(keys, simple=True, separator="/") != path:
+            return leaf
+        leaf = np.array(leaf)
+        leaf.reshape(-1)[0] = value
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_weight_that_is_not_finite_is_named(value, loaded):
+    model, params = loaded
+    params = with_value(params, "final_layer/linear/bias", value)
+    with pytest.raises(
+        ValueError, match="12 of 12 samples hold NaN, the first at index 0: "
+    ) as told:
+        mdt_jax.sample(model, params, num_samples=12, key=3)
+    said = "final_layer/linear/bias of the weights holds NaN or infinite values; sample an earlier"
+    assert said in str(told.value)
+
+
+class FakeBatch:
+    """A compiled sampler whose samples of some indices are not finite."""
+
+    shape, num_steps = (4, 2, 2, 4), 1
+
+    def __init__(self, mesh, bad):
+        self.mesh, self.bad = mesh, bad
+
+    def __call__(self, params, rows, key, first, advance):
+        samples = np.zeros((len(rows), 2, 2, 4), np.float32)
+        samples[np.isin(rows, self.bad)] = np.inf
+        return samples
+
+
+@pytest.mark.parametrize(("bad", "said"), [([6, 7], "2 of 4 .* index 6"), ([9], "1 of 2 .* 9")])
+def test_drawn_and_painted_latents_are_checked_batch_by_batch(bad, said):
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
+    settings = {"key": 0, "batch_size": 4, "mesh": mesh, "progress": False}
+    make = functools.partial(
+        sampling.run_in_batches, lambda mesh, size: FakeBatch(mesh, bad), {"a": np.ones(2)}, 10,
+        lambda rows: (rows,),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=f"{said}: the model's output is not finite; sample an ear"
+    ):
+        make(**settings)
+
+
+def test_latents_that_are_not_finite_are_not_written(latent_model, tmp_path):
+    weights = weight_files.read_weights(latent_model / "model.safetensors")
+    arrays = {name: np.array(array) for name, array in weights.items()}
+    arrays["t_embedder.mlp.0.bias"][3] = np.nan
+    weight_files.write_weights(tmp_path / "bad.safetensors", arrays)
+    flags = ["--labels=1,2", "--steps=2", f"--output={tmp_path / 'out'}"]
+    for vae in ([], [f"--vae={latent_model / 'vae'}"]):
+        with pytest.raises(
+            ValueError, match="2 of 2 samples hold NaN, the first at index 0: timest"
+        ):
+            command(f"--checkpoint={tmp_path / 'bad.safetensors'}", *flags, *vae)
+    assert not list(tmp_path.glob("out*.npz"))
 
 
 # ---- Weights from PyTorch, latents, holes -------------------------------------------------------

@@ -192,6 +192,40 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert write_missing(make_parts(tmp_path)) == [8]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_latents_that_are_not_finite_are_made_again(value, tmp_path, caplog):
+    """A version before this one wrote them."""
+    parts = Parts(tmp_path / "s.parts", SETTINGS, SHAPE, np.dtype("<f4"))
+    parts.begin(COUNT)
+    for first in (0, 4, 8):
+        rows = SAMPLES[first : first + 4].astype(np.float32)
+        rows[-1, -1, -1] = value if first == 4 else 0
+        parts.write(first, rows)
+    assert parts.begin(COUNT) == [0, 8]
+    assert "00000004.bin holds NaN or infinite values: it is made again" in caplog.text
+
+
+def test_a_folder_that_is_removed_meanwhile_is_noticed_at_the_next_part(tmp_path):
+    parts = make_parts(tmp_path)
+    with parts.held():
+        parts.begin(COUNT)
+        parts.write(0, SAMPLES[:4])
+        shutil.rmtree(parts.folder)
+        with pytest.raises(
+            OSError, match="removed while its samples were drawn, .* draws them again"
+        ):
+            parts.write(4, SAMPLES[4:8])
+    assert not parts.folder.exists()
+
+
+def test_a_folder_of_parts_that_cannot_be_made_is_named(tmp_path):
+    parts = make_parts(tmp_path)
+    parts.folder.write_text("")
+    said = "is a file; move it away, or give another --output"
+    with pytest.raises(OSError, match=said), parts.held():
+        pass
+
+
 def test_a_disk_too_small_is_found_before_the_work(tmp_path, monkeypatch):
     needed = COUNT * 6 * 2  # in parts, and joined
     for free, fits in ((needed, True), (needed - 1, False)):

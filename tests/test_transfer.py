@@ -730,3 +730,32 @@ def test_a_full_disk_ends_the_commands_in_one_line(source, run, tmp_path):
         assert line.startswith(f"error: {output} could not be written") and "disk full?" in line
     assert back.read_text() == "an older file"
     assert sorted(os.listdir(tmp_path)) == [back.name, source.name]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_told_on_every_way(value, tmp_path, caplog):
+    a = architecture("DiT")
+    arrays = {k: np.ones(shape, np.float32) for k, shape in parameter_shapes(a).items()}
+    arrays["blocks.1.mlp.fc1.bias"][0] = value
+    weight_files.write_weights(tmp_path / "a.safetensors", arrays)
+    convert(
+        "to-jax", "--input", tmp_path / "a.safetensors", "--output", tmp_path / "run", *hints(a)
+    )
+    export("--input", tmp_path / "run", "--output", tmp_path / "alone")
+    convert("to-torch", "--input", tmp_path / "run", "--output", tmp_path / "back.pt")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3 and all("holds NaN or infinite values; its samples" in t for t in told)
+    names = ("blocks/layers/mlp/fc1/bias",) * 2 + ("blocks.1.mlp.fc1.bias",)
+    assert all(name in text for name, text in zip(names, told, strict=True))
+
+
+def test_a_type_too_small_for_the_weights_is_told(tmp_path, caplog):
+    a = architecture("DiT")
+    arrays = {k: np.full(shape, 1e5, np.float32) for k, shape in parameter_shapes(a).items()}
+    weight_files.write_weights(tmp_path / "a.safetensors", arrays)
+    convert(
+        "to-jax", "--input", tmp_path / "a.safetensors", "--output", tmp_path / "run", *hints(a)
+    )
+    assert not caplog.records
+    export("--input", tmp_path / "run", "--output", tmp_path / "half", "--dtype", "float16")
+    assert "holds NaN or infinite values" in caplog.text

@@ -95,6 +95,7 @@ def draw_missing_parts(
         done=done,
     )
     for first, samples in batches:
+        sampling.check_samples(samples, first, params)
         if autoencoder:
             size = sampler.shape[0]
             samples = autoencoder.decode_batch(samples, size, f.vae_batch_size, f.vae_tile_size)

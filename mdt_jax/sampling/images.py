@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Array, Float, Integer, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -28,17 +28,44 @@ def to_uint8(
       (N, H, W, C) in 0..255.
 
     Raises:
-      ValueError: `x` holds NaN, which has no colour.
+      ValueError: `x` holds NaN or infinite values, which have no colour.
     """
     x = np.asarray(x).astype(np.float32)
-    is_bad = np.isnan(x).any(axis=(1, 2, 3))
-    if is_bad.any():
-        raise ValueError(
-            f"{is_bad.sum()} of {len(x)} images hold NaN, the first at index "
-            f"{first_index + is_bad.argmax()}: the model's output is not finite; sample an earlier "
-            "checkpoint, or in float32"
-        )
+    check_finite(x, first_index, "images")
     return np.clip((x + 1) * np.float32(127.5), 0, 255).astype(np.uint8)
+
+
+def check_finite(
+    x: Float[Array | np.ndarray, "n h w c"],
+    first_index: int = 0,
+    what: str = "samples",
+    cause: str | None = None,
+) -> None:
+    """Refuses samples, latents too, that hold NaN or infinite values.
+
+    Args:
+      x: (N, H, W, C) samples.
+      first_index: the index of the first, where `x` is part of a larger batch.
+      what: what the message calls them.
+      cause: why, and what to do about it; by default that the model's output is not finite.
+
+    Raises:
+      ValueError: some do; says how many, and the index of the first.
+    """
+    is_bad = ~is_finite(x)
+    if is_bad.any():
+        hold = "NaN" if np.isnan(np.asarray(x)[is_bad]).any() else "infinite values"
+        raise ValueError(
+            f"{is_bad.sum()} of {len(x)} {what} hold {hold}, the first at index "
+            f"{first_index + is_bad.argmax()}: "
+            + (cause or "the model's output is not finite; sample an earlier checkpoint (--step), ")
+            + ("" if cause else "or in float32")
+        )
+
+
+def is_finite(x: Float[Array | np.ndarray, "n h w c"]) -> Bool[np.ndarray, " n"]:
+    """Which samples hold neither NaN nor infinite values."""
+    return np.isfinite(np.asarray(x)).all(axis=(1, 2, 3))
 
 
 def image_grid(

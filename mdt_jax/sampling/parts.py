@@ -86,7 +86,7 @@ class Parts:
     def begin(self, count: int) -> list[int]:
         """Makes the folder, or finds the parts in it that belong to `count` samples.
 
-        Parts that are damaged, or that end before they should, are removed.
+        Parts that are damaged, that end before they should, or that are not finite are removed.
 
         Returns:
           The first index of every part that is there.
@@ -119,6 +119,11 @@ class Parts:
         Raises:
           OSError: it cannot be written; one line says what to do where the disk is full.
         """
+        if not (self.folder / PARTS_MANIFEST).exists():
+            raise OSError(
+                f"{self.folder} was removed while its samples were drawn, and what it held is "
+                "gone; the same command draws them again"
+            )
         data = np.ascontiguousarray(samples, self.dtype).data.cast("B")
         digest = self._hash(first)
         digest.update(data)
@@ -273,10 +278,16 @@ class Parts:
 
     def _problem(self, first: int, count: int) -> str | None:
         """Why a part is not one of `count` samples', None if it is."""
+        read, finite = 0, True
         try:
-            read = sum(map(len, self._read(first)))
+            for piece in self._read(first):
+                read += len(piece)
+                if self.dtype.kind == "f" and not len(piece) % self.dtype.itemsize:
+                    finite &= bool(np.isfinite(np.frombuffer(piece, self.dtype)).all())
         except (OSError, ValueError) as error:
             return str(error)
+        if not finite:
+            return "holds NaN or infinite values"
         wanted = self._rows(first, count)
         return None if read >= wanted * self._row_bytes else f"ends before {first + wanted} samples"
 

@@ -24,9 +24,11 @@ from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState
 from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.parallel import sharding
+from mdt_jax.sampling import images
 from mdt_jax.sampling.batch_size import fitting
 from mdt_jax.sampling.model import DiffusionModel
 from mdt_jax.sampling.options import check_options, resolve_labels, resolve_options
+from mdt_jax.weights import pretrained
 
 CHUNK_STEPS = 25  # steps between two moves of the progress bar
 # The named scope of a sampler's steps in its program, by which `compilers.estimate` knows its work.
@@ -66,7 +68,8 @@ def sample(
 
     Raises:
       TypeError: an unknown option.
-      ValueError: labels, sampler, steps or channels that the model does not have, or no batch.
+      ValueError: labels, sampler, steps or channels that the model does not have, or no batch;
+        samples with NaN or infinite values.
     """
     check_options(sample, options)
     chosen = resolve_labels(model, labels, num_samples)
@@ -105,12 +108,33 @@ def run_in_batches(
       key, batch_size, mesh, progress: as for `sample`.
 
     Raises:
-      ValueError: a batch size below 1.
+      ValueError: a batch size below 1, or samples that are not finite.
     """
     size = global_batch_size(batch_size, count, mesh)
     run = compile_batch(mesh, size)
-    batches = in_batches(run, params, count, inputs, key=key, progress=progress)
-    return np.concatenate([rows for _, rows in batches])
+    made = []
+    for first, rows in in_batches(run, params, count, inputs, key=key, progress=progress):
+        check_samples(rows, first, params)
+        made.append(rows)
+    return np.concatenate(made)
+
+
+def check_samples(samples: Float[np.ndarray, "n h w c"], first_index: int, params: Any) -> None:
+    """Refuses samples with NaN or infinite values, with ValueError, and says what they come from.
+
+    Args:
+      samples: as they were drawn: images or latents.
+      first_index: the index of the first of them.
+      params: the network's, which are looked through for the cause.
+    """
+    if images.is_finite(samples).all():
+        return
+    name = pretrained.first_not_finite(params)
+    cause = name and (
+        f"{name} of the weights holds NaN or infinite values; sample an earlier checkpoint "
+        "(--step), or other weights"
+    )
+    images.check_finite(samples, first_index, cause=cause)
 
 
 def resolve_batch_size(

@@ -16,10 +16,12 @@ from absl import logging
 
 from mdt_jax import config as config_lib
 from mdt_jax import sampling
+from mdt_jax.atomic import is_full_disk
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.data import Source
 from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import one_line
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.sampling import images
 from mdt_jax.training import checks, run_evaluation
@@ -79,7 +81,9 @@ class GridSampler:
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Draws a grid, saves it as a file and adds it to TensorBoard."""
         with log.paused():
-            grid = self._draw(state, step)
+            grid = None
+            with tolerate_full_disk():
+                grid = self._draw(state, step)
             if grid is not None:
                 log.image(step, "samples", grid)
 
@@ -89,6 +93,11 @@ class GridSampler:
         labels = sampling.resolve_labels(self._model, None, run.config.sample.num_samples)
         key = key_of(run.config.seed, "seed")
         samples = self._sampler(run.sampled(state), labels, key)
+        try:
+            sampling.check_samples(samples, 0, run.sampled(state))
+        except ValueError as error:
+            logging.warning("step %d: %s; no grid is drawn", step, error)
+            return None
         if self._autoencoder:
             samples = self._autoencoder.decode(samples, run_evaluation.DECODED_AT_ONCE)
         if samples.shape[-1] not in (1, 3) or jax.process_index() > 0:
@@ -195,10 +204,10 @@ class SampleJudge:
 
 @contextlib.contextmanager
 def tolerate_full_disk() -> Iterator[None]:
-    """A context that warns of a checkpoint that could not be written, instead of ending the run.
+    """A context that warns of what could not be written, instead of ending the run.
 
-    The run tries again at the next checkpoint. In a job of several processes the error ends it: the
-    processes that wrote their part would wait for the one that could not.
+    The run tries again at the next checkpoint, or the next grid. In a job of several processes the
+    error ends it: the processes that wrote their part would wait for the one that could not.
     """
     try:
         yield
@@ -206,3 +215,7 @@ def tolerate_full_disk() -> Iterator[None]:
         if jax.process_count() > 1:
             raise
         logging.warning("%s; training goes on, to be saved at the next checkpoint", error)
+    except OSError as error:
+        if jax.process_count() > 1 or not is_full_disk(error):
+            raise
+        logging.warning("%s; training goes on", one_line(error))

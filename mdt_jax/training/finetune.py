@@ -57,6 +57,10 @@ def initial_parameters(
         return _whole(functools.reduce(lambda tree, key: tree[key], path.split("/"), created()))
 
     arrays = jax.tree.map(np.asarray, found.params)
+    if (name := pretrained.first_not_finite(arrays)) is not None:
+        raise ValueError(
+            f"init_from {found.source}: {name} holds NaN or infinite values; give other weights"
+        )
     params, report = adapt(arrays, found.architecture, ours, fresh)
     logging.info("starting from %s (%s):\n%s", found.source, found.architecture.name, report)
     for key in ("schedule", "prediction"):

@@ -229,7 +229,8 @@ class RunEvaluator:
         samples, num_bad = drawn
         found = {"eval_fid": math.nan}
         if num_bad:
-            logging.warning("%d samples hold NaN: they are not judged", num_bad)
+            said = "%d samples hold NaN or infinite values: they are not judged"
+            logging.warning(said, num_bad)
         else:
             described = self._describe(samples)
             if jax.process_index() == 0:  # the others wait in their next step
@@ -265,7 +266,7 @@ class RunEvaluator:
         """Draws the samples, of which this process keeps its share as uint8 images.
 
         Returns:
-          The share, and how many of all samples hold NaN; None if asked to stop.
+          The share, and how many of all samples are not finite; None if asked to stop.
         """
         mine = share(self._count, jax.process_index(), jax.process_count())
         kept = np.zeros((len(mine), *self._shape), np.uint8)
@@ -282,7 +283,7 @@ class RunEvaluator:
             if should_stop():
                 return None
             pixels = self._decode(samples)
-            bad = np.isnan(pixels).any(axis=(1, 2, 3))
+            bad = ~(images.is_finite(samples) & images.is_finite(pixels))
             num_bad += int(bad.sum())
             pixels = np.where(bad[:, None, None, None], np.float32(0), pixels)
             start, stop = max(first, mine.start), min(first + len(pixels), mine.stop)

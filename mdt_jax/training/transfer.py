@@ -43,6 +43,7 @@ _OPTIMIZERS = (
     "optim",
     "optimizers",
 )
+_NOT_FINITE = "%s: %s holds NaN or infinite values; its samples are not finite"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -124,7 +125,7 @@ def to_workdir(
             "dtypes": {"ema": dict(model.dtypes), "raw": dict(model.dtypes)} | dtypes,
         },
     }
-    return _write_workdir(output, step, items, meta)
+    return _write_workdir(output, step, _warning_of(items, model.source), meta)
 
 
 def export_ema(
@@ -156,7 +157,7 @@ def export_ema(
     weights = {"source": Path(workdir).name, "items": [item], "same": False}
     weights["dtypes"] = {"ema": kept}
     meta = meta | {"config": config_lib.to_json(config), "weights": weights}
-    return _write_workdir(output, step, {item: params}, meta)
+    return _write_workdir(output, step, _warning_of({item: params}, workdir), meta)
 
 
 def to_state_dict(
@@ -197,11 +198,14 @@ def to_state_dict(
         buffers=True,
     )
     own = meta.get("weights", {}).get("dtypes", {}).get(params, {})
-    ordered = {}
+    ordered, bad = {}, False
     for name in state_dict_shapes(architecture):
         array = weights.pop(name)
         wanted = None if name.endswith(BUFFER) else dtype or own.get(name)
         ordered[name] = _cast(array, DTYPES.get(wanted, wanted)) if wanted else array
+        if not bad and not pretrained.is_finite(ordered[name]):
+            bad = True
+            logging.warning(_NOT_FINITE, workdir, name)
     return ordered, pretrained.file_metadata(
         config, meta.get("class_names", ()), step, pretrained.latents_of_run(meta)
     )
@@ -237,8 +241,30 @@ def _warn_of_other_process(config: ConfigDict) -> None:
             )
 
 
+def _warning_of(items: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The same items, whose arrays that hold NaN are told in the log when they are made."""
+    told = []
+
+    def checked(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, LazyArray):
+            return leaf
+
+        def load() -> np.ndarray:
+            array = np.asarray(leaf)
+            if not told and not pretrained.is_finite(array):
+                told.append(path)
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                logging.warning(_NOT_FINITE, source, name)
+            return array
+
+        return LazyArray(load)
+
+    return jax.tree_util.tree_map_with_path(checked, items)
+
+
 def _cast(array: Any, dtype: Any) -> np.ndarray:
-    return np.asarray(array).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # `_NOT_FINITE` tells it
+        return np.asarray(array).astype(dtype, copy=False)
 
 
 def _differences(one: Pretrained, other: Pretrained) -> str:

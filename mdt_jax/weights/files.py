@@ -156,6 +156,11 @@ def _fetch_from_hub(source: str) -> Path:
             f"{source}: the hub has no {owner}/{repo}, or HF_TOKEN gives no access to it"
         ) from error
     except Exception as error:  # without a network, one of the HTTP library's many errors
+        if is_full_disk(error):
+            raise WeightsError(
+                f"{source} finds no room in the cache ({error}); make room, or let HF_HOME name a "
+                "folder on another disk"
+            ) from error
         cause = f"cannot be fetched ({type(error).__name__})"
     finally:
         logger.setLevel(level)
