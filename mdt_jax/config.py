@@ -142,7 +142,7 @@ def default_config() -> ConfigDict:
     # Decoder of latents, for judging and for grids: "ema" (published numbers'), "mse", "sdxl",
     # "sd3", "flux", "dc-ae-f32", "dc-ae-f64", or a path.
     config.eval.vae = ""
-    return config
+    return config.lock()
 
 
 # The authors' recipes by family: MDT's and DiT's, for families without one of their own, has AdamW

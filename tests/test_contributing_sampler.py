@@ -1,4 +1,4 @@
-"""CONTRIBUTING's examples of a new sampler option and a new sampler: two edits each."""
+"""CONTRIBUTING's examples of a new sampler option and a new sampler: a few edits each."""
 
 import os
 import shutil
@@ -14,6 +14,11 @@ OPTION = (
         '    clip: bool = option(False, "',
         '    temperature: float = option(1.0, "Standard deviation of the noise drawn.")\n'
         '    clip: bool = option(False, "',
+    ),
+    (
+        "mdt_jax/ranges.py",
+        '    "sample.eta": ',
+        '    "sample.temperature": _number(0, 10),\n    "sample.eta": ',
     ),
     (
         "mdt_jax/sampling/sampler.py",
@@ -84,7 +89,7 @@ print("sampler", np.isfinite(mean).all(), np.array_equal(mean, own))
 """
 
 
-def test_a_new_option_and_a_new_sampler_are_two_edits_each(tmp_path):
+def test_a_new_option_and_a_new_sampler_are_a_few_edits_each(tmp_path):
     shutil.copytree(ROOT / "mdt_jax", tmp_path / "mdt_jax")
     for place, piece, edited in (*OPTION, *SAMPLER):
         code = (tmp_path / place).read_text()

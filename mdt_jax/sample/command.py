@@ -24,7 +24,6 @@ from mdt_jax.weights.autoencoder import Autoencoder
 def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     """Samples, decodes and writes what the flags ask for; returns the files written."""
     check_sample_flags(f)
-    given_options(f)  # which refuses numbers out of their ranges
     if bool(f.workdir) == bool(f.checkpoint):
         raise ValueError("give --workdir, a run, or --checkpoint, a file of PyTorch weights")
     if bool(f.inpaint) != bool(f.mask):

@@ -64,6 +64,7 @@ def check_sample_flags(f: flags.FlagValues) -> None:
             f"--labels {','.join(f.labels)} holds an empty name; give classes by number or name, "
             "such as 0,1,2"
         )
+    given_options(f)
 
 
 def given_options(f: flags.FlagValues) -> dict[str, Any]:

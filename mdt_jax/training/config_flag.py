@@ -6,6 +6,8 @@ file's line, a value with its key.
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -129,7 +131,7 @@ def parse_config_flags(
             rest = f(argv)
         except Exception as error:
             raise ValueError(_explain(error, place)) from error
-        if f.config is not None:
+        if place:
             _check_is_config(f.config, place)
             _take_none(f.config, f["config"].override_values)
             ranges.check_config(f.config)
@@ -146,10 +148,10 @@ def _find_config(argv: Sequence[str], required: bool) -> str:
         if flag in ("--config", "-config") or flag.startswith(("--config=", "-config=")):
             found = flag.partition("=")[2] if "=" in flag else value
             path = found.partition(":")[0]
-            if not Path(path).is_file():
+            if path and not os.path.isfile(path):
                 raise ValueError(f"--config {path} is not there; {there}")
     wanted = required or any(flag.startswith(("--config.", "-config.")) for flag in argv)
-    if not found and wanted and not any(flag in _HELP for flag in argv):
+    if not found.partition(":")[0] and wanted and not any(flag in _HELP for flag in argv):
         raise ValueError(f"--config is missing: the file of the experiment; {there}")
     return found
 
@@ -172,16 +174,24 @@ def _explain(error: Exception, place: str) -> str:
     innermost = error
     for innermost in _chain(error):
         if where := _line_in_config(innermost, path):
-            said = innermost.msg if isinstance(innermost, SyntaxError) else str(innermost)
+            said = innermost.msg if isinstance(innermost, SyntaxError) else _short(innermost)
             return f"--config {place}: {where}: {type(innermost).__name__}: {said}"
     if "get_config" in str(innermost):
         return f"--config {place}: {str(innermost).replace('config_config', path)}"
     if isinstance(error, flags.Error):
         return flag_message(error)
+    return f"--config has no such key: {_short(error)}"
+
+
+def _short(error: BaseException) -> str:
+    """An exception's message, without the list of all keys that ml_collections adds."""
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     # ml_collections quotes one exception's message in the next one's.
-    said = str(error.args[0] if error.args else error)
-    said = said.replace("\\n", " ").replace("\\", "").replace("'", "")
-    return f"--config has no such key: {said}"
+    if "Did you mean" in said or "does not exist" in said:
+        said = said.replace("\\n", " ").replace("\\", "").replace("'", "")
+    return re.sub(
+        r"\s*Other fields present:.*?(?=Did you mean|$)", " ", said, flags=re.DOTALL
+    ).strip()
 
 
 def _line_in_config(error: BaseException, path: str) -> str:
@@ -191,16 +201,12 @@ def _line_in_config(error: BaseException, path: str) -> str:
     """
     if not path:
         return ""
-    own = Path(path).resolve()
-    if isinstance(error, SyntaxError) and error.filename:
+    folder = Path(path).resolve().parent
+    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
         return f"{error.filename} line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    files = [Path(frame.filename).resolve() for frame in frames]
-    if own not in files:
-        return ""
-    inside = range(files.index(own), len(files))
-    last = max(i for i in inside if files[i].parent == own.parent)
-    return f"{frames[last].filename} line {frames[last].lineno}"
+    inside = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+    return f"{inside[-1].filename} line {inside[-1].lineno}" if inside else ""
 
 
 def _check_is_config(config: Any, place: str) -> None:

@@ -1,0 +1,204 @@
+"""--config and its keys as flags: None, 1e6, and one line for each thing that can be wrong."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from mdt_jax import config as config_lib
+from mdt_jax import train
+from mdt_jax.ranges import RANGES
+from mdt_jax.training.config_flag import parse_config_flags
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "configs/digits.py"
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def parse(*arguments, config=DIGITS):
+    """The config of the train command with these arguments."""
+    f = flags.FlagValues()
+    sys.modules.pop("config_config", None)  # as ml_collections calls the file that it read last
+    argv = ["train", *([f"--config={config}"] if config is not None else []), *arguments]
+    train.define_flags(f, argv)
+    parse_config_flags(argv, f, required=True)
+    return f.config
+
+
+def refusal(*arguments, config=DIGITS):
+    """The line with which the command refuses them."""
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments, config=config)
+    said = str(end.value.code)
+    assert said.startswith("error: ") and "\n" not in said
+    return said.removeprefix("error: ")
+
+
+def lookup(config, key):
+    section, _, name = key.rpartition(".")
+    return (config[section] if section else config)[name]
+
+
+def optional_keys():
+    defaults = config_lib.default_config()
+    keys = [key for key, range_ in RANGES.items() if range_.none and not key.startswith("--")]
+    keys += [f"eval.{name}" for name in defaults.eval if defaults.eval[name] is None]
+    return sorted(set(keys))
+
+
+@pytest.mark.parametrize("none", ["None", "none"])
+def test_none_turns_off_every_setting_that_can_be(none):
+    keys = optional_keys()
+    assert {"diffusion.min_snr", "optimizer.clip_norm", "optimizer.betas", "sample.cfg_power",
+            "sample.guided_channels", "keep_every", "model.decoder_depth", "model.patch_size",
+            "eval.steps", "eval.sampler", "eval.clip", "eval.cfg_interval"} <= {*keys}  # fmt: skip
+    config = parse(*(f"--config.{key}={none}" for key in keys))
+    assert [key for key in keys if lookup(config, key) is not None] == []
+
+
+def test_what_was_none_is_set_again_by_a_flag():
+    config = parse("--config.keep_every=1e3", "--config.optimizer.betas=0.9,0.9,0.99",
+                   "--config.eval.clip=true", "--config.eval.cfg_interval=0.1,0.7",
+                   "--config.eval.sampler=ddim", "--config.diffusion.min_snr=2")  # fmt: skip
+    assert (config.keep_every, config.optimizer.betas) == (1000, (0.9, 0.9, 0.99))
+    assert (config.eval.clip, config.eval.sampler) == (True, "ddim")
+    assert (config.eval.cfg_interval, config.diffusion.min_snr) == ((0.1, 0.7), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e6", 10**6), ("2.0", 2), ("1.5e3", 1500), ("20_000", 20_000), ("7", 7)]
+)
+def test_a_whole_number_can_be_written_as_one_likes(text, value):
+    found = parse(f"--config.num_steps={text}", "--config.num_steps", text).num_steps
+    assert found == value and isinstance(found, int)
+
+
+def test_repeated_flags_of_one_sequence_are_its_numbers():
+    assert parse("--config.ema_rates=0.9", "--config.ema_rates=0.99").ema_rates == (0.9, 0.99)
+    assert parse("--config.ema_rates=(0.9, 0.99)").ema_rates == (0.9, 0.99)
+
+
+WRONG = {
+    "--config.batch_size=abc": "--config.batch_size=abc: it takes a whole number",
+    "--config.batch_size=2.5": "--config.batch_size=2.5: it takes a whole number",
+    "--config.batch_size=1e400": "--config.batch_size=1e400: it takes a whole number",
+    "--config.batch_size=nan": "--config.batch_size=nan: it takes a whole number",
+    "--config.batch_size=": "--config.batch_size=: it takes a whole number",
+    "--config.batch_size=None": "--config.batch_size=None: None is no value of it; it takes a wh",
+    "--config.batch_size=0": "batch_size 0 is below 1; it takes a whole number from 1 to",
+    "--config.batch_size=1e12": "batch_size 1000000000000 is outside 1 to 1,048,576",
+    "--config.label_dropout=none": "--config.label_dropout=None: None is no value of it; it ta",
+    "--config.label_dropout=some": "--config.label_dropout=some: it takes a number",
+    "--config.optimizer.learning_rate=nan": "optimizer.learning_rate nan is outside (0, 1]",
+    "--config.diffusion.min_snr=inf": "diffusion.min_snr inf is outside 0.01 to 1e+06; it takes",
+    "--config.optimizer.betas=0.9": "optimizer.betas (0.9,) holds 1 numbers; it takes numbers",
+    "--config.optimizer.betas=a,b": "optimizer.betas ('a,b',) holds 1 numbers; it takes numbers",
+    "--config.optimizer.betas=(0.9, 2": "--config.optimizer.betas=",
+    "--config.optimizer.betas=(0.9, 2, 0.9)": "optimizer.betas (0.9, 2, 0.9) holds 2, which is out",
+    "--config.data.flip=None": "--config.data.flip=None: None is no value of it; it takes true or",
+    "--config.data.flip=perhaps": "--config.data.flip=perhaps: it takes true or false",
+    "--config.ema_rates=None": "ema_rates (None,) holds None, which is no number; it takes numbers",
+    "--config.model=5": "--config.model=5: ",
+    "--config.batchsize=3": '--config has no such key: batchsize Did you mean "batch_size"',
+    "--config.optimizer.eps.x=3": "--config",
+    "--config.=3": "--config",
+    "--max_hours=nan": "--max_hours nan is outside (0, 1e+06]",
+    "--max_hours=-1": "--max_hours -1.0 is outside (0, 1e+06]",
+    "--max_hours=soon": "flag --max_hours=soon: ",
+    "--workdir=": "--workdir is empty; give a path",
+    "--dryrun": "Unknown command line flag 'dryrun'. Did you mean: dry_run",
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_wrong_value_ends_in_a_line_that_names_its_key(argument):
+    said = refusal(argument)
+    assert said.removeprefix("flag ").startswith(WRONG[argument].removeprefix("flag ")), said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--config.batch_size=3",), ("--workdir=w",), ("--config=",), ("--config=:x",)],
+)
+def test_a_missing_config_is_named_with_those_that_there_are(arguments):
+    said = refusal(*arguments, config=None)
+    assert said.startswith("--config is missing: the file of the experiment; there are configs/d")
+
+
+@pytest.mark.parametrize("place", ["configs", "configs/digit.py", "digits", "configs/digits.py/"])
+def test_a_config_that_is_no_file_is_named_with_those_that_there_are(place):
+    assert refusal(config=place).startswith(f"--config {place} is not there; there are configs/d")
+
+
+BEGIN = (
+    "from mdt_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+)
+BROKEN = {  # the rest of the file, and what is said of it
+    "an unknown key": ("    config.batchsize = 3\n    return config\n", "line 4: AttributeError: "),
+    "an unknown item": ("    config['modell']['depth'] = 3\n", "line 4: KeyError: "),
+    "a text for a number": ("    config.batch_size = '3'\n", "line 4: TypeError: "),
+    "half a number": ("    config.batch_size = 2.5\n", "line 4: TypeError: "),
+    "a wrong name": ("    return conf\n", "line 4: NameError: name 'conf' is not defined"),
+    "a value error": ("    int('x')\n", "line 4: ValueError: invalid literal"),
+    "a file that is not there": ("    open('gone')\n", "line 4: FileNotFoundError: "),
+    "a slip of syntax": ("    return config)\n", "line 4: SyntaxError: unmatched ')'"),
+    "a missing package": ("    import gone_package\n", "line 4: ModuleNotFoundError: "),
+    "an import of a name": ("    from mdt_jax.config import x\n", "line 4: ImportError: "),
+    "an index": ("    return [][1]\n", "line 4: IndexError: "),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("more", [(), ("--config.seed=1",)])
+def test_an_error_in_a_config_is_told_with_the_files_line(what, more, tmp_path):
+    code, expected = BROKEN[what]
+    path = tmp_path / "mine.py"
+    path.write_text(BEGIN + code)
+    said = refusal(*more, config=path)
+    assert said.startswith(f"--config {path}: {path} {expected}"), said
+
+
+def test_the_line_is_that_of_the_config_that_another_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "first_of_two.py").write_text(BEGIN + "    config.batchsize = 3\n")
+    path = tmp_path / "second.py"
+    path.write_text("from first_of_two import get_config\n")
+    said = refusal(config=path)
+    assert (
+        f'{tmp_path / "first_of_two.py"} line 4: AttributeError: Key "batchsize" does not' in said
+    )
+    assert "batch_size" in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("x = 3\n", " has no attribute 'get_config'"),
+        ("def get_config():\n    pass\n", ": get_config() gives a NoneType, not a ConfigDict"),
+        ("def get_config():\n    return {}\n", ": get_config() gives a dict, not a ConfigDict"),
+    ],
+)
+def test_a_file_that_gives_no_config_is_told(code, expected, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    said = refusal(config=path)
+    assert said.startswith(f"--config {path}: ") and said.endswith(expected), said
+
+
+def test_an_argument_that_a_config_does_not_take_is_told():
+    said = refusal(config="configs/digits_inpainting.py:MDT")
+    assert said.startswith("--config configs/digits_inpainting.py:MDT: get_config() takes 0 posit")
+
+
+def test_a_config_with_wrong_numbers_of_its_own_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(BEGIN + "    config.batch_size = True\n    return config\n")
+    assert refusal(config=path).startswith("batch_size True is no whole number; it takes a whole")
+    assert os.getcwd() == str(ROOT)
