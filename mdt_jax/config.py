@@ -63,6 +63,7 @@ def default_config() -> ConfigDict:
     config.masking = ConfigDict()  # MDT's masked pass; DiT has none
     config.masking.ratio = 0.3  # share of the tokens that is masked
     config.masking.ratio_span = 0.2  # each step draws from [ratio, ratio + ratio_span)
+    config.masking.masked_pass = True  # False: full passes alone, to see what masking does
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"  # noise by timestep; or "squared_cosine"

@@ -174,13 +174,17 @@ class LatentTransformer(nn.Module):
         """(H, W, C) of the input."""
         return (self.input_size, self.input_size, self.in_channels)
 
-    def kept_tokens(self, ratio: float, ratio_span: float) -> KeptTokens:
+    def kept_tokens(self, ratio: float, ratio_span: float, masked_pass: bool = True) -> KeptTokens:
         """How many tokens the masked passes of a training run keep (`masking.KeptTokens`).
+
+        Args:
+          ratio, ratio_span: the share of the tokens that is masked (`KeptTokens.of_ratio`).
+          masked_pass: whether there is a masked pass.
 
         Raises:
           ValueError: ratios that leave [0, 1) or keep no token, in a model with masked passes.
         """
-        if not self.supports_masking:
+        if not (self.supports_masking and masked_pass):
             return NO_MASKED_PASS
         try:
             return KeptTokens.of_ratio(self.num_tokens, ratio, ratio_span)

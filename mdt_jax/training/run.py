@@ -181,7 +181,7 @@ class Run:
         """The numbers of kept tokens that a checkpoint's run began with; else the config's."""
         if "kept_tokens" in meta:
             return KeptTokens.from_json(meta["kept_tokens"])
-        if "weights" in meta or not self.model.supports_masking:
+        if "weights" in meta or not self.kept_tokens.counts:
             return self.kept_tokens
         # A run from before there were four at the most.
         return KeptTokens.of_ratio(
