@@ -21,19 +21,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
+from mdt_jax.data.cache_json import (
+    CACHE_MANIFEST,
+    ENCODING,
+    TOOL,
+    check_entries,
+    check_fields,
+    explained,
+    read_json,
+)
 from mdt_jax.data.shard_readers import ShardReaders
 from mdt_jax.data.source import ExampleKind, MissingData, Source, check_posteriors
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.names import printable
 
-CACHE_MANIFEST = "manifest.json"
-ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
 # Caches that a reader from before there were shifts would normalise wrongly are of version 2.
 VERSIONS = (1, 2)
 NORMALIZATIONS = ("autoencoder", "channel")
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
 _HEAD = np.dtype([("index", "<i8"), ("label", "<i4"), ("mirrored", "<i4")])
-_TOOL = "tools/encode_latents.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +196,7 @@ class LatentCache:
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise MissingData(
-                f"{printable(folder)}: no such folder; data.path must name one that {_TOOL} made"
+                f"{printable(folder)}: no such folder; data.path must name one that {TOOL} made"
             )
         manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
@@ -198,7 +204,7 @@ class LatentCache:
         if manifest.get("version") not in VERSIONS:
             raise ValueError(
                 f"{folder / CACHE_MANIFEST}: is of version {manifest.get('version')}, this program "
-                f"reads {' and '.join(map(str, VERSIONS))}; encode the images again with {_TOOL}"
+                f"reads {' and '.join(map(str, VERSIONS))}; encode the images again with {TOOL}"
             )
         cache = cls._from_manifest(folder, manifest)
         for shard in manifest["shards"]:
@@ -218,27 +224,29 @@ class LatentCache:
         Raises:
           ValueError: the manifest lacks something or contradicts itself, as one changed by hand.
         """
-        try:
+        with explained(folder / CACHE_MANIFEST):
             # Caches from before a field was there have its default.
             known = description_defaults() | manifest
+            check_fields(CacheDescription, known)
+            shards = check_entries(manifest["shards"])
             fields = {
                 field.name: known[field.name] for field in dataclasses.fields(CacheDescription)
             }
             listed = ("class_names", "latent_shape", "mean", "std")
             fields |= {key: tuple(fields[key]) for key in listed}
             description = CacheDescription(**fields)
-            found = [(shard["file"], shard["bytes"] + 0) for shard in manifest["shards"]]
-            wanted = [description.shard_name(shard) for shard in range(description.num_shards)]
-            if [file for file, _ in found] != wanted:
+            if description.normalize not in NORMALIZATIONS:
+                raise ValueError(f"normalize is {description.normalize!r}")
+            count, found = description.num_shards, [shard["file"] for shard in shards]
+            # Counted first: the number of images may be any.
+            if len(found) != count or found != list(map(description.shard_name, range(count))):
                 raise ValueError(f"{len(found)} shards, which are not those of its images")
-            cache = cls(folder, description, manifest["shards"], manifest.get("measured"))
+            cache = cls(folder, description, shards, manifest.get("measured"))
             if min(cache._left_out) < 0 or not cache._ends[-1]:
                 raise ValueError(f"{cache._ends[-1]:,} of {description.num_images:,} images")
-            _ = description.record_type
-        except KeyError as error:
-            raise _unusable(folder / CACHE_MANIFEST, f"lacks {error}") from error
-        except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-            raise _unusable(folder / CACHE_MANIFEST, " ".join(str(error).split())) from error
+            size = description.record_type.itemsize
+            if any(shard["bytes"] < shard["records"] * size for shard in shards):
+                raise ValueError(f"records of {size:,} bytes, more than its shards have")
         return cache
 
     def __len__(self) -> int:
@@ -353,37 +361,12 @@ def latents_source(path: str | Path) -> Source:
 
 
 def _again(folder: Path) -> str:
-    return f"run the {_TOOL} command of --output {folder} again, which makes that shard anew"
+    return f"run the {TOOL} command of --output {folder} again, which makes that shard anew"
 
 
 def _why_no_manifest(folder: Path) -> str:
     if (folder / ENCODING).exists():
-        return f"is not finished; run the {_TOOL} command that began it again, and it goes on"
+        return f"is not finished; run the {TOOL} command that began it again, and it goes on"
     if (folder / "latents.npy").exists():
         return "holds latents.npy, which data.name 'npy' reads"
-    return f"holds no {CACHE_MANIFEST}; data.path must name a folder that {_TOOL} made"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in one of a cache's .json files, None if there is no such file.
-
-    Raises:
-      ValueError: it is damaged; the message says what to do.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _unusable(path, f"is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise _unusable(path, f"holds a {type(values).__name__}, not an object")
-    return values
-
-
-def _unusable(path: Path, why: str) -> ValueError:
-    if path.name in (CACHE_MANIFEST, ENCODING):
-        way_out = f"restore it from a copy, or remove the folder and run {_TOOL} again"
-    else:
-        way_out = f"remove it, and run the {_TOOL} command again, which makes that shard anew"
-    return ValueError(f"{path}: is damaged ({why}); {way_out}")
+    return f"holds no {CACHE_MANIFEST}; data.path must name a folder that {TOOL} made"

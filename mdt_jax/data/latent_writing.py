@@ -29,14 +29,17 @@ from typing import IO, Any
 import numpy as np
 
 from mdt_jax.atomic import is_at, make_folder, whole_file, whole_path
-from mdt_jax.data.channel_sums import ChannelSums
-from mdt_jax.data.latent_cache import (
+from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,
-    CacheDescription,
-    description_defaults,
+    check_entries,
+    check_fields,
+    explained,
     read_json,
+    unusable,
 )
+from mdt_jax.data.channel_sums import ChannelSums
+from mdt_jax.data.latent_cache import CacheDescription, description_defaults
 
 CLAIMS, STATE_LOCK = ".shards.lock", ".encoding.lock"
 _HALF_WRITTEN = ".*.array_record.*"  # shards while `whole_path` writes them
@@ -187,8 +190,9 @@ def _measured(
       ValueError: a channel that is the same everywhere, which cannot be normalised.
     """
     total = ChannelSums(description.latent_shape[-1])
-    for entry in entries:
-        total.join(ChannelSums.from_json(entry["sums"]))
+    with explained(folder / ENCODING):
+        for entry in entries:
+            total.join(ChannelSums.from_json(entry["sums"]))
     mean, std = total.moments()
     if not (std > 0).all() or not np.isfinite(std).all():
         channel = int(np.argmin(np.where(np.isfinite(std), std, -1)))
@@ -343,16 +347,34 @@ def _say(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, 
 
 
 def _found(folder: Path) -> dict[str, Any] | None:
-    """The content of `encoding.json`, which counts even beside a manifest, or of the manifest."""
-    return read_json(folder / ENCODING) or read_json(folder / CACHE_MANIFEST)
+    """The content of `encoding.json`, which counts even beside a manifest, or of the manifest.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    for path in (folder / ENCODING, folder / CACHE_MANIFEST):
+        if found := read_json(path):
+            with explained(path):
+                check_fields(CacheDescription, description_defaults() | found)
+                check_entries([entry for entry in found.get("shards", ()) if entry is not None])
+            return found
+    return None
 
 
 def _entries(folder: Path, description: CacheDescription) -> list[dict[str, Any] | None]:
-    """The entry of each shard, from beside it or from the manifest; None where it has none."""
+    """The entry of each shard, from beside it or from the manifest; None where it has none.
+
+    Raises:
+      ValueError: an entry is damaged.
+    """
     entries = list((_found(folder) or {}).get("shards") or [None] * description.num_shards)
+    if len(entries) != description.num_shards:
+        raise unusable(folder / CACHE_MANIFEST, f"holds {len(entries)} shards")
     for shard in range(description.num_shards):
-        part = read_json(_part(folder / description.shard_name(shard)))
-        entries[shard] = part or entries[shard]
+        path = _part(folder / description.shard_name(shard))
+        if part := read_json(path):
+            with explained(path):
+                (entries[shard],) = check_entries([part])
     return entries
 
 

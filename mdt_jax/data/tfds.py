@@ -1,6 +1,7 @@
 """Data sets of TensorFlow Datasets, prepared on disk as ArrayRecord, without TensorFlow."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.source import MissingData, Source, short_digest
+from mdt_jax.names import printable
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
@@ -55,6 +57,8 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
             f"no random access; {_prepare_command(name, 'DIR')}, and name that in data.path"
         ) from error
     except ValueError as error:
+        if split in splits:
+            raise _undescribed(name, builder.data_dir) from error
         raise ValueError(
             f"{place}: cannot read split {split!r} (data.split); there are {', '.join(splits)}"
         ) from error
@@ -64,11 +68,40 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
     files = [(name, info.shard_lengths, info.num_bytes) for name, info in sorted(splits.items())]
     digest = short_digest(builder.info.full_name, split, *map(str, files))
     channels = shape[2] if ours else None
+    _check_description(name, Path(builder.data_dir), len(examples), len(class_names))
+    folder = printable(str(builder.data_dir))
     return Source(
         name=place,
-        records=_TfdsRecords(place, examples, bool(class_names), channels, digest),
+        records=_TfdsRecords(place, examples, bool(class_names), channels, digest, folder),
         image_shape=shape,
         class_names=class_names,
+    )
+
+
+def _check_description(name: str, folder: Path, examples: int, classes: int) -> None:
+    """Refuses, with ValueError, a description that its files on disk contradict.
+
+    A list of class names of one name too many or too few gives classes wrong names without a word.
+    """
+    features = folder / "features.json"
+    try:
+        found = json.loads(features.read_text())["featuresDict"]["features"]["label"]["classLabel"]
+        told = int(found["numClasses"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        told = 0  # of a version that does not say so, or without classes
+    if classes and told and classes != told:
+        raise ValueError(
+            f"tfds:{name}: {printable(folder)}/label.labels.txt has {classes} names of classes, "
+            f"features.json says {told}; prepare the dataset again"
+        )
+    if examples > sum(file.stat().st_size for file in folder.iterdir()):  # a byte each at least
+        raise _undescribed(name, folder)
+
+
+def _undescribed(name: str, folder: str | Path) -> ValueError:
+    return ValueError(
+        f"tfds:{name}: the description in {printable(folder)} (dataset_info.json, features.json) "
+        "cannot be read; prepare the dataset again"
     )
 
 
@@ -93,12 +126,14 @@ def _find_prepared(name: str, folder: Path) -> Any:
             f"tfds:{name}: not in {folder}; {_prepare_command(name, str(folder))}, or name the "
             "folder that has it in data.path"
         ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"tfds:{name}: the features that {printable(folder)} describes need a package that is "
+            f"not installed ({error}); prepare the dataset again with images and labels alone"
+        ) from error
     except (ParseError, ValueError) as error:
         if itself or isinstance(error, ParseError):
-            raise ValueError(
-                f"tfds:{name}: the description in {folder} (dataset_info.json, features.json) "
-                "cannot be read; prepare the dataset again"
-            ) from error
+            raise _undescribed(name, folder) from error
         raise ValueError(
             f"tfds:{name}: no name of a TFDS dataset, which is NAME, NAME/CONFIG or NAME:VERSION; "
             "without one data.path must be the folder with its dataset_info.json"
@@ -131,6 +166,7 @@ class _TfdsRecords:
     labelled: bool
     channels: int | None  # to decode images to; None where TFDS has decoded them
     digest: str = ""  # the data set's, for `Source.identity`
+    folder: str = ""  # for messages
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -152,7 +188,8 @@ class _TfdsRecords:
             examples = self.examples.__getitems__(indices)
         except RuntimeError as error:  # ArrayRecord's; it reads many records or none
             raise ValueError(
-                f"{self.name}: a file of it is damaged or missing ({error}); prepare it again"
+                f"{self.name}: a file of it in {self.folder} is damaged or missing ({error}); "
+                "prepare it again"
             ) from error
         return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
 

@@ -6,6 +6,7 @@ A header can say any shape; an array is only made of as many bytes as were read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import lzma
 import struct
@@ -41,11 +42,8 @@ def npz_members(path: str | Path) -> list[str]:
         )
     if not path.is_file():  # a pipe would be waited for
         raise damaged(path, "it is no file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except _DAMAGE as error:
-        raise damaged(path, error) from error
+    with _explained(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_npz(path: str | Path, name: str) -> np.ndarray:
@@ -90,12 +88,10 @@ class NpzMember:
           ValueError: the file is damaged, or has no such array.
         """
         with contextlib.ExitStack() as stack:
-            try:
+            with _explained(path):
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 file = stack.enter_context(archive.open(f"{name}.npy"))
                 size = archive.getinfo(f"{name}.npy").file_size
-            except _DAMAGE as error:
-                raise damaged(path, error) from error
             yield cls(path, name, file, size)
 
     def read(self, count: int, *, keep: bool = True) -> bytearray:
@@ -118,15 +114,25 @@ class NpzMember:
         self._piece(1)
 
     def _piece(self, count: int) -> bytes:
-        try:
+        with _explained(self._path):
             return self._file.read(count)
-        except _DAMAGE as error:
-            raise damaged(self._path, error) from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the system's, of an offset that no file has
+            raise
+        raise damaged(path, error) from error
 
 
 def damaged(path: Path, reason: object) -> ValueError:
     """The error of an npz that cannot be read."""
-    said = " ".join(printable(str(reason)).split()) or type(reason).__name__
+    said = " ".join(printable(str(reason)).split())[:200] or type(reason).__name__
     return ValueError(
         f"{printable(path)}: cannot be read as npz ({said}); it is damaged or no npz at all"
     )

@@ -222,9 +222,9 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
     lines = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
-                if isinstance(line, dict) and "step" in line:
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
     return lines
 
@@ -257,7 +257,7 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
             # No proper prefix of a JSON object parses: a line that parses is complete, even if it
             # is the last one and lacks its newline.
             keep = json.loads(line)["step"] <= last_step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             keep = False
             if number < len(lines):  # a kill leaves only the last line incomplete
                 logging.warning("%s:%d is not a metrics line, removed: %r", path, number, line)

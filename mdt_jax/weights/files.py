@@ -127,7 +127,7 @@ def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(beside.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{beside} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise WeightsError(f"{beside} holds a {type(settings).__name__}, not settings by name")
