@@ -268,6 +268,7 @@ def test_a_url_is_refused_as_it_was_given(url):
     for settings, name in (
         (argparse.Namespace(output=url), "--output"),
         (argparse.Namespace(samples=["a.npz", url]), "--samples"),
+        (argparse.Namespace(samples=f"a.npz,{url}"), "--samples"),
         (argparse.Namespace(config={"data": {"path": url}}), "--config.data.path"),
         (argparse.Namespace(input=url, step=3), "--input"),
     ):

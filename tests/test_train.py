@@ -663,6 +663,12 @@ def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
         train.parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
 
 
+def test_a_config_that_is_a_url_is_named_as_it_was_given():
+    for flags in (["--config=https://x.y/c.py:A"], ["--config", "https://x.y/c.py:A"]):
+        with pytest.raises(SystemExit, match=r"--config https://x\.y/c\.py:A is a URL: download"):
+            train.parse_config_flags(["train", *flags])
+
+
 def test_the_command_wants_a_workdir(tiny_config):
     done = run_command([*TRAIN, "--config", tiny_config])
     assert done.returncode == 1

@@ -506,6 +506,27 @@ def test_parameters_in_several_groups_keep_their_order():
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: state,
+        *(lambda state, name=name: {"ema": {}, name: state} for name in transfer._OPTIMIZERS),
+        lambda state: {"state_dict": {}, "optimizer_states": [state]},  # Lightning
+    ],
+)
+def test_an_optimisers_state_is_found_where_scripts_keep_it(content, tmp_path):
+    a = architecture("DiT")
+    shapes = parameter_shapes(a)
+    model = pretrained.Pretrained("x.pt", a, pretrained.create_config(a), {}, step=9)
+    moments = {"exp_avg": torch.ones(next(iter(shapes.values()))), "step": torch.tensor(7.0)}
+    state = {"state": {0: moments | {"exp_avg_sq": moments["exp_avg"] * 2}}}
+    state["param_groups"] = [{"params": list(range(len(shapes))), "lr": 1e-4}]
+    torch.save(content(state), tmp_path / "opt.pt")
+    found = transfer.read_moments(tmp_path / "opt.pt", model)
+    assert (found.optimizer, found.count) == ("adamw", 7)
+    assert found.arrays["nu"]["pos_embed"].max() == 2
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda s: s["param_groups"][0]["params"].append(99), "parameters, the model has"),

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
-from logging import DEBUG
+from logging import DEBUG, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,10 @@ def silence_orbax() -> None:
     """Keeps three kinds of messages out of sight, unless absl's verbosity is DEBUG.
 
     They are Orbax's INFO, dozens of lines for each save; tracebacks of errors that it also raises;
-    and those of TensorStore's writes that end after a save has failed, for which nobody waits.
+    and those of its writes that end after a save has failed, for which nobody waits.
     """
     logging.get_absl_logger().addFilter(_is_worth_reading)
+    getLogger("asyncio").addFilter(_is_waited_for)
     if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
         sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
 
@@ -200,6 +201,14 @@ def _report_unraisable(report: Callable[[Any], Any], unraisable: Any) -> None:
     late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
     if not late or logging.get_absl_logger().isEnabledFor(DEBUG):
         report(unraisable)
+
+
+def _is_waited_for(record) -> bool:
+    """Whether a record of asyncio's is of another error than that of a write of Orbax's."""
+    trace = record.exc_info and record.exc_info[2]
+    while trace is not None and "orbax/checkpoint" not in trace.tb_frame.f_code.co_filename:
+        trace = trace.tb_next
+    return not trace or logging.get_absl_logger().isEnabledFor(DEBUG)
 
 
 def _is_worth_reading(record) -> bool:

@@ -289,8 +289,8 @@ class Checkpoints:
                 parts[0] += f" of up to {_size(self._bytes)} that it takes"
                 parts[0] += f", so {_size(self._bytes - free)} are missing"
         parts += [WAYS_OUT[code]] if code in WAYS_OUT else []
-        good = "no step is saved yet" if self._latest is None else f"step {self._latest} is saved"
-        return SaveError("; ".join([*parts, good]))
+        good = f"step {self._latest} is saved, from which the same command goes on"
+        return SaveError("; ".join([*parts, good if self._latest else "no step is saved yet"]))
 
     def _remove_remains(self, step: int) -> None:
         """Removes what a failed save left, until none of its writes comes after."""

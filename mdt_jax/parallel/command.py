@@ -19,8 +19,8 @@ from mdt_jax.parallel.distributed import UNREAD, ending_together
 
 # What a person can do about the errors of the operating system, which say it in a word or two.
 WAYS_OUT = {
-    errno.ENOSPC: "make room, or write elsewhere, and run the same command again",
-    errno.EDQUOT: "make room in your quota, or write elsewhere, and run the same command again",
+    errno.ENOSPC: "make room, or write elsewhere",
+    errno.EDQUOT: "make room in your quota, or write elsewhere",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f), or write elsewhere",
     errno.EROFS: "give a place that can be written to",
     errno.EACCES: "give a place that is yours, or change its permissions",
@@ -150,7 +150,8 @@ def refuse_urls(settings: Any, name: str = "--") -> None:
     """
     for key, value in settings.items():
         if isinstance(value, str):
-            refuse_url(value, f"{name}{key}")
+            for text in value.split(","):  # several files of one flag
+                refuse_url(text, f"{name}{key}")
         elif isinstance(value, list | tuple):
             for entry in value:
                 refuse_url(entry, f"{name}{key}")

@@ -20,7 +20,7 @@ from ml_collections.config_flags import tuple_parser
 
 from mdt_jax import ranges
 from mdt_jax.config import default_config
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, refuse_url
 from mdt_jax.parallel.flag_parsing import check_flags, flag_message, flag_values
 
 # Flags with which a command does nothing that needs a config.
@@ -147,6 +147,7 @@ def _find_config(argv: Sequence[str], required: bool) -> str:
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag in ("--config", "-config") or flag.startswith(("--config=", "-config=")):
             found = flag.partition("=")[2] if "=" in flag else value
+            refuse_url(found, "--config")
             path = found.partition(":")[0]
             if path and not os.path.isfile(path):
                 raise ValueError(f"--config {path} is not there; {there}")

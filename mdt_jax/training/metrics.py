@@ -194,7 +194,7 @@ def _let_events_go(events: SummaryWriter) -> None:
 
     Their thread would end at the first error, and `add_scalar` wait for it for ever.
     """
-    writer = events.file_writer.event_writer._ev_writer
+    writer = getattr(events.file_writer.event_writer, "_ev_writer", None)  # tensorboardX's own
     warned = []
 
     def tolerant(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def _let_events_go(events: SummaryWriter) -> None:
 
         return attempt
 
-    for name in ("write_event", "flush", "close"):
+    for name in ("write_event", "flush", "close") if writer else ():
         setattr(writer, name, tolerant(getattr(writer, name)))
 
 

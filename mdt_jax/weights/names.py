@@ -42,7 +42,7 @@ _WRAPPER = re.compile(r"module|_\w*mod(ule)?")
 _AVERAGE = re.compile(r"(?<![a-z])(ema|swa|average|averaged|shadow)(?![a-z])", re.IGNORECASE)
 _AVERAGED_MODEL = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts under this name
 # Numbers that averages keep beside their weights.
-_COUNTERS = (_AVERAGED_MODEL, "initted", "decay", "num_updates", "step", "num_batches_tracked")
+_COUNTERS = (_AVERAGED_MODEL, "initted", "decay", "num_updates", "step")
 # A name that each network known here has once.
 _MARKS = (
     *("x_embedder.proj.weight", "pos_embed.proj.weight", "encoder.conv_in.weight"),
@@ -75,7 +75,8 @@ class Part:
 
     def describe(self) -> str:
         """The part in words: where it is, and whether it is an average."""
-        return f"{self.place or 'the file'!r} ({'EMA' if self.average else 'raw'} weights)"
+        place = repr(self.place) if self.place else "the file itself"
+        return f"{place} ({'EMA' if self.average else 'raw'} weights)"
 
 
 def plain_name(name: str) -> str:
