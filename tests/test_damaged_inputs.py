@@ -59,7 +59,8 @@ class Input:
 
 
 def read_source(source: Any) -> None:
-    from mdt_jax import data
+    from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
+from mdt_jax import data
 
     source.describe(), source.identity()
     size = None if source.image_shape[0] else 8
@@ -235,7 +236,7 @@ def cache_description() -> Any:
 
     return CacheDescription(
         source="pictures", num_images=6, class_names=("cat", "dog"), image_size=8, vae="mse",
-        vae_digest="0" * 64, scale=data.LATENT_SCALE, compute_dtype="float32",
+        vae_digest="0" * 64, scale=STABLE_DIFFUSION_SCALE, compute_dtype="float32",
         latent_shape=(4, 4, 2), dtype="float16", mirror=True, images_per_shard=4,
     )  # fmt: skip
 
