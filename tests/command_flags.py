@@ -154,6 +154,7 @@ def stop_at_work(monkeypatch) -> None:
         raise Accepted
 
     monkeypatch.setattr(sampling, "load", accept)
+    monkeypatch.setattr(importlib.import_module("mdt_jax.evaluate"), "_check_files", accept)
     monkeypatch.setattr(extractors, "load_inception", accept)
     for parser in (flag_parsing.ArgumentParser, flag_parsing.AbslArgumentParser):
 

@@ -8,6 +8,7 @@ import pytest
 from mdt_jax import data
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.config import default_config
+from mdt_jax.models.masking import NO_MASKED_PASS
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.sampling import DiffusionModel, SamplerOptions
 from mdt_jax.training.actions import CheckpointSaver, GridSampler, SampleJudge
@@ -25,7 +26,7 @@ class FakeRun(Run):
     def __init__(self):
         self.config = default_config()
         self.config.update(num_steps=12, batch_size=8, checkpoint_every=5, eval_every=4)
-        self.saved = []
+        self.saved, self.kept_tokens = [], NO_MASKED_PASS
 
     def save(self, store, state, step, meta):
         self.saved.append((step, meta))

@@ -59,8 +59,7 @@ class Input:
 
 
 def read_source(source: Any) -> None:
-    from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
-from mdt_jax import data
+    from mdt_jax import data
 
     source.describe(), source.identity()
     size = None if source.image_shape[0] else 8
@@ -231,8 +230,8 @@ def make_pictures(kind: str, ending: str) -> Callable[[Path], None]:
 
 
 def cache_description() -> Any:
-    from mdt_jax import data
     from mdt_jax.data.latent_cache import CacheDescription
+    from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 
     return CacheDescription(
         source="pictures", num_images=6, class_names=("cat", "dog"), image_size=8, vae="mse",

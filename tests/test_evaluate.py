@@ -247,8 +247,8 @@ def test_a_model_that_cannot_be_sampled_is_refused_first(
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("file/report.json", "file: the folder cannot be made"),
-        ("locked/report.json", "cannot write"),
+        ("file/report.json", "file is a file; move it away, or give another --output"),
+        ("locked/report.json", "locked cannot be written to: change its permissions"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_first(

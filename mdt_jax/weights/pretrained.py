@@ -207,7 +207,10 @@ def open_weights(
 
 
 def file_metadata(
-    config: ConfigDict, class_names: Sequence[str], step: int, latents: LatentSpace | None
+    config: ConfigDict,
+    class_names: Sequence[str],
+    step: int,
+    latents: LatentSpace | None = None,
 ) -> dict[str, str]:
     """The metadata with which a .safetensors file of ours describes itself to `read_pretrained`."""
     architecture = architecture_of(config_lib.create_network(config))
