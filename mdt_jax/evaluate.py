@@ -33,6 +33,7 @@ from mdt_jax.atomic import check_writable, whole_file
 from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import image_size, open_images, share
 from mdt_jax.evaluation.descriptions import ImageSetDescription
+from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
@@ -203,13 +204,14 @@ def _finish(
     found = report.as_json()
     found["about"] = found["about"] | {"split_size": f.split_size, "flags": settings}
     found["about"] |= {"versions": _versions(), "date": datetime.date.today().isoformat()}
-    print(f"{samples.count:,} samples of {samples.name} against {reference.name}\n")
+    names = printable(f"{samples.name} against {reference.name}")
+    print(f"{samples.count:,} samples of {names}\n")
     print(report.table())
     if f.output:
         text = json.dumps(found, indent=2, allow_nan=False)
         with whole_file(f.output) as file:
             file.write(text.encode() + b"\n")
-        print(f"\n{f.output}")
+        print(f"\n{printable(f.output)}")
     return found
 
 

@@ -598,7 +598,8 @@ def test_an_encoder_that_gives_no_numbers_is_refused_naming_the_image(
         encode(images, change(autoencoder), tmp_path / "latents", dtype=dtype)
     said = str(caught.value)
     assert f" stored in {dtype}: the mean of its latent is {value} in row 0, column 0," in said
-    assert f"{images}/cat/0.png" in said and "\n" not in said
+    assert f"{images}/cat/0.png" in said and "look whether the autoencoder's file is whole" in said
+    assert "\n" not in said
     assert not list((tmp_path / "latents").glob("latents-*"))
 
 

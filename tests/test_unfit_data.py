@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import jax
@@ -225,6 +227,49 @@ def test_sub_folders_asked_for_must_be_there(tmp_path):
     write_images(tmp_path, "0.png")
     with pytest.raises(ValueError, match="data.labels is 'sub_folders', and none has images"):
         read_folder(tmp_path, labels="sub_folders")
+
+
+# Pictures
+
+
+def png(width: int, height: int, *extra: bytes, data: bytes = b"") -> bytes:
+    """A PNG of any size in its header, with other chunks before its data."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return len(content).to_bytes(4) + checked + zlib.crc32(checked).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    chunks = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(data))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+BOMB = zlib.compress(bytes(2**27))  # 128 MiB of zeros in 130 kB
+PICTURES = {
+    "of a billion pixels": png(40000, 40000),
+    "of the most pixels": png(2**31 - 1, 2**31 - 1),
+    "of no pixels": png(0, 0),
+    "without its data": png(400, 400),
+    "of text that swells": png(4, 4, b"".join(
+        [len(BOMB + b"a\0\0").to_bytes(4), b"zTXta\0\0", BOMB,
+         zlib.crc32(b"zTXta\0\0" + BOMB).to_bytes(4)])),
+    "of a chunk of the largest length": png(4, 4, b"\xff\xff\xff\xffzTXt"),
+    "empty": b"",
+    "of text": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PICTURES)
+def test_a_picture_that_cannot_be_decoded_costs_little_memory(tmp_path, what):
+    write_images(tmp_path, "cat/0.png")
+    (tmp_path / "cat" / "1.png").write_bytes(PICTURES[what])
+    source = data.folder_source(tmp_path)
+    tracemalloc.start()
+    with pytest.raises(data.BadImage, match="cat/1.png: cannot be decoded") as caught:
+        source[1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**28 and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 # Arrays

@@ -51,10 +51,16 @@ from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import check_posteriors
 from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.data.stream import check_bad_fraction
+from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.weights.autoencoder import Autoencoder
+
+_BEYOND = (
+    "look whether the autoencoder's file is whole; numbers that are too large need --dtype float32 "
+    "and --compute_dtype float32"
+)
 
 
 class Batch(NamedTuple):
@@ -196,7 +202,7 @@ def _encode(
             rows["mirrored"][:, k] = k
             with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and refused
                 rows["posterior"][:, k] = _posterior(autoencoder, version, batch_size)
-            check_posteriors(rows["posterior"][:, k], place)
+            check_posteriors(rows["posterior"][:, k], place, _BEYOND)
         yield rows.reshape(-1)
         bar.update(len(batch.indices))
 
@@ -349,7 +355,8 @@ def main(_: list[str]) -> None:
             process_count=count,
             progress=index == 0,
         )
-        print(_summary(output) if finished else f"{output}: other processes have not finished yet")
+        unfinished = f"{output}: other processes have not finished yet"
+        print(printable(_summary(output) if finished else unfinished))
 
 
 def _summary(output: Path) -> str:

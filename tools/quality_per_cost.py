@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
-from mdt_jax.atomic import whole_file
+from mdt_jax.atomic import check_writable, whole_file
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.diffusion.seeds import key_of
@@ -255,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch_size": args.batch_size,
     }
     with command_ending(args):
+        if args.output:
+            check_writable(args.output)
         for rows in compare_methods(
             args.workdir, args.methods, args.num_samples, args.seeds, args.batch_size
         ):

@@ -36,6 +36,7 @@ from mdt_jax.evaluation.batches import read_ahead
 from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
+from mdt_jax.names import printable
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import parse_flags
 
@@ -212,7 +213,7 @@ def main(_: list[str]) -> None:
             batch_size=f.batch_size,
             progress=True,
         )
-        print(f.output)
+        print(printable(f.output))
 
 
 def define_flags(f: flags.FlagValues) -> None:

@@ -208,7 +208,11 @@ class Source:
         return np.int32(label)
 
 
-def check_posteriors(posteriors: np.ndarray, place: Callable[[int], str]) -> None:
+def check_posteriors(
+    posteriors: np.ndarray,
+    place: Callable[[int], str],
+    way_out: str = "encode that image again, or leave it out",
+) -> None:
     """Refuses, with ValueError, posteriors that training cannot draw latents from.
 
     Their means must be finite, and so must their standard deviations, which cannot be negative.
@@ -216,6 +220,7 @@ def check_posteriors(posteriors: np.ndarray, place: Callable[[int], str]) -> Non
     Args:
       posteriors: floating-point (n, h, w, 2c), means before standard deviations.
       place: gives the place of a row, for the message.
+      way_out: what the message advises.
     """
     channels = posteriors.shape[-1] // 2
     if _seem_good(posteriors, channels):
@@ -228,8 +233,7 @@ def check_posteriors(posteriors: np.ndarray, place: Callable[[int], str]) -> Non
     what = "mean" if channel < channels else "standard deviation"
     raise ValueError(
         f"{place(row)}: the {what} of its latent is {posteriors[row, y, x, channel]} in row {y}, "
-        f"column {x}, channel {channel % channels}, which cannot be trained on; encode that image "
-        "again, or leave it out"
+        f"column {x}, channel {channel % channels}, which cannot be trained on; {way_out}"
     )
 
 
