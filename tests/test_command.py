@@ -17,6 +17,7 @@ from absl import logging
 import mdt_jax
 from mdt_jax import checkpoints
 from mdt_jax.checkpoints import CheckpointError
+from mdt_jax.evaluation.batches import open_images
 from mdt_jax.parallel.command import (
     command_ending,
     ending_quietly,
@@ -24,6 +25,7 @@ from mdt_jax.parallel.command import (
     refuse_url,
     refuse_urls,
 )
+from mdt_jax.sampling.inpainting import read_image, read_mask
 from mdt_jax.training.step_log import NonFiniteLoss
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import inception, pretrained
@@ -300,6 +302,9 @@ def test_what_is_no_url_is_let_through(path):
         Autoencoder.load,
         checkpoints.read_meta,
         mdt_jax.load,
+        open_images,
+        read_mask,
+        functools.partial(read_image, channels=3),
     ],
 )
 @pytest.mark.parametrize("url", ["https://x.y/z.pt", "https://x.y/run"])

@@ -19,6 +19,7 @@ from jaxtyping import Integer, UInt8
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.data.folders import IMAGE_SUFFIXES, read_folder
 from mdt_jax.evaluation.npz import NpzMember, npz_members, read_npz
+from mdt_jax.parallel.command import refuse_url
 
 
 @runtime_checkable
@@ -226,6 +227,8 @@ def open_images(place: str | Path) -> ImageSet:
       FileNotFoundError: no such file or folder.
       ValueError: neither npz nor folder, a damaged file, or images that cannot be judged.
     """
+    for part in str(place).split(","):
+        refuse_url(part, "the images")
     places = [Path(part) for part in str(place).split(",") if part]
     if len(places) > 1:
         return _joined(places, str(place))

@@ -27,6 +27,7 @@ WAYS_OUT = {
     errno.EPERM: "give a place that is yours, or change its permissions",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOENT: "is the path right?",
+    errno.EEXIST: "a file or a broken link is in the way; move it, or give another path",
     errno.ENOTDIR: "a part of the path is a file; is it right?",
     errno.EISDIR: "give a file",
     errno.ELOOP: "its symbolic links lead in a circle",

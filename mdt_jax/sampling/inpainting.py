@@ -50,6 +50,7 @@ from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import refuse_url
 from mdt_jax.sampling.options import given_labels
 
 # The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,
@@ -405,6 +406,7 @@ def read_image(path: str | os.PathLike, channels: int) -> Float[np.ndarray, "h w
             f"{path}: a picture has 1 or 3 channels, the model {channels}; a model of latents "
             "paints the latents that its autoencoder makes of a picture (`Autoencoder.encode`)"
         )
+    refuse_url(path, "the picture")
     levels = decode_image(Path(path), str(path), channels).astype(np.float32)
     # A hundredth of a level is added: to_uint8 truncates, and rounding leaves some just too low.
     return np.minimum((levels + np.float32(0.01)) / np.float32(127.5) - 1, np.float32(1))
@@ -416,6 +418,7 @@ def read_mask(path: str | os.PathLike) -> Bool[np.ndarray, "h w"]:
     Raises:
       ValueError: it is not a picture, or has a pixel that is neither black nor white.
     """
+    refuse_url(path, "the mask")
     levels = decode_image(Path(path), str(path), channels=1)[..., 0]
     grey = (levels != 0) & (levels != 255)
     if grey.any():
