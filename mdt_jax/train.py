@@ -24,7 +24,7 @@ from mdt_jax import ranges
 from mdt_jax.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
-from mdt_jax.data.source import MissingData
+from mdt_jax.data.missing import MissingData
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache

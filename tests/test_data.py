@@ -378,6 +378,18 @@ def test_a_tfds_description_that_cannot_be_read_is_refused(tfds_folder, tmp_path
             data.tfds_source("shapes", "train", folder)
 
 
+@pytest.mark.parametrize("names", ["round\nflat\nand\n", "round\n"])
+def test_a_tfds_list_of_more_or_fewer_names_than_classes_is_refused(tfds_folder, tmp_path, names):
+    """As a class whose name held a newline would leave it."""
+    shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")
+    folder = tmp_path / "shapes" / "1.0.0"
+    (folder / "label.labels.txt").write_text(names)
+    count = names.count("\n")
+    message = f"{folder}/label.labels.txt has {count} names of classes, features.json says 2;"
+    with pytest.raises(ValueError, match=message):
+        data.tfds_source("shapes", "train", tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["cut off", "gone"])
 def test_a_tfds_file_that_cannot_be_read_is_refused(tfds_folder, tmp_path, damage):
     shutil.copytree(tfds_folder / "shapes", tmp_path / "shapes")

@@ -4,6 +4,7 @@ import io
 import re
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,38 @@ def test_images_of_two_sizes_are_refused(tmp_path, pictures):
     other = save_npz(tmp_path / "b.npz", random_images(2, 0, size=5))
     message = rf"^{re.escape(str(other))} holds images of 5 × 5, .* of 4 × 4"
     refused(f"{one},{other}", message)
+
+
+def npz_with_header(path: Path, shape: str, descr: str = "'|u1'", data: bytes = bytes(192)) -> Path:
+    """An npz whose arr_0 says a shape of one's own."""
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header = header.ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+        archive.writestr("arr_0.npy", start + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "descr", "message"),
+    [
+        ("(-5, 4, 4, 3)", "'|u1'", r"its header says the shape \(-5, 4, 4, 3\)"),
+        ("(4, 4, 4, -3)", "'|u1'", r"its header says the shape \(4, 4, 4, -3\)"),
+        (f"({10**15}, 4, 4, 3)", "'|u1'", "arr_0 ends 4799.* bytes early"),
+        (f"({2**64}, {2**64}, 4, 3)", "'|u1'", "arr_0 ends .* bytes early"),
+        ("(3, 4, 4, 3)", "'|u1'", "arr_0 is 48 bytes too long"),
+        ("(4.0, 4, 4, 3)", "'|u1'", "shape is not valid"),
+        ("(4, 4, 4, 3)", "'|O'", "pickled Python objects"),
+        ("(4, 4, 4, 3)", "'nothing'", "descr is not a valid dtype"),
+        ("(((((", "'|u1'", "in arr_0"),
+    ],
+)
+def test_a_header_that_says_what_is_not_there_is_refused(tmp_path, shape, descr, message):
+    path = npz_with_header(tmp_path / "s.npz", shape, descr)
+    refused(path, rf"^{path}: cannot be read as npz .*{message}")
+
+
+def test_a_header_that_is_right_is_read(tmp_path):
+    images = batches.open_images(npz_with_header(tmp_path / "s.npz", "(4, 4, 4, 3)"))
+    assert images.count == 4 and batches.image_size(images) == (4, 4)
+    assert sum(len(batch) for batch in images.read(0, 4, 3)) == 4

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mdt_jax import data
-from mdt_jax.data.source import MissingData
+from mdt_jax.data.missing import MissingData
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.training.step import draw_latents
 

@@ -25,7 +25,8 @@ from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import latent_writing
 from mdt_jax.data.folders import read_folder
 from mdt_jax.data.latent_cache import CacheDescription
-from mdt_jax.data.source import MissingData, check_posteriors
+from mdt_jax.data.missing import MissingData
+from mdt_jax.data.source import check_posteriors
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.names import check_class_names, printable
 from mdt_jax.parallel.command import one_line
@@ -36,13 +37,13 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """A read that waits for ever fails its test after ten seconds."""
+    """A read that waits for ever fails its test after a minute."""
 
     def stop(*_):
         raise AssertionError("it hangs")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
+    signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

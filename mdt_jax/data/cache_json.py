@@ -55,7 +55,9 @@ def check_fields(description: type, values: dict[str, Any]) -> None:
         value, several = values[field.name], str(field.type).startswith("tuple")
         entries = value if several and isinstance(value, list) else [value]
         known = _TYPES.get(str(field.type))
-        if known and (several != isinstance(value, list) or {*map(type, entries)} - {*known}):
+        wrong = several != isinstance(value, list) or not {*map(type, entries)} <= {*(known or ())}
+        wrong |= str(field.type) == "tuple[int, int, int]" and len(entries) != 3
+        if known and wrong:
             raise ValueError(f"{field.name} is {str(value)[:40]}")
 
 

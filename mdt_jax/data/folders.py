@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
-from mdt_jax.data.source import MissingData, Source
+from mdt_jax.data.missing import MissingData
+from mdt_jax.data.source import Source
 from mdt_jax.names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

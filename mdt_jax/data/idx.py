@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.data.array_sources import arrays
-from mdt_jax.data.source import MissingData, Source
+from mdt_jax.data.missing import MissingData
+from mdt_jax.data.source import Source
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # Deflate makes at most about 1,032 bytes of one.

@@ -30,8 +30,9 @@ from mdt_jax.data.cache_json import (
     explained,
     read_json,
 )
+from mdt_jax.data.missing import MissingData
 from mdt_jax.data.shard_readers import ShardReaders
-from mdt_jax.data.source import ExampleKind, MissingData, Source, check_posteriors
+from mdt_jax.data.source import ExampleKind, Source, check_posteriors
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.names import printable
 

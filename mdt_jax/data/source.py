@@ -32,10 +32,6 @@ class ExampleKind(enum.Enum):
     INPUTS = "the model's inputs"
 
 
-class MissingData(FileNotFoundError):
-    """The data are not there (yet); data that are there, but damaged, are another error."""
-
-
 @runtime_checkable
 class Records(Protocol):
     """The examples that a `Source` reads, by index. They pickle, to travel to worker processes.

@@ -11,7 +11,8 @@ from mdt_jax.data.array_sources import digits, npy_directory
 from mdt_jax.data.folders import folder_source
 from mdt_jax.data.idx import fashion_mnist
 from mdt_jax.data.latent_cache import latents_source
-from mdt_jax.data.source import MissingData, Source
+from mdt_jax.data.missing import NoDataPath
+from mdt_jax.data.source import Source
 from mdt_jax.data.tfds import tfds_source
 
 # `data.name`, and the function that makes the source of the `data` settings. A name that ends in
@@ -40,10 +41,6 @@ FLAGS_OF_KEYS = {
     "data.class_order": "--class_order",
     "data.labels": "--labels",
 }
-
-
-class NoDataPath(MissingData, ValueError):
-    """The settings do not say where the data are."""
 
 
 def create_source(data_config: ConfigDict) -> Source:

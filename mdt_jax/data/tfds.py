@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.data.decoding import decode_picture
-from mdt_jax.data.source import MissingData, Source, short_digest
+from mdt_jax.data.missing import MissingData
+from mdt_jax.data.source import Source, short_digest
 from mdt_jax.names import printable
 
 
@@ -188,7 +189,7 @@ class _TfdsRecords:
             examples = self.examples.__getitems__(indices)
         except RuntimeError as error:  # ArrayRecord's; it reads many records or none
             raise ValueError(
-                f"{self.name}: a file of it in {self.folder} is damaged or missing ({error}); "
+                f"{self.name}: a file of it is damaged or missing ({error}, in {self.folder}); "
                 "prepare it again"
             ) from error
         return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
