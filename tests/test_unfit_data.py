@@ -456,6 +456,7 @@ def test_a_latent_that_is_no_number_ends_a_run_naming_it(
         ):
             next(on_device)
         assert f"{place[kind]}: {what}, " in str(caught.value) and "\n" not in str(caught.value)
+        assert one_line(caught.value) == str(caught.value)  # without notes of Grain's
     assert source[4]["image"].shape == (4, 4, 4)  # opening and other examples are as before
 
 

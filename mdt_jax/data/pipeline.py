@@ -143,7 +143,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         try:
             batch = next(self._readers[0])
             self._report(batch.pop("bad", ()))
-        except BaseException:
+        except BaseException as error:
+            # Its note, of frames that it leaves out of a traceback, is no part of a message.
+            notes = getattr(error, "__notes__", ())
+            error.__notes__ = [note for note in notes if "Grain has removed" not in note]
             # Grain would go on with the batch after the one that failed; a caller that tries again
             # must get the one that failed.
             self.close()

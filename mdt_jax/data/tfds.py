@@ -132,8 +132,8 @@ def _find_prepared(name: str, folder: Path) -> Any:
             f"tfds:{name}: the features that {printable(folder)} describes need a package that is "
             f"not installed ({error}); prepare the dataset again with images and labels alone"
         ) from error
-    except (ParseError, ValueError) as error:
-        if itself or isinstance(error, ParseError):
+    except (ParseError, ValueError, TypeError, LookupError, RecursionError) as error:
+        if itself or not isinstance(error, ValueError):
             raise _undescribed(name, folder) from error
         raise ValueError(
             f"tfds:{name}: no name of a TFDS dataset, which is NAME, NAME/CONFIG or NAME:VERSION; "
