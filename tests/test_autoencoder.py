@@ -414,6 +414,8 @@ def test_an_autoencoder_without_variances_is_refused():
         ({"block_out_channels": ["a"]}, r"^block_out_channels is \['a'\]; it must be a list of"),
         ({"norm_num_groups": "32"}, r"^norm_num_groups is '32'; it must be a whole number above 0"),
         ({"norm_num_groups": 0}, r"^norm_num_groups is 0; it must be a whole number above 0$"),
+        ({"layers_per_block": 10**12}, "^layers_per_block is above 16,384, which no network known"),
+        ({"block_out_channels": [8, 10**9]}, "^block_out_channels is above 16,384, which no netwo"),
         ({"latent_channels": True}, r"^latent_channels is True; it must be a whole number above"),
         ({"layers_per_block": 1.0}, r"^layers_per_block is 1.0; it must be a whole number above"),
         ({"down_block_types": 3}, r"^down_block_types is 3; it must be a list of names$"),

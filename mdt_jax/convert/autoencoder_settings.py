@@ -10,6 +10,7 @@ from typing import Any
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE, LatentSpace
 
 DEFAULT_NORM_GROUPS = 32
+_MOST = 2**14  # channels, layers or groups; more than that in a file is damage, and takes for ever
 # A check of a value in a config.json, and what it lets pass, in words.
 Check = tuple[Callable[[Any], bool], str]
 # Entries of a config.json that do not change the network, and entries that do, with the values that
@@ -169,6 +170,9 @@ def check_config(
             is_right, what = read[key]
             if not is_right(value):
                 raise ValueError(f"{key} is {value!r}; it must be {what}")
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, int) and number > _MOST for number in numbers):
+                raise ValueError(f"{key} is above {_MOST:,}, which no network known here has")
         elif key in only_values:
             if value not in only_values[key]:
                 known = " or ".join(repr(known) for known in only_values[key])
