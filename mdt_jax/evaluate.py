@@ -206,7 +206,7 @@ def _finish(
     found["about"] |= {"versions": _versions(), "date": datetime.date.today().isoformat()}
     names = printable(f"{samples.name} against {reference.name}")
     print(f"{samples.count:,} samples of {names}\n")
-    print(report.table())
+    print("\n".join(map(printable, report.table().split("\n"))))
     if f.output:
         text = json.dumps(found, indent=2, allow_nan=False)
         with whole_file(f.output) as file:

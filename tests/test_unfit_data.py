@@ -273,6 +273,15 @@ def test_a_picture_that_cannot_be_decoded_costs_little_memory(tmp_path, what):
     assert peak < 2**28 and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("make", [make_fifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_picture_that_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "mask.png")
+    with pytest.raises(
+        data.BadImage, match="mask.png: cannot be decoded .it is a pipe or a device"
+    ):
+        data.decode_image(tmp_path / "mask.png", str(tmp_path / "mask.png"))
+
+
 # Arrays
 
 IMAGES = np.arange(4 * 3 * 3 * 3, dtype=np.uint8).reshape(4, 3, 3, 3)

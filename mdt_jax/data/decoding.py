@@ -1,6 +1,7 @@
 """Decoding pictures: the one way for every source whose images Pillow decodes."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,8 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
         twice `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit values, whose white is unknown.
     """
     try:
+        if not isinstance(file, bytes) and _is_endless(file):
+            raise ValueError("it is a pipe or a device, not a file")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             picture.load()
             return _flatten(_turn_upright(picture), "RGB" if channels == 3 else "L")
@@ -72,6 +75,11 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
             f"{printable(name)}: cannot be decoded ({_reason(error)}); replace the image or remove "
             "it"
         ) from error
+
+
+def _is_endless(file: str | Path) -> bool:
+    """Whether reading a path could wait for ever."""
+    return os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file))
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:
