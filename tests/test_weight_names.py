@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -196,10 +197,12 @@ AVERAGED = {
 
 @pytest.mark.parametrize("script", AVERAGED)
 def test_an_average_is_taken_wherever_a_script_keeps_it(script, plain, tmp_path, caplog):
-    absl_logging.set_verbosity(absl_logging.INFO)
     path = save(tmp_path / "a.pt", AVERAGED[script](state(0), state(1)))
+    before = absl_logging.get_verbosity()
     with caplog.at_level(logging.INFO, "absl"):
+        absl_logging.set_verbosity(absl_logging.INFO)
         assert arrays(path) == plain(1)
+        absl_logging.set_verbosity(before)
     assert f"{path}: taking " in caplog.text and "(EMA weights); it also holds" in caplog.text
     assert arrays(path, nest="model") == plain(0) and arrays(path, nest="ema") == plain(1)
     assert weight_files.has_part(path, "ema") and weight_files.has_part(path, "model")
@@ -282,6 +285,20 @@ def test_a_safetensors_file_says_its_steps(tmp_path):
     path = tmp_path / "a.safetensors"
     safetensors_torch.save_file({k: v.clone() for k, v in state().items()}, path, {"step": "7"})
     assert pretrained.read_pretrained(path).step == 7
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_numbers_of_numpys_and_paths_are_no_code(old, tmp_path):
+    numbers = [np.float64(2.5), np.int64(3), np.float32(1), np.bool_(True), np.dtype("f4")]
+    arguments = argparse.Namespace(data_path=Path("/data"), numbers=numbers)
+    content = {"model": state(), "train_steps": np.int64(7), "best_fid": np.float64(2.2)}
+    path = save(tmp_path / "a.pt", content | {"args": arguments})
+    if old:  # as NumPy 1 pickles them
+        torch.save(content | {"args": arguments}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.mult", b"numpy.core.mult"))
+    weights = weight_files.read_weights(path)
+    assert weights.step == 7 and weights.arguments["data_path"] == Path("/data")
+    assert weights.arguments["numbers"] == numbers
 
 
 def test_arguments_are_found_in_groups():

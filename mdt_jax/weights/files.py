@@ -7,7 +7,6 @@ any size costs no memory by itself. NumPy has no bfloat16 of its own; ml_dtypes'
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import logging
@@ -258,8 +257,8 @@ def _unpickle(path: Path) -> Any:
     if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip; a pickle alone before PyTorch 1.6
         holds = f"starts with {start!r}" if start else "is empty"
         raise WeightsError(f"{path} is not a PyTorch file: it {holds}; fetch it again")
-    # DiT keeps the command's arguments beside its weights. A Namespace runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # DiT keeps the command's arguments beside its weights.
+    with torch.serialization.safe_globals(weight_names.plain_types()):
         try:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -8,13 +8,15 @@ off. They know arrays by name and shape alone.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 # Names under which training scripts keep an average of a model, best first; then the model itself.
@@ -77,6 +79,23 @@ class Part:
         """The part in words: where it is, and whether it is an average."""
         place = repr(self.place) if self.place else "the file itself"
         return f"{place} ({'EMA' if self.average else 'raw'} weights)"
+
+
+def plain_types() -> list[Any]:
+    """What PyTorch's restricted unpickler may build of a training file beside tensors.
+
+    They are settings (a Namespace, paths) and numbers of NumPy's, such as a step or a best FID, by
+    the names that NumPy 1 and 2 and Python's versions pickle them under. None runs code.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
+    return [
+        argparse.Namespace,
+        *[(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
+        *[(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")],
+        np.dtype,
+        *{type(number) for number in numbers},
+    ]
 
 
 def plain_name(name: str) -> str:
