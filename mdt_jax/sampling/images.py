@@ -14,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from mdt_jax.atomic import whole_file
 
+_NOT_FINITE = "the model's output is not finite; sample an earlier checkpoint, or in float32"
+
 
 def to_uint8(
     x: Float[Array | np.ndarray, "n h w c"], first_index: int = 0
@@ -39,7 +41,7 @@ def check_finite(
     x: Float[Array | np.ndarray, "n h w c"],
     first_index: int = 0,
     what: str = "samples",
-    cause: str | None = None,
+    cause: str = _NOT_FINITE,
 ) -> None:
     """Refuses samples, latents too, that hold NaN or infinite values.
 
@@ -47,7 +49,7 @@ def check_finite(
       x: (N, H, W, C) samples.
       first_index: the index of the first, where `x` is part of a larger batch.
       what: what the message calls them.
-      cause: why, and what to do about it; by default that the model's output is not finite.
+      cause: why, and what to do about it.
 
     Raises:
       ValueError: some do; says how many, and the index of the first.
@@ -57,9 +59,7 @@ def check_finite(
         hold = "NaN" if np.isnan(np.asarray(x)[is_bad]).any() else "infinite values"
         raise ValueError(
             f"{is_bad.sum()} of {len(x)} {what} hold {hold}, the first at index "
-            f"{first_index + is_bad.argmax()}: "
-            + (cause or "the model's output is not finite; sample an earlier checkpoint (--step), ")
-            + ("" if cause else "or in float32")
+            f"{first_index + is_bad.argmax()}: {cause}"
         )
 
 

@@ -129,12 +129,13 @@ def check_samples(samples: Float[np.ndarray, "n h w c"], first_index: int, param
     """
     if images.is_finite(samples).all():
         return
-    name = pretrained.first_not_finite(params)
-    cause = name and (
-        f"{name} of the weights holds NaN or infinite values; sample an earlier checkpoint "
-        "(--step), or other weights"
-    )
-    images.check_finite(samples, first_index, cause=cause)
+    if name := pretrained.first_not_finite(params):
+        cause = (
+            f"{name} of the weights holds NaN or infinite values; sample an earlier checkpoint, or "
+            "other weights"
+        )
+        images.check_finite(samples, first_index, cause=cause)
+    images.check_finite(samples, first_index)
 
 
 def resolve_batch_size(
