@@ -29,11 +29,11 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import checkpoints
-from mdt_jax.atomic import check_writable, whole_file
+from mdt_jax.basics.atomic import check_writable, whole_file
+from mdt_jax.basics.names import printable
 from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import image_size, open_images, share
 from mdt_jax.evaluation.descriptions import ImageSetDescription
-from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import use_compilation_cache

@@ -20,8 +20,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
-from mdt_jax import ranges
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics import ranges
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
 from mdt_jax.data.missing import MissingData

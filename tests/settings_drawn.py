@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.digits import get_config
 from mdt_jax import config as config_lib
-from mdt_jax.ranges import RANGES
+from mdt_jax.basics.ranges import RANGES
 
 # Sizes, counts and widths that a test can afford, where a setting's range goes beyond.
 AFFORDABLE = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mdt_jax.atomic import is_at, is_full_disk, make_folder, whole_file, whole_path
+from mdt_jax.basics.atomic import is_at, is_full_disk, make_folder, whole_file, whole_path
 
 
 def test_a_file_appears_when_it_is_on_the_disk(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from absl import flags
 
 from mdt_jax import config as config_lib
 from mdt_jax import train
-from mdt_jax.ranges import RANGES
+from mdt_jax.basics.ranges import RANGES
 from mdt_jax.training.config_flag import parse_config_flags
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ OPTION = (
         '    clip: bool = option(False, "',
     ),
     (
-        "mdt_jax/ranges.py",
+        "mdt_jax/basics/ranges.py",
         '    "sample.eta": ',
         '    "sample.temperature": _number(0, 10),\n    "sample.eta": ',
     ),

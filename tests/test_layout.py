@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mdt_jax"
 # From the ground up: an entry imports from its own floor only itself, and from those below it.
 FLOORS = (
-    ("atomic", "names", "ranges"),
+    ("basics",),
     ("models", "diffusion"),
     ("data",),
     ("parallel", "convert", "config"),

@@ -8,8 +8,8 @@ from command_flags import commands, flags_of
 
 import mdt_jax
 from mdt_jax import config as config_lib
-from mdt_jax import ranges
-from mdt_jax.ranges import RANGES, Range
+from mdt_jax.basics import ranges
+from mdt_jax.basics.ranges import RANGES, Range
 
 COMMANDS = commands()
 

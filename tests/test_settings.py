@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from settings_drawn import keys, values, with_setting
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.data import create_source
 from mdt_jax.parallel.command import USER_ERRORS, one_line
 from mdt_jax.training import checks, run_evaluation

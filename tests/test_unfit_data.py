@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mdt_jax import data, train
+from mdt_jax.basics.names import check_class_names, printable
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import latent_writing
 from mdt_jax.data.folders import read_folder
@@ -28,7 +29,6 @@ from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import check_posteriors
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
-from mdt_jax.names import check_class_names, printable
 from mdt_jax.parallel.command import one_line
 from mdt_jax.training import checks
 

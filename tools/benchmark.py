@@ -39,7 +39,7 @@ import numpy as np
 from absl import app, flags
 
 from mdt_jax import benchmarking
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.training import metrics

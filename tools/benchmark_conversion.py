@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
 from mdt_jax.models.positions import relative_position_index
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly

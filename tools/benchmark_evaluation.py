@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.evaluation import manifold
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel.command import command_ending, ending_quietly

@@ -37,7 +37,8 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
+from mdt_jax.basics.names import printable
 from mdt_jax.data import (
     BadImage,
     Source,
@@ -51,7 +52,6 @@ from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import check_posteriors
 from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.data.stream import check_bad_fraction
-from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import parse_flags

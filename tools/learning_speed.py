@@ -34,7 +34,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mdt_jax import sampling
-from mdt_jax.atomic import make_folder, whole_file
+from mdt_jax.basics.atomic import make_folder, whole_file
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training.metrics import METRICS_FILE, read_lines

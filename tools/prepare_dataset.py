@@ -40,11 +40,11 @@ from pathlib import Path, PurePosixPath
 
 from absl import logging
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, are_splits, read_folder
 from mdt_jax.data.parquet import from_parquet
 from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepare_dataset
-from mdt_jax.names import printable
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 

@@ -28,15 +28,15 @@ from absl import app, flags
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from tqdm import tqdm
 
-from mdt_jax import ranges
-from mdt_jax.atomic import check_writable, whole_file
+from mdt_jax.basics import ranges
+from mdt_jax.basics.atomic import check_writable, whole_file
+from mdt_jax.basics.names import printable
 from mdt_jax.data import Source, center_crop, create_source
 from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.evaluation.batches import read_ahead
 from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian
-from mdt_jax.names import printable
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import parse_flags
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
-from mdt_jax.atomic import is_at
+from mdt_jax.basics.atomic import is_at
 
 LOCK_FILE = ".lock"  # Says who holds the lock. The file may stay; the lock on it counts.
 _POLL_SECONDS = 0.5

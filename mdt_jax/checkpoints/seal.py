@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.parallel.command import UserError, refuse_url
 
 SEAL_FILE = "manifest.json"

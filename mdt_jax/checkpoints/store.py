@@ -16,7 +16,7 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
-from mdt_jax.atomic import make_folder, reason_of
+from mdt_jax.basics.atomic import make_folder, reason_of
 from mdt_jax.checkpoints.items import META, read_item, read_step_meta, silence_orbax, tree_handler
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.checkpoints.seal import (

@@ -12,12 +12,12 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Integer, UInt8
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.feature_files import FEATURES, LABELS, FeatureFiles, feature_folders
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.npy import MemoryMap
 from mdt_jax.data.source import ExampleKind, Source, short_digest
 from mdt_jax.models.latent_space import LatentSpace
-from mdt_jax.names import printable
 
 # Without class names, as many classes are made as the largest label says.
 MOST_CLASSES = 2**20

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from mdt_jax.names import printable
+from mdt_jax.basics.names import printable
 
 _ORIENTATION = 0x0112  # an EXIF tag
 # The turn that shows a picture of each orientation upright.

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.npy import read_header
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
-from mdt_jax.names import printable
 
 FEATURES, LABELS = "_features", "_labels"  # the ends of the two folders' names
 

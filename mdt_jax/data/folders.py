@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source
-from mdt_jax.names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")

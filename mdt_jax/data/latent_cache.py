@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,
@@ -34,7 +35,6 @@ from mdt_jax.data.missing import MissingData
 from mdt_jax.data.shard_readers import ShardReaders
 from mdt_jax.data.source import ExampleKind, Source, check_posteriors
 from mdt_jax.models.latent_space import LatentSpace
-from mdt_jax.names import printable
 
 # Caches that a reader from before there were shifts would normalise wrongly are of version 2.
 VERSIONS = (1, 2)

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.atomic import is_at, make_folder, whole_file, whole_path
+from mdt_jax.basics.atomic import is_at, make_folder, whole_file, whole_path
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.names import printable
+from mdt_jax.basics.names import printable
 
 
 class NpyHeader(NamedTuple):

@@ -22,8 +22,8 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from mdt_jax.basics.names import check_class_names, printable
 from mdt_jax.data.decoding import BadImage, decode_image
-from mdt_jax.names import check_class_names, printable
 
 # Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.
 KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO is a JPEG with further pictures behind it

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from mdt_jax.basics.names import check_class_names, printable
 from mdt_jax.models.latent_space import LatentSpace
-from mdt_jax.names import check_class_names, printable
 
 
 class ExampleKind(enum.Enum):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source, short_digest
-from mdt_jax.names import printable
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:

@@ -7,8 +7,8 @@ From a field of it follow
 - the argument of `mdt_jax.sample` and `mdt_jax.inpaint` (`sampling/options.py`);
 - the entry in what a file of samples says about itself.
 
-So a new option is a field here, if it is a number its range (`mdt_jax.ranges`), and the place where
-a sampler uses it.
+So a new option is a field here, if it is a number its range (`mdt_jax.basics.ranges`), and the
+place where a sampler uses it.
 """
 
 from __future__ import annotations

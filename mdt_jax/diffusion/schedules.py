@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 
 
 def linear_betas(num_timesteps: int) -> np.ndarray:

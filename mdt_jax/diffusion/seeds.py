@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 
 
 def key_of(seed: Any, named: str = "key") -> Array:

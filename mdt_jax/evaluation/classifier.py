@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.evaluation.extractors import Features, digest
 from mdt_jax.evaluation.processes import gather_arrays
 from mdt_jax.parallel.distributed import by_first_process

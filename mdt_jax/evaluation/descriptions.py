@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float32, Float64, Integer
 from tqdm import tqdm
 
+from mdt_jax.basics.names import printable
 from mdt_jax.evaluation.batches import ImageSet, image_size, open_images, read_ahead, share
 from mdt_jax.evaluation.extractors import Extractor, Features, check_finite
 from mdt_jax.evaluation.npz import npz_members, read_npz
 from mdt_jax.evaluation.processes import gather_arrays, gather_rows
 from mdt_jax.evaluation.spectrum import PowerSpectrum
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, InceptionScore
-from mdt_jax.names import printable
 
 SPLIT_SIZE = 5000  # images of a split of the Inception Score
 DIGEST_KEY = "extractor_digest"  # in the metadata of a reference, see tools/reference_stats.py

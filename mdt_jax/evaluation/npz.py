@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.basics.names import printable
 from mdt_jax.data.npy import NpyHeader, read_header
-from mdt_jax.names import printable
 
 # The errors of zipfile and its decompressors for a zip file or member that is cut off, altered or
 # encrypted; ValueError: an offset below 0, or a name that is no text; KeyError: no such member.

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.models import attention_kernel, layers, placement
 from mdt_jax.models.blocks import Block, BlockStack
 from mdt_jax.models.computation import (

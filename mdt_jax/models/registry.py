@@ -10,7 +10,7 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 
 if TYPE_CHECKING:
     import mdt_jax.models.base

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import logging
 
-from mdt_jax.names import printable
+from mdt_jax.basics.names import printable
 from mdt_jax.parallel.distributed import UNREAD, ending_together
 
 # What a person can do about the errors of the operating system, which say it in a word or two.

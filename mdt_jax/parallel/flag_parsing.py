@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from absl import flags
 from absl.flags import argparse_flags
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.parallel.command import command_ending
 
 # Flags that name a file or a folder. An empty one comes of an unset variable of a shell.
@@ -23,7 +23,7 @@ PLACES = (
 
 
 def check_flags(values: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, numbers outside their ranges (`mdt_jax.ranges`) and empty places.
+    """Refuses, with ValueError, numbers outside their ranges (`basics.ranges`) and empty places.
 
     Args:
       values: the flags' values by name, without dashes.
@@ -67,7 +67,7 @@ def parse_flags(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> list[
 
 
 class _InRanges:
-    """A parser whose numbers have the ranges of `mdt_jax.ranges`, and whose errors are one line."""
+    """A parser whose numbers have the ranges of `basics.ranges`, and whose errors are one line."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse has it, whose `parse_args` calls it."""

@@ -21,7 +21,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.parallel import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -9,7 +9,7 @@ from absl import flags, logging
 
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
-from mdt_jax.atomic import check_writable
+from mdt_jax.basics.atomic import check_writable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.compilation_cache import use_compilation_cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.parallel.flag_parsing import check_flags, flag_values
 

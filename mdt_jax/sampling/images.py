@@ -12,7 +12,7 @@ from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mdt_jax.atomic import whole_file
+from mdt_jax.basics.atomic import whole_file
 
 _NOT_FINITE = "the model's output is not finite; sample an earlier checkpoint, or in float32"
 

@@ -45,7 +45,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mdt_jax import ranges, sampling
+from mdt_jax import sampling
+from mdt_jax.basics import ranges
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer

@@ -11,8 +11,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mdt_jax import checkpoints, ranges
+from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
+from mdt_jax.basics import ranges
 from mdt_jax.diffusion import GaussianDiffusion
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer

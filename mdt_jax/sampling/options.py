@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.diffusion import SAMPLERS
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS, SamplerOptions
 from mdt_jax.diffusion.samplers import FEW_STEPS, spaced

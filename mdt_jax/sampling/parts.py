@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer, Shaped
 
-from mdt_jax.atomic import is_full_disk, make_folder, whole_file
+from mdt_jax.basics.atomic import is_full_disk, make_folder, whole_file
 from mdt_jax.checkpoints.lock import LOCK_FILE, WorkdirInUse, WorkdirLock
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling.images import stream_npz

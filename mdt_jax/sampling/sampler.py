@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.diffusion import guided, initial_state, run_steps
 from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState

@@ -16,7 +16,7 @@ from absl import logging
 
 from mdt_jax import config as config_lib
 from mdt_jax import sampling
-from mdt_jax.atomic import is_full_disk
+from mdt_jax.basics.atomic import is_full_disk
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.data import Source
 from mdt_jax.diffusion.seeds import key_of

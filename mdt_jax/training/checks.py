@@ -11,12 +11,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
-from mdt_jax import ranges, sampling
+from mdt_jax import sampling
+from mdt_jax.basics import ranges
+from mdt_jax.basics.names import printable
 from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models.latent_space import check_same_latents
-from mdt_jax.names import printable
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.distributed import check_agreement
 from mdt_jax.weights.pretrained import latents_of_run
@@ -143,7 +144,7 @@ def check_sampling(config: ConfigDict) -> None:
 def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Refuses, with ValueError, settings out of range, unknown choices and batches that do not fit.
 
-    The message names the key and says which values would do. The ranges are `mdt_jax.ranges`'.
+    The message names the key and says which values would do. The ranges are `basics.ranges`'.
     """
     ranges.check_config(config)
     choices = {"crop": CROPS, "on_bad_image": ON_BAD_IMAGE}

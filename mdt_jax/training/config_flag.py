@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from mdt_jax import ranges
+from mdt_jax.basics import ranges
 from mdt_jax.config import default_config
 from mdt_jax.parallel.command import command_ending, refuse_url
 from mdt_jax.parallel.flag_parsing import check_flags, flag_message, flag_values

@@ -22,7 +22,7 @@ from jaxtyping import ScalarLike, UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from mdt_jax.atomic import is_at, is_full_disk, whole_file
+from mdt_jax.basics.atomic import is_at, is_full_disk, whole_file
 
 Number = float | int
 METRICS_FILE = "metrics.jsonl"  # in the workdir

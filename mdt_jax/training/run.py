@@ -14,8 +14,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mdt_jax import checkpoints, ranges
+from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
+from mdt_jax.basics import ranges
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
-from mdt_jax.atomic import is_full_disk, reason_of
+from mdt_jax.basics.atomic import is_full_disk, reason_of
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
 from mdt_jax.convert.optimizers import OptimizerMoments, moments_from_torch

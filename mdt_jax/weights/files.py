@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mdt_jax.atomic import is_full_disk, whole_path
+from mdt_jax.basics.atomic import is_full_disk, whole_path
 from mdt_jax.parallel.command import refuse_url
 from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.names import Part

@@ -280,7 +280,7 @@ RANGES["--workers"] = dataclasses.replace(RANGES["--workers"], counts=_MANY, exa
 def range_of(name: str) -> Range:
     """The range of a config key or of a flag; raises KeyError, a developer's, for one without."""
     if name not in RANGES:
-        raise KeyError(f"{name} has no entry in mdt_jax.ranges.RANGES: every number has a range")
+        raise KeyError(f"{name} has no entry in basics.ranges.RANGES: every number has a range")
     return RANGES[name]
 
 
