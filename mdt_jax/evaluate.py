@@ -18,6 +18,7 @@ within the class's own reference images, and the distance between radially avera
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import re
@@ -35,7 +36,7 @@ from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import image_size, open_images, share
 from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.parallel.flag_parsing import parse_flags
@@ -227,7 +228,8 @@ def _versions() -> dict[str, str]:
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending(f):
+    keys = sample_command.FLAGS_OF_KEYS
+    with command_ending(f, message=functools.partial(one_line, flags_of_keys=keys)):
         initialize_distributed()
         use_compilation_cache()
         evaluate_samples(f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from mdt_jax import digits_report, evaluate, sampling, train
 from mdt_jax.checkpoints import listing
 from mdt_jax.evaluation import extractors
 from mdt_jax.parallel import flag_parsing, sharding
+from mdt_jax.parallel.command import one_line
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.training.config_flag import parse_config_flags
@@ -67,7 +69,8 @@ def _absl(define: Callable, then: Callable[[flags.FlagValues], None]) -> Callabl
         f = flags.FlagValues()
         define(f)
         flag_parsing.parse_flags(["command", *arguments], f)
-        with flag_parsing.command_ending():
+        line = functools.partial(one_line, flags_of_keys=sample_command.FLAGS_OF_KEYS)
+        with flag_parsing.command_ending(message=line):
             then(f)
         raise Accepted
 
@@ -92,6 +95,11 @@ def _argparse(main: Callable) -> Callable:
     return run
 
 
+def _generate(f: flags.FlagValues) -> None:
+    mesh = sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)
+    sample_command.generate(f, mesh)
+
+
 def _listing_flags(f: flags.FlagValues) -> None:
     f["verify"] = flags.FLAGS[listing._VERIFY.name]
 
@@ -105,10 +113,7 @@ def commands() -> dict[str, Command]:
         "sample": Command(
             ("--workdir=w",),
             sample_flags.define_flags,
-            _absl(
-                sample_flags.define_flags,
-                lambda f: sample_command.generate(f, sharding.create_mesh()),
-            ),
+            _absl(sample_flags.define_flags, _generate),
         ),
         "evaluate": Command(
             ("--workdir=w", "--reference=r", "--inception=i"),
@@ -193,6 +198,6 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[Flag]:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 yield from _arguments(below)
-        elif action.option_strings and action.dest != "help":
+        elif action.option_strings and action.dest not in ("help", argparse.SUPPRESS):
             kind = action.type if action.type in (int, float) else str
             yield Flag(action.dest, kind)

@@ -114,13 +114,15 @@ def _affordable(key: str, value: Any) -> bool:
     return not (limit < value <= RANGES[key].high)
 
 
-def with_setting(key: str, value: Any) -> ConfigDict:
-    """The small run with one setting changed; raises TypeError for a value of another type.
-
-    Where a type alone would refuse it, the value is set past the config's own check, as a JSON file
-    of settings may hold it.
-    """
+def tiny_config() -> ConfigDict:
+    """Two steps of a DiT of one block, whose step compiles in seconds."""
     config = small_config()
+    config.model.update(name="DiT", hidden_size=8, depth=1, decoder_depth=None)
+    return config
+
+
+def with_setting(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+    """The config with one setting changed, past its own check of types."""
     section, _, name = key.rpartition(".")
     holder = config[section] if section else config
     with holder.ignore_type():

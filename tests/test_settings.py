@@ -1,12 +1,23 @@
 """Any setting, with any value: refused in one line that names it, or trained with."""
 
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from settings_drawn import keys, values, with_setting
+from settings_drawn import keys, small_config, tiny_config, values, with_setting
 
+from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
 from mdt_jax.data import create_source
+from mdt_jax.data.stream import ExampleStream
+from mdt_jax.diffusion.seeds import key_of
+from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import USER_ERRORS, one_line
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.run import Run
@@ -41,6 +52,15 @@ def traced_once():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Has every run on one device, for which a step compiles faster than for eight."""
+    create = functools.partial(sharding.create_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "create_mesh", create)
+        yield
+
+
 def prepare(config):
     """All that training does before it compiles: the run, and its data."""
     ranges.check_config(config)
@@ -52,10 +72,10 @@ def prepare(config):
     return run, source
 
 
-def refusal(key, value):
+def refusal(config, key, value):
     """The line that refuses a setting, empty if it is taken; fails where it does not name it."""
     try:
-        prepare(with_setting(key, value))
+        prepare(with_setting(config, key, value))
     except USER_ERRORS as error:
         said = one_line(error)
         assert "\n" not in str(error), said
@@ -69,4 +89,74 @@ def refusal(key, value):
 @settings(DRAWS, max_examples=2000)
 @given(DRAWN)
 def test_any_value_of_any_setting_is_taken_or_refused_in_a_line_that_names_it(traced_once, drawn):
-    refusal(*drawn)
+    refusal(small_config(), *drawn)
+
+
+# What decides the programs of a run. Runs that differ in the rest are the same two steps.
+PROGRAM = ("seed", "batch_size", "accumulation_steps", "ema_rates", "label_dropout", "model",
+           "masking", "diffusion", "optimizer", "schedule", "num_steps")  # fmt: skip
+# Compiled in a third of the time.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def train_two_steps(run, source, programs):
+    """The losses of the first two steps of a run, and the state after them."""
+    c = run.config
+    trainer = dataclasses.replace(run.trainer, examples=source.kind)
+    size = checks.image_size(c, source)
+    stream = ExampleStream(source, c.seed, size, c.data.flip, c.data.crop, c.data.on_bad_image)
+    block = stream.block(0, c.batch_size)
+    batch = {name: block[name] for name in ("image", "label")}
+    told = config_lib.to_json(c)
+    unused = [] if run.model.supports_masking else ["masking"]
+    unused += ["num_steps"] if c.schedule.name == "constant" else []
+    program = json.dumps({key: told[key] for key in PROGRAM if key not in unused})
+    key = key_of(trainer.seed)
+
+    def compiled(name, function, *arguments):
+        if name not in programs:
+            lowered = jax.jit(function).lower(*arguments)
+            programs[name] = lowered.compile(compiler_options=QUICKLY)
+        return programs[name](*arguments)
+
+    form = json.dumps([told["model"], told["optimizer"]["name"], told["ema_rates"]])
+    form += json.dumps([told["diffusion"]["timestep_sampler"], told["diffusion"]["num_timesteps"]])
+    state = compiled(("init", form), lambda key: nn.unbox(trainer.init(key)), key)
+    losses = []
+    for step in range(2):
+        kept = run.kept(step)
+        take = functools.partial(trainer.step, num_kept=kept)
+        state, metrics = compiled((program, kept, str(batch["image"].shape)), take, state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+PROGRAMS = {}
+
+
+def trains(key, value):
+    """Whether a setting is taken; fails if two steps with it do not end in finite numbers."""
+    if refusal(tiny_config(), key, value):
+        return False
+    run, source = prepare(with_setting(tiny_config(), key, value))
+    losses, state = train_two_steps(run, source, PROGRAMS)
+    assert np.isfinite(losses).all(), (key, value, losses)
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.ema))
+    bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
+    assert bad == [], (key, value, bad)
+    return True
+
+
+@settings(DRAWS, max_examples=50)
+@given(DRAWN)
+def test_a_setting_that_is_taken_trains_to_finite_numbers(one_device, traced_once, drawn):
+    trains(*drawn)
+
+
+@pytest.mark.slow
+@settings(DRAWS, max_examples=500)
+@given(DRAWN)
+def test_hundreds_of_settings_that_are_taken_train_to_finite_numbers(
+    one_device, traced_once, drawn
+):
+    trains(*drawn)

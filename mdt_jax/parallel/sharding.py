@@ -62,10 +62,10 @@ def create_mesh(
         )
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(devices) % fixed or (not free and fixed != len(devices)):
-        shape = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        shape = " × ".join(f"mesh.{axis} {size}" for axis, size in sizes.items())
         fitting = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
-            f"mesh {shape} does not fit {len(devices)} devices; the product of its axes must be "
+            f"{shape} does not fit {len(devices)} devices; the product of its axes must be "
             f"{len(devices)}, so each is one of {', '.join(map(str, fitting))}, or -1 for the rest"
         )
     if free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.basics.atomic import check_writable
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.sample.drawing import chosen_labels, draw_samples
@@ -19,6 +20,9 @@ from mdt_jax.sample.flags import check_sample_flags, given_options, output_files
 from mdt_jax.sample.painting import paint_picture
 from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
+
+# This command's flags for the keys of a config that messages may name.
+FLAGS_OF_KEYS = {"mesh.fsdp": "--mesh_fsdp", "mesh.tensor": "--mesh_tensor"}
 
 
 def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
@@ -107,7 +111,7 @@ def load_autoencoder(
 def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
-    with command_ending(f):
+    with command_ending(f, message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS)):
         check_sample_flags(f)
         initialize_distributed()
         use_compilation_cache()
