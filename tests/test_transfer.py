@@ -526,6 +526,33 @@ def test_an_optimisers_state_is_found_where_scripts_keep_it(content, tmp_path):
     assert found.arrays["nu"]["pos_embed"].max() == 2
 
 
+def test_a_lightning_checkpoint_moves_whole(tmp_path, capsys):
+    """One file has raw and averaged weights of compiled blocks, steps, and a list of optimisers."""
+    a = architecture("DiT")
+    shapes = parameter_shapes(a)
+    state = torch_models.build(a).state_dict()
+    raw, average = ({k: v + number for k, v in state.items()} for number in (1, 2))
+    content = {f"model.{k.replace('.mlp.', '._orig_mod.mlp.')}": v for k, v in raw.items()}
+    content |= {f"ema_model.module.{k}": v for k, v in average.items()}
+    content |= {"ema_model.n_averaged": torch.tensor(3)}
+    one = {
+        "exp_avg": torch.ones(shapes["pos_embed"]),
+        "exp_avg_sq": torch.ones(shapes["pos_embed"]),
+    }
+    optimizer = {"state": {0: one | {"step": torch.tensor(7.0)}}}
+    optimizer["param_groups"] = [{"params": list(range(len(shapes))), "lr": 1e-4}]
+    path = tmp_path / "last.ckpt"
+    torch.save(
+        {"state_dict": content, "optimizer_states": [optimizer], "global_step": 7, "epoch": 1}, path
+    )
+    flags = [flag for name in ("model", "ema", "opt") for flag in (f"--{name}", path)]
+    convert("to-jax", *flags, "--output", tmp_path / "run", *hints(a))
+    assert "DiT at step 7, adamw after 7 updates" in capsys.readouterr().out
+    for params, expected in (("raw", raw), ("ema", average)):
+        found, _ = transfer.to_state_dict(tmp_path / "run", params=params)
+        assert_same_bits({k: torch.from_numpy(np.array(v)) for k, v in found.items()}, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

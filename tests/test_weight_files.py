@@ -1,6 +1,7 @@
 """Weight files are read and written bit for bit, or end in one line that says what is wrong."""
 
 import argparse
+import errno
 import os
 import pickle
 import subprocess
@@ -239,6 +240,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, ending):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
     weight_files.write_weights(path, {"a": np.zeros(2)})
     assert weight_files.read_weights(path)["a"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.EROFS, "Read-only file system; give a place that can be written to"),
+        (errno.EACCES, "Permission denied; give a place that is yours"),
+        (errno.ENOSPC, "No space left on device; is the disk full?"),
+        (errno.EDQUOT, "Disk quota exceeded; is the disk full?"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_written_says_why(code, said, ending, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(weight_files.os, "replace", fail)
+    line = refusal(weight_files.write_weights, tmp_path / f"a{ending}", {"a": np.ones(2)})
+    assert f"a{ending} could not be written: {said}" in line and not os.listdir(tmp_path)
 
 
 def _fail(*_):

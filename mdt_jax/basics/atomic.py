@@ -125,7 +125,7 @@ def _in_the_way(folder: Path, error: OSError) -> str:
             if not os.path.isdir(place):
                 return f"{place} is a file; move it away"
             if not os.access(place, os.W_OK | os.X_OK):
-                return f"{place} cannot be written to; change its permissions"
+                return f"{place} cannot be written to ({error.strerror}); change that"
             break
     if error.errno in _FULL_DISK:
         return f"{error.strerror}; make room"

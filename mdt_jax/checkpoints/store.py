@@ -242,7 +242,8 @@ class Checkpoints:
             make_folder(self._root, flag="--workdir")
             logging.warning(gone, self._root, "it was", "none")
             self._latest = None
-        latest = self._latest
+        # A save that is under way may be removing the step before.
+        latest = None if self._pending else self._latest
         if latest is not None and not (self._root / str(latest) / SEAL_FILE).exists():
             left = sealed_steps(self._root)
             steps = ", ".join(map(str, left)) or "none"

@@ -20,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mdt_jax.basics.atomic import is_full_disk, whole_path
-from mdt_jax.parallel.command import refuse_url
+from mdt_jax.basics.atomic import is_full_disk, reason_of, whole_path
+from mdt_jax.parallel.command import WAYS_OUT, refuse_url
 from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.names import Part
 
@@ -212,9 +212,7 @@ def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
 def has_part(source: str | Path, part: str) -> bool:
     """Whether a file holds weights of a kind under a name of their own, as DiT's files do.
 
-    Args:
-      source: as for `read_weights`.
-      part: "ema" or "model".
+    `source` is as for `read_weights`, `part` is "ema" or "model".
     """
     path = fetch(source)
     tree = _open_safetensors(path)[1] if path.suffix == SAFETENSORS else _unpickle(path)
@@ -326,9 +324,11 @@ def write_weights(
             os.chmod(aside, 0o666 & ~_umask())  # safetensors makes files only their owner reads
     except Exception as error:
         # The libraries' own errors may leave out why they could not write.
-        full = is_full_disk(error) or not isinstance(error, OSError)
-        hint = "; is the disk full?" if full else ""
-        raise WeightsError(f"{path} could not be written: {_first_line(error)}{hint}") from error
+        reason, code = reason_of(error)
+        reason = reason if code else _first_line(error)
+        full = is_full_disk(error) or not (code or isinstance(error, OSError))
+        hint = "is the disk full?" if full else WAYS_OUT.get(code, "")
+        raise WeightsError(f"{path} could not be written: {reason}; {hint}".rstrip("; ")) from error
 
 
 def _umask() -> int:
