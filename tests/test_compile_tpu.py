@@ -473,7 +473,7 @@ def test_what_is_tried_shards_first_then_recomputes_then_cuts_the_batch(eight_ch
 
 
 def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
-    from tools import compile_tpu
+    from mdt_jax.compilers import command
 
     compiled = []
 
@@ -485,11 +485,11 @@ def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
     monkeypatch.setattr(TrainingJob, "compile_step", compile_step)
     job = TrainingJob(tiny_config(), eight_chips)
     arguments = SimpleNamespace(quick=False, sampler=False, calibration=False, sample_batch_size=8)
-    found, known, tried = compile_tpu.find_fitting(job, arguments)
+    found, known, tried = command.find_fitting(job, arguments)
     most, *others = sorted(job.kept_tokens.counts, reverse=True)
     assert compiled == [(1, "none", most), (8, "none", most), (8, "dots", most)]
     assert [": fits" in line for line in tried] == [False, False, True]
-    made = compile_tpu.compile_job(found, arguments, known)
+    made = command.compile_job(found, arguments, known)
     assert compiled[3:] == [(8, "dots", count) for count in others]
     assert [step.name for step in made.steps] == [f"step {n}" for n in (most, *others)]
 
@@ -499,7 +499,7 @@ def test_what_was_found_to_fit_is_not_compiled_again(eight_chips, monkeypatch):
         "compile_step",
         lambda job, n: a_program(f"fsdp {job.mesh.shape['fsdp']}", 0, False),
     )
-    found, known, _ = compile_tpu.find_fitting(job, arguments)
+    found, known, _ = command.find_fitting(job, arguments)
     assert found is job and [program.name for program in known.values()] == ["fsdp 1"]
 
 

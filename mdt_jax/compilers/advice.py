@@ -1,4 +1,4 @@
-"""Settings that make a run fit a chip: the effect of each, and the order to try them in."""
+"""Settings that make a run fit a chip or GPU: what each does, and the order to try them in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from mdt_jax.compilers.hardware import GIB
 from mdt_jax.compilers.programs import Program, TrainingJob
-from mdt_jax.compilers.topologies import GIB, Topology
 
 MICROBATCHES = (2, 4, 8, 16)
 
@@ -76,23 +76,23 @@ def attempts(job: TrainingJob) -> Iterator[tuple[Levers, TrainingJob]]:
 
 
 def widest_fsdp(job: TrainingJob) -> int:
-    """The largest fsdp axis that divides both a slice's chips and the width of the model."""
-    topology: Topology = job.topology
-    free = topology.chips_per_slice // job.mesh.shape["tensor"]
+    """The largest fsdp axis that divides both a slice's or node's chips and the model's width."""
+    free = job.topology.chips_per_slice // job.mesh.shape["tensor"]
     width = job.trainer.model.hidden_size
     return max(n for n in range(1, free + 1) if free % n == 0 and width % n == 0)
 
 
 def advice_lines(job: TrainingJob, refused: Program) -> list[str]:
     """Lines of advice for a program that does not fit, with figures that need no compilation."""
-    available = refused.memory.available or job.topology.chip.hbm_bytes
+    chip, unit = job.topology.chip, job.topology.unit
+    available = refused.memory.available or chip.usable_bytes
     lines = []
     widest = widest_fsdp(job)
     if widest > job.mesh.shape["fsdp"]:
         levers = dataclasses.replace(Levers.of(job), fsdp=widest)
         state = TrainingJob(levers.apply(job.config), job.topology).state_bytes
         lines.append(
-            f"--config.mesh.fsdp={widest}: the state takes {state / GIB:.2f} GiB a chip, not "
+            f"--config.mesh.fsdp={widest}: the state takes {state / GIB:.2f} GiB a {unit}, not "
             f"{job.state_bytes / GIB:.2f}, of {available / GIB:.2f}"
         )
     temporaries = refused.memory.temporaries
@@ -107,6 +107,8 @@ def advice_lines(job: TrainingJob, refused: Program) -> list[str]:
         lines.append(
             f"--config.accumulation_steps={n}: half of a microbatch's temporaries, the same step"
         )
-    if job.topology.chip.name == "v5e":
+    if unit == "GPU" and job.trainer.model.chosen_kernels == "plain":
+        lines.append("--config.model.kernels=cudnn: attention's logits are not kept; in bfloat16")
+    if chip.name == "v5e":
         lines.append("more chips, or v5p with 95 GiB each")
     return [*lines, "--advise compiles these in turn until one fits"]

@@ -19,11 +19,16 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-
-import numpy as np
 
 from mdt_jax.compilers import hlo
+from mdt_jax.compilers.collectives import (
+    Collective,
+    collective_bytes,
+    is_collective,
+    replica_group,
+    transfers,
+    wire_bytes,
+)
 from mdt_jax.compilers.hlo import Computation, Instruction, Module
 from mdt_jax.compilers.kernels import KernelKey, Work, instruction_work
 from mdt_jax.compilers.topologies import Chip
@@ -31,8 +36,7 @@ from mdt_jax.sampling.sampler import SAMPLING_SCOPE
 
 KINDS = ("dense", "attention", "reductions", "elementwise", "draws", "optimiser", "copies",
          "collectives")  # fmt: skip
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-               "collective-permute", "collective-broadcast", "send")  # fmt: skip
+CUBLAS = 'custom_call_target="__cublas'
 _PRODUCTS = ("convolution", "dot")
 _REDUCTIONS = ("reduce", "reduce-window", "sort")
 _MOVES = frozenset((
@@ -42,7 +46,7 @@ _MOVES = frozenset((
 ))  # fmt: skip
 _DRAWS = re.compile(r"threefry|random|erf_inv|shuffle|fold_in|rng")
 # Instructions that take next to no time, or run on the scalar core, and so carry no cycles.
-_FREE = frozenset((
+FREE = frozenset((
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done",
     "partition-id", "replica-id", "after-all", "opt-barrier", "async-update", "async-done",
     "domain", "add-dependency", "slice-start", "slice-done", "recv", "recv-done", "send-done",
@@ -51,27 +55,6 @@ _FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardT
                "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceToDynamic", "PinTensor",
                "annotate_device_placement", "MoveToHost", "MoveToDevice")  # fmt: skip
 _SMALL = 4096  # an instruction without cycles whose result has fewer bytes is not reported
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """All of a program's transfers of one kind.
-
-    Attributes:
-      opcode: the operation, such as "all-gather".
-      group: the number of chips that exchange data with each other, 0 where the text does not say.
-      count: how often such a transfer runs.
-      bytes: one chip's data in all of them: the whole array of a gather, the operands of others.
-      wire_bytes: the fewest bytes that a chip sends for them, in a ring.
-      across_slices: whether they leave a slice.
-    """
-
-    opcode: str
-    group: int
-    count: int
-    bytes: int
-    wire_bytes: int
-    across_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +108,7 @@ def estimate_program(
     not_estimated: dict[str, int] = {}
     chains: set[tuple[str, ...]] = set()
     for computation, one, times in module.executed():
-        for where, transfer in _transfers(module, computation, one):
+        for where, transfer in transfers(module, computation, one):
             # A transfer that runs beside other work is written again into each fusion that drives
             # it, always with the same chain. (The layers of an unrolled loop may share a channel.)
             chain = re.findall(r'(?:channel_id=|chain_id=")\d+', transfer.attributes)
@@ -135,12 +118,12 @@ def estimate_program(
             group, across = replica_group(transfer.attributes, chips_per_slice)
             # Slices send to each other through their hosts.
             across = across or (transfer.opcode == "send" and chips_per_slice is not None)
-            size = _collective_bytes(where, transfer)
+            size = collective_bytes(where, transfer)
             opcode = transfer.opcode.removesuffix("-start")
             total = moved[opcode, group, across]
             total[0] += times
             total[1] += times * size
-            total[2] += times * _wire_bytes(opcode, size, group)
+            total[2] += times * wire_bytes(opcode, size, group)
         flops += times * product_flops(module, computation, one)
         if (work := instruction_work(one, kernels or {})) is not None:
             by_kind[kind_of(module, one)] += times * work.cycles
@@ -166,11 +149,11 @@ def estimate_program(
 
 def kind_of(module: Module, one: Instruction) -> str:
     """The kind of work of an instruction, one of KINDS (see the module's docstring)."""
-    if _is_collective(one):
+    if is_collective(one):
         return "collectives"
     inside = [inner for _, inner in module.inside(one)] or [one]
-    products = [inner for inner in inside if inner.opcode in _PRODUCTS]
-    if not products and any(map(_is_collective, inside)):
+    products = [inner for inner in inside if is_product(inner)]
+    if not products and any(map(is_collective, inside)):
         return "collectives"
     if not products and {inner.opcode for inner in inside} <= _MOVES:
         return "copies"
@@ -191,119 +174,14 @@ def kind_of(module: Module, one: Instruction) -> str:
     return "reductions" if reduces else "elementwise"
 
 
-def _is_collective(one: Instruction) -> bool:
-    return one.opcode.removesuffix("-start") in COLLECTIVES
-
-
-def _transfers(
-    module: Module, computation: Computation, one: Instruction
-) -> Iterator[tuple[Computation, Instruction]]:
-    """The collectives of an instruction: itself, or those of a fusion.
-
-    A reduce-scatter is written as an all-reduce and a slice in a fusion `all-reduce-scatter`.
-    """
-    if _is_collective(one):
-        yield computation, one
-    for where, inner in module.inside(one):
-        if inner.opcode == "all-reduce" and where.name.startswith("all-reduce-scatter"):
-            yield where, dataclasses.replace(inner, opcode="reduce-scatter")
-        elif _is_collective(inner):
-            yield where, inner
-
-
-def _collective_bytes(computation: Computation, one: Instruction) -> int:
-    """The bytes of an all-gather's whole array, of the operands for other collectives."""
-    operands = [computation.by_name[name] for name in one.operands if name in computation.by_name]
-    if not one.opcode.startswith("all-gather"):
-        return sum(operand.bytes for operand in operands)
-    if not one.opcode.endswith("-start"):
-        return one.bytes
-    # The result is a tuple (operands, whole array, …); the whole array is the rest.
-    return max(one.bytes - sum(operand.bytes for operand in operands), 0)
-
-
-def _wire_bytes(opcode: str, size: int, group: int) -> int:
-    """Bytes that a chip sends in a ring of `group` chips."""
-    if opcode in ("collective-permute", "send") or group == 0:  # from one to another, or unknown
-        return size
-    rounds = 2 if opcode == "all-reduce" else 1
-    return round(size * rounds * (group - 1) / group)
-
-
-def replica_group(attributes: str, chips_per_slice: int | None = None) -> tuple[int, bool]:
-    """The chips in a group of a collective, 0 if unknown, and whether a group spans slices."""
-
-    def spans(ids: list[int]) -> bool:
-        return chips_per_slice is not None and len({i // chips_per_slice for i in ids}) > 1
-
-    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
-    if pairs:
-        found = [
-            [int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])
-        ]
-        return len({i for pair in found for i in pair}), any(map(spans, found))
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
-    if listed:
-        ids = [
-            [int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])
-        ]
-        return max(map(len, ids)), any(map(spans, ids))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        ids = _iota_groups(int(iota[1]), int(iota[2]), iota[3], iota[4])
-        return int(iota[2]), any(map(spans, ids))
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes
-    )
-    if named:
-        ids = _mesh_groups(*named.groups())
-        return len(ids[0]), any(map(spans, ids))
-    return 0, False
-
-
-def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
-    """The groups along axes of a mesh.
-
-    Args:
-      mesh: the axes and their sizes, such as 'x'=4,'y'=2.
-      device_ids: the order of the devices, listed (0,2,1,3) or as an iota that is reshaped and
-        transposed; None for their own order.
-      axes: the axes of a group, such as 'x', or a part of one, such as 'x':(1)2.
-    """
-    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    count = math.prod(sizes.values())
-    iota = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or "")
-    if iota:
-        (chips,) = _iota_groups(1, count, iota[1], iota[2])
-    else:
-        chips = [int(i) for i in device_ids.split(",")] if device_ids else list(range(count))
-    # A part of an axis: the product of the sizes before it, and its own size.
-    parts = {
-        k: (int(before or 1), int(size or sizes[k]))
-        for k, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    }
-    shape: list[int] = []
-    along: list[int] = []
-    for k, size in sizes.items():
-        before, part = parts.get(k, (size, 1))
-        along += [len(shape) + 1] if k in parts else []
-        shape += [before, part, size // (before * part)]
-    others = [i for i in range(len(shape)) if i not in along]
-    group = math.prod(shape[i] for i in along)
-    return np.reshape(chips, shape).transpose(*others, *along).reshape(-1, group).tolist()
-
-
-def _iota_groups(count: int, size: int, shape: str, order: str | None) -> list[list[int]]:
-    """Groups written as an iota that is reshaped and transposed."""
-    ids = np.arange(count * size).reshape([int(n) for n in shape.split(",")])
-    if order:
-        ids = ids.transpose([int(n) for n in order.split(",")])
-    return ids.reshape(count, size).tolist()
+def is_product(one: Instruction) -> bool:
+    """Whether an instruction is a matrix product, which a GPU's compiler may leave to cuBLAS."""
+    return one.opcode in _PRODUCTS or (one.opcode == "custom-call" and CUBLAS in one.attributes)
 
 
 def _lacks_estimate(one: Instruction) -> bool:
     """Whether the core does work here for which the compiler gives no cycles."""
-    if one.opcode in _FREE or _is_collective(one) or one.opcode.endswith("-done"):
+    if one.opcode in FREE or is_collective(one) or one.opcode.endswith("-done"):
         return False
     if one.opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]+)"', one.attributes)
@@ -326,8 +204,7 @@ def _flops(computation: Computation, one: Instruction) -> int:
     left, right = (computation.by_name[name].arrays[0][1] for name in one.operands[:2])
     out = one.arrays[0][1]
     if one.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+        dims = named_dims(one.attributes, "lhs_contracting_dims")
         return 2 * math.prod(out) * math.prod(left[d] for d in dims)
     lhs, rhs, result = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", one.attributes).groups()
     window = _window(one.attributes)
@@ -337,6 +214,12 @@ def _flops(computation: Computation, one: Instruction) -> int:
         macs *= _positions(left[lhs.index(d)], right[rhs.index(d)], out[result.index(d)], size)
     groups = re.search(r"batch_group_count=(\d+)", one.attributes)
     return 2 * macs // (int(groups[1]) if groups else 1)
+
+
+def named_dims(attributes: str, name: str) -> list[int]:
+    """The axes in an attribute such as lhs_contracting_dims={1}; none without it."""
+    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
+    return [int(d) for d in found[1].split(",") if d] if found else []
 
 
 def _window(attributes: str) -> dict[str, list]:

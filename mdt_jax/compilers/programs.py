@@ -1,10 +1,11 @@
-"""Compiles a run's own step and its sampler's for TPUs that are not there, and measures them."""
+"""Compiles a run's own step and its sampler's for chips that are not there, and measures them."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,8 +16,11 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax import sampling
-from mdt_jax.compilers import estimate, kernels, topologies
+from mdt_jax.compilers import estimate, gpu_estimate, gpus, kernels
 from mdt_jax.compilers.estimate import Estimate
+from mdt_jax.compilers.gpu_estimate import GpuEstimate, LoneProducts
+from mdt_jax.compilers.gpus import Card, Nodes
+from mdt_jax.compilers.hardware import Hardware
 from mdt_jax.compilers.kernels import Kernel, Work
 from mdt_jax.compilers.topologies import Topology
 from mdt_jax.parallel import sharding
@@ -29,7 +33,7 @@ _AMOUNT = r"([\d.]+)([KMGT]?)B?"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM on one chip; None where a failed compilation does not tell.
+    """Bytes of HBM on one chip or GPU; None where a failed compilation does not tell.
 
     Attributes:
       arguments: the program's arguments: the state and the batch, or parameters and samples.
@@ -108,25 +112,25 @@ class Program:
     name: str
     fits: bool
     memory: Memory
-    estimate: Estimate | None
+    estimate: Estimate | GpuEstimate | None
     seconds_to_compile: float
     failure: str = ""
     kernels: tuple[tuple[Kernel, Work], ...] = ()
 
 
-def compile_program(name: str, function: Any, arguments: Any, topology: Topology) -> Program:
-    """Compiles a jitted function for a topology and estimates its memory and work.
+def compile_program(name: str, function: Any, arguments: Any, topology: Hardware) -> Program:
+    """Compiles a jitted function for slices or nodes and estimates its memory and work.
 
     Args:
       name: the program's name, for people.
       function: the jitted function.
       arguments: its arguments as trees of jax.ShapeDtypeStruct with shardings.
-      topology: the slices that the shardings are made of.
+      topology: the slices or nodes that the shardings are made of.
     """
     lowered = function.lower(*arguments)
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(str(error)):
             raise
@@ -136,13 +140,52 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Topology
         return Program(name, False, memory, None, seconds, failure)
     seconds = time.perf_counter() - began
     memory = Memory.of(compiled)
+    fits = memory.peak <= topology.chip.usable_bytes
+    if isinstance(topology, Nodes):
+        work: Any = _gpu_estimate(compiled.as_text(), topology)
+        return Program(name, fits, memory, work, seconds)
     several = topology.chips_per_slice if topology.num_slices > 1 else None
     found = kernels.find_kernels(function, arguments)
     known = kernels.kernel_work(found, topology.chip)
     work = estimate.estimate_program(compiled.as_text(), several, known)
-    fits = memory.peak <= topology.chip.hbm_bytes
     each = tuple((kernel, known[kernel.key]) for kernel in found)
     return Program(name, fits, memory, work, seconds, kernels=each)
+
+
+def _gpu_estimate(text: str, nodes: Nodes) -> GpuEstimate:
+    lone = lone_products(nodes.chip, gpu_estimate.product_shapes(text))
+    return gpu_estimate.estimate_program(text, nodes, lone)
+
+
+_lone: dict[str, dict[gpu_estimate.Product, float | None]] = {}  # seconds so far, by card
+
+
+def lone_products(card: Card, shapes: Iterable[gpu_estimate.Product] = ()) -> LoneProducts:
+    """Asks the compiler for the times of products of bfloat16 alone.
+
+    Args:
+      card: the GPU.
+      shapes: their (batch, M, N, K); that of the rate is added.
+    """
+    known = _lone.setdefault(card.name, {})
+    new = [shape for shape in sorted({*shapes, gpu_estimate.LONE}) if shape not in known]
+    if new:
+        whole = sharding.replicated(Nodes(card, 1).create_mesh())
+
+        def products(*operands: jax.Array) -> list[jax.Array]:
+            pairs = zip(operands[::2], operands[1::2], strict=True)
+            return [jnp.matmul(left, right) for left, right in pairs]
+
+        arguments = []
+        for batch, m, n, k in new:
+            stack = () if batch == 1 else (batch,)
+            for sides in ((m, k), (k, n)):
+                side = jax.ShapeDtypeStruct((*stack, *sides), jnp.bfloat16, sharding=whole)
+                arguments.append(side)
+        lowered = jax.jit(products, out_shardings=whole).lower(*arguments)
+        text = lowered.compile(Nodes.compiler_options).as_text()
+        known |= dict.fromkeys(new) | gpu_estimate.table_seconds(text)
+    return LoneProducts.of(card, {k: v for k, v in known.items() if v is not None})
 
 
 def is_out_of_memory(message: str) -> bool:
@@ -151,20 +194,22 @@ def is_out_of_memory(message: str) -> bool:
 
 
 class TrainingJob:
-    """A run on a topology: its trainer, and the programs to compile.
+    """A run on slices or nodes: its trainer, and the programs to compile.
 
     Args:
-      config: the run's settings; `model.dtype` "auto" is bfloat16, as on a TPU.
-      topology: the slices to compile for.
+      config: the run's settings; `model.dtype` "auto" is bfloat16, as on a TPU or GPU.
+      topology: the slices or nodes to compile for.
 
     Raises:
       ValueError: settings that cannot work, before anything is compiled.
     """
 
-    def __init__(self, config: ConfigDict, topology: Topology):
-        self.config = on_tpu(config)
+    def __init__(self, config: ConfigDict, topology: Hardware):
+        self.config = on_accelerator(config)
         self.topology = topology
-        self.mesh: Mesh = topologies.create_topology_mesh(topology, **self.config.mesh)
+        if isinstance(topology, Nodes):
+            gpus.check_compiler(self.config.model.kernels)
+        self.mesh: Mesh = topology.create_mesh(**self.config.mesh)
         self.trainer: Trainer = create_trainer(self.config, self.mesh)
         self.kept_tokens = self.trainer.model.kept_tokens(**self.config.masking)
         self.abstract = self.trainer.abstract_state()
@@ -209,8 +254,8 @@ class TrainingJob:
         return compile_program("sampler", sampler._chunk, arguments, self.topology)
 
 
-def on_tpu(config: ConfigDict) -> ConfigDict:
-    """The config as a TPU would resolve it, whatever this machine's backend is."""
+def on_accelerator(config: ConfigDict) -> ConfigDict:
+    """The config as a TPU or a GPU would resolve it, whatever this machine's backend is."""
     config = config.copy_and_resolve_references()
     if config.model.num_classes == -1:
         config = config_lib.with_classes(config, ())
@@ -219,14 +264,17 @@ def on_tpu(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def calibrate(topology: Topology, size: int = 8192) -> float:
+def calibrate(topology: Hardware, size: int = 8192) -> float | None:
     """The share of the chip's peak that a lone size³ bfloat16 product gets by these estimates.
 
-    Estimates can be trusted where it is 0.85 to 1.
+    Estimates can be trusted where it is in `chip.calibrated`. On a GPU the size is always 8192, and
+    None says that XLA's table lacks the card.
     """
     chip = topology.chip
+    if isinstance(topology, Nodes):
+        return lone_products(topology.chip).calibration
     small = Topology(chip, (2,) * 2 if chip.dimensions == 2 else (2, 2, 1))
-    whole = sharding.replicated(topologies.create_topology_mesh(small))
+    whole = sharding.replicated(small.create_mesh())
     operand = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=whole)
     product = jax.jit(jnp.matmul, out_shardings=whole)
     program = compile_program("calibration", product, (operand, operand), small)

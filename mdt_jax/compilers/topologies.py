@@ -7,17 +7,16 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mdt_jax.compilers.hardware import GIB, Accelerator, Hardware
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.devices import peak_flops
 
-GIB = 2**30
 # For libtpu: it shall not ask Google's metadata server, not stop another process that compiles, and
 # not log at length that this machine has no TPU.
 _ENVIRONMENT = {
@@ -31,14 +30,10 @@ _ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip. A chip is one JAX device here, v4's and v5p's two cores together.
+class Chip(Accelerator):
+    """One TPU chip: v4's and v5p's two cores together. Its name is the generation, such as "v5e".
 
     Attributes:
-      name: the generation, such as "v5e".
-      device_kind: JAX's name, the key of `peak_flops`.
-      hbm_bytes: the capacity of its memory in bytes.
-      hbm_bandwidth: the bandwidth of its memory in bytes a second.
       ici_bandwidth: the bytes a second that the chip sends to all its neighbours together.
       mxu_macs: the multiply-adds in a cycle of all matrix units of all cores.
       cores: the number of TensorCores, which names such as v4-512 and v5p-32 count.
@@ -46,20 +41,12 @@ class Chip:
       source: the page that has the figures.
     """
 
-    name: str
-    device_kind: str
-    hbm_bytes: int
-    hbm_bandwidth: float
     ici_bandwidth: float
     mxu_macs: int
     cores: int
     dimensions: int
     source: str
-
-    @property
-    def peak_flops(self) -> float:
-        """The peak of dense bfloat16 products in FLOP/s."""
-        return peak_flops(self.device_kind, "bfloat16")
+    calibrated: ClassVar[tuple[float, float]] = (0.85, 1.0)
 
     @property
     def clock(self) -> float:
@@ -95,7 +82,7 @@ _GRIDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class Topology(Hardware):
     """Slices of one kind of chip.
 
     Attributes:
@@ -107,16 +94,13 @@ class Topology:
     chip: Chip
     grid: tuple[int, ...]
     num_slices: int = 1
+    unit: ClassVar[str] = "chip"
+    group: ClassVar[str] = "slice"
 
     @property
     def chips_per_slice(self) -> int:
         """The number of chips in one slice."""
         return math.prod(self.grid)
-
-    @property
-    def num_chips(self) -> int:
-        """The number of chips in all slices."""
-        return self.chips_per_slice * self.num_slices
 
     @property
     def name(self) -> str:
@@ -126,6 +110,10 @@ class Topology:
     def __str__(self) -> str:
         slices = f" x {self.num_slices} slices" if self.num_slices > 1 else ""
         return self.name + slices
+
+    def create_mesh(self, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+        """As `Hardware` has it; only data crosses slices."""
+        return create_topology_mesh(self, data, fsdp, tensor)
 
 
 def parse_topology(name: str, num_slices: int | None = None) -> Topology:

@@ -1,0 +1,83 @@
+"""What TPU slices and nodes of GPUs have in common: chips, in groups that lie near each other."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+from jax.sharding import Mesh
+
+from mdt_jax.parallel.devices import peak_flops
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One TPU chip or one GPU: one JAX device.
+
+    Attributes:
+      name: the short name that people type, such as "v5e" or "h100".
+      device_kind: JAX's name, the key of `peak_flops`.
+      hbm_bytes: the capacity of its memory in bytes.
+      hbm_bandwidth: the bandwidth of its memory in bytes a second.
+      calibrated: the estimates are trusted where a lone product's share of the peak is in here.
+    """
+
+    name: str
+    device_kind: str
+    hbm_bytes: int
+    hbm_bandwidth: float
+    calibrated: ClassVar[tuple[float, float]]
+
+    @property
+    def peak_flops(self) -> float:
+        """The peak of dense bfloat16 products in FLOP/s."""
+        return peak_flops(self.device_kind, "bfloat16")
+
+    @property
+    def usable_bytes(self) -> int:
+        """The bytes of its memory that a program can have at the most."""
+        return self.hbm_bytes
+
+    def is_calibrated(self, share: float | None) -> bool:
+        """Whether a lone product's share of the peak shows that the estimates can be trusted."""
+        low, high = self.calibrated
+        return share is not None and low <= share <= high
+
+
+class Hardware(abc.ABC):
+    """Groups of one kind of chip: TPU slices, or nodes of GPUs.
+
+    Attributes:
+      unit: what one chip is called in a report.
+      group: what one group is called in a report.
+      compiler_options: options that make the compiler write what the estimates read.
+      chip: the kind of chip.
+      num_slices: the number of groups.
+    """
+
+    unit: ClassVar[str]
+    group: ClassVar[str]
+    compiler_options: ClassVar[dict[str, Any]] = {}
+    chip: Accelerator
+    num_slices: int
+
+    @property
+    @abc.abstractmethod
+    def chips_per_slice(self) -> int:
+        """The number of chips in one group."""
+
+    @property
+    def num_chips(self) -> int:
+        """The number of chips in all groups."""
+        return self.chips_per_slice * self.num_slices
+
+    @abc.abstractmethod
+    def create_mesh(self, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+        """The training mesh (data, fsdp, tensor) over its chips, which need not be here.
+
+        Raises:
+          ValueError: the compiler is not installed, or the sizes do not fit the chips.
+        """
