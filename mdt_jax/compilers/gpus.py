@@ -37,6 +37,7 @@ class Card(Accelerator):
       clock_ghz: their highest clock.
       shared_bytes: shared memory of each of them; a block can have 1 KiB less.
       l2_bytes: the level-2 cache.
+      in_tables: whether XLA's cost model has tables of the card.
     """
 
     nvlink_bandwidth: float
@@ -48,6 +49,7 @@ class Card(Accelerator):
     clock_ghz: float
     shared_bytes: int
     l2_bytes: int
+    in_tables: bool = True
     # A large product on cuBLAS gets 70 to 80% of a datasheet's peak; above 95% a table is wrong.
     calibrated: ClassVar[tuple[float, float]] = (0.70, 0.95)
 
@@ -116,9 +118,9 @@ CARDS = {
     card.name: card
     for card in (
         Card("a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039.04e9, 300e9, 25e9, 8,
-             (8, 0), 108, 64, 1.41, 167_936, 40 * 2**20),
+             (8, 0), 108, 64, 1.41, 167_936, 40 * 2**20, in_tables=False),
         Card("a100-40gb", "NVIDIA A100-SXM4-40GB", 42_331_013_120, 1555.2e9, 300e9, 25e9, 8,
-             (8, 0), 108, 64, 1.41, 167_936, 40 * 2**20),
+             (8, 0), 108, 64, 1.41, 167_936, 40 * 2**20, in_tables=False),
         Card("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3352.32e9, 450e9, 50e9, 8,
              (9, 0), 132, 128, 1.98, 233_472, 50 * 2**20),
         Card("h200", "NVIDIA H200", 151_397_597_184, 4800e9, 450e9, 50e9, 8,
@@ -126,7 +128,7 @@ CARDS = {
         Card("b200", "NVIDIA B200", 191_514_411_008, 7672.32e9, 900e9, 50e9, 8,
              (10, 0), 148, 128, 1.965, 233_472, 132_644_864),
         Card("gb200", "NVIDIA GB200", 197_897_748_480, 7928.064e9, 900e9, 900e9, 4,
-             (10, 0), 152, 128, 2.062, 233_472, 135_528_448),
+             (10, 0), 152, 128, 2.062, 233_472, 135_528_448, in_tables=False),
     )
 }  # fmt: skip
 
@@ -146,13 +148,19 @@ class Nodes(Hardware):
     num_slices: int = 1
     unit: ClassVar[str] = "GPU"
     group: ClassVar[str] = "node"
-    # The compiler then writes what it expects of a product's and a collective's time.
-    compiler_options: ClassVar[dict[str, Any]] = {"xla_gpu_collect_cost_model_stats": True}
 
     @property
     def chips_per_slice(self) -> int:
         """The number of GPUs in a node."""
         return self.gpus_per_node
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """The compiler then writes what it expects of products' and collectives' times.
+
+        It does so for cards of which it has tables, and refuses to compile for others.
+        """
+        return {"xla_gpu_collect_cost_model_stats": True} if self.chip.in_tables else None
 
     def __str__(self) -> str:
         nodes = f" x {self.num_slices} nodes" if self.num_slices > 1 else ""

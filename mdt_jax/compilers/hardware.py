@@ -53,14 +53,12 @@ class Hardware(abc.ABC):
     Attributes:
       unit: what one chip is called in a report.
       group: what one group is called in a report.
-      compiler_options: options that make the compiler write what the estimates read.
       chip: the kind of chip.
       num_slices: the number of groups.
     """
 
     unit: ClassVar[str]
     group: ClassVar[str]
-    compiler_options: ClassVar[dict[str, Any]] = {}
     chip: Accelerator
     num_slices: int
 
@@ -73,6 +71,11 @@ class Hardware(abc.ABC):
     def num_chips(self) -> int:
         """The number of chips in all groups."""
         return self.chips_per_slice * self.num_slices
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """Options that make the compiler write what the estimates read; None for none."""
+        return None
 
     @abc.abstractmethod
     def create_mesh(self, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -130,7 +130,7 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Hardware
     lowered = function.lower(*arguments)
     began = time.perf_counter()
     try:
-        compiled = lowered.compile(topology.compiler_options or None)
+        compiled = lowered.compile(topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(str(error)):
             raise
@@ -167,10 +167,10 @@ def lone_products(card: Card, shapes: Iterable[gpu_estimate.Product] = ()) -> Lo
       card: the GPU.
       shapes: their (batch, M, N, K); that of the rate is added.
     """
-    known = _lone.setdefault(card.name, {})
+    known, one = _lone.setdefault(card.name, {}), Nodes(card, 1)
     new = [shape for shape in sorted({*shapes, gpu_estimate.LONE}) if shape not in known]
-    if new:
-        whole = sharding.replicated(Nodes(card, 1).create_mesh())
+    if new and card.in_tables:
+        whole = sharding.replicated(one.create_mesh())
 
         def products(*operands: jax.Array) -> list[jax.Array]:
             pairs = zip(operands[::2], operands[1::2], strict=True)
@@ -183,7 +183,7 @@ def lone_products(card: Card, shapes: Iterable[gpu_estimate.Product] = ()) -> Lo
                 side = jax.ShapeDtypeStruct((*stack, *sides), jnp.bfloat16, sharding=whole)
                 arguments.append(side)
         lowered = jax.jit(products, out_shardings=whole).lower(*arguments)
-        text = lowered.compile(Nodes.compiler_options).as_text()
+        text = lowered.compile(one.compiler_options).as_text()
         known |= dict.fromkeys(new) | gpu_estimate.table_seconds(text)
     return LoneProducts.of(card, {k: v for k, v in known.items() if v is not None})
 

@@ -43,6 +43,8 @@ _PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA H200 NVL": {"bfloat16": 835e12, "float32": 60e12},
     # NVIDIA DGX B200 datasheet: 72e15 in sparse FP8 on eight GPUs; a quarter in bfloat16.
     "NVIDIA B200": {"bfloat16": 2250e12},
+    # NVIDIA GB200 NVL72 datasheet: 360e15 in sparse bfloat16 on 72 GPUs.
+    "NVIDIA GB200": {"bfloat16": 2500e12},
 }
 
 
