@@ -414,13 +414,13 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(eight_gpus, monkeypatch
 # What the compiler itself makes of a run. Bytes are of jaxlib 0.10.2.
 
 
-def compiled(gpus_, kernels, model="MDTv2-S/2", tiny=True, **settings):
-    if tiny:
-        config = tiny_config(model, **{"model.kernels": kernels} | settings)
-    else:
-        config = command.imagenet_config(model, gpus.parse_gpus(gpus_), 1)
-        config.update_from_flattened_dict({"model.kernels": kernels} | settings)
-    job = TrainingJob(config, gpus.parse_gpus(gpus_))
+def compiled(gpus_, model="MDTv2-S/2", tiny=True, **settings):
+    """A job and its step at the mean number of kept tokens; settings by their keys with dots."""
+    nodes = gpus.parse_gpus(gpus_)
+    config = tiny_config(model) if tiny else command.imagenet_config(model, nodes, 1)
+    config.mesh.fsdp = 1
+    config.update_from_flattened_dict(settings)
+    job = TrainingJob(config, nodes)
     return job, job.compile_step(job.kept_tokens.nearest_to_mean)
 
 
@@ -429,12 +429,81 @@ def gradient_bytes(job):
     return sum(4 * leaf.size for leaf in jax.tree.leaves(job.abstract.params))
 
 
-def moved(step, opcode):
-    return sum(one.bytes for one in step.estimate.collectives if one.opcode == opcode)
+def transferred(step, opcode, across=False):
+    """The bytes of a program's transfers of one kind, inside nodes or across them."""
+    return sum(
+        one.bytes
+        for one in step.estimate.collectives
+        if one.opcode == opcode and one.across_slices == across
+    )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("card", ["h100", "a100", "b200"])
-def test_a_lone_product_calibrates_the_arithmetic(card):
+@pytest.mark.parametrize(("card", "calibrated"), [("h100", True), ("b200", False)])
+def test_a_lone_product_calibrates_the_arithmetic(card, calibrated):
     share = programs.calibrate(gpus.Nodes(gpus.CARDS[card], 1))
-    assert gpus.CARDS[card].is_calibrated(share)
+    assert gpus.CARDS[card].is_calibrated(share) is calibrated and 0.5 < share < 1
+
+
+@pytest.mark.gpu
+def test_a_card_that_is_in_no_table_compiles_and_is_uncalibrated():
+    job, step = compiled("a100", "DiT-S/2", **{"model.depth": 1})
+    assert step.fits and programs.calibrate(job.topology) is None
+    assert step.estimate.untabled_flops > 0 and step.estimate.collectives == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("gpus_", "kernels", "peak_mib"), [("h100", "plain", 0), ("h100x8", "plain", 0)]
+)
+def test_a_replicated_tiny_run(gpus_, kernels, peak_mib):
+    job, step = compiled(gpus_, **{"model.kernels": kernels})
+    found = step.estimate
+    assert step.fits and found.loops_counted_once == ()
+    sums = transferred(step, "all-reduce")
+    assert transferred(step, "reduce-scatter") == transferred(step, "all-gather") == 0
+    # Replicated gradients are summed whole, once; and a few sums of the loss.
+    assert sums == 0 if job.mesh.size == 1 else 1 < sums / gradient_bytes(job) < 1.1
+    assert not any("cuDNN" in name for name in found.kernels)
+    assert step.memory.peak / 2**20 == pytest.approx(peak_mib, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tiny", "kernels", "peak_mib"),
+    [(True, "cudnn", 0), (False, "cudnn", 0), (False, "plain", 0)],
+    ids=["tiny, cudnn", "S/2, cudnn", "S/2, plain"],
+)
+def test_sharded_gradients_are_summed_once_and_scattered(tiny, kernels, peak_mib):
+    job, step = compiled("h100x8", tiny=tiny, **{"model.kernels": kernels, "mesh.fsdp": 8})
+    found, whole = step.estimate, gradient_bytes(job)
+    assert step.fits and found.loops_counted_once == ()
+    scattered = transferred(step, "reduce-scatter")
+    assert 0.9 < scattered / whole < 1 and transferred(step, "all-reduce") < 0.2 * whole
+    for one in found.collectives:
+        if one.opcode == "reduce-scatter":
+            assert one.overlapped > 0.9 * one.count
+    calls = [found.kernels.get(f"cuDNN attention {way}", 0) for way in ("forward", "backward")]
+    layers = job.config.model.depth
+    assert calls == ([0, 0] if kernels == "plain" else [calls[0]] * 2)
+    assert kernels == "plain" or calls[0] > layers
+    assert 0.95 < job.mesh.size * found.flops / report.step_flops(job) < 1.15
+    assert found.floor_seconds < found.estimated_seconds
+    assert step.memory.peak / 2**20 == pytest.approx(peak_mib, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_between_nodes_only_parts_of_gradients_are_summed():
+    job, step = compiled("h100x4 x 2 nodes", "DiT-S/2", **{"mesh.fsdp": 4, "model.depth": 2})
+    whole = gradient_bytes(job)
+    assert transferred(step, "reduce-scatter", across=True) == 0
+    assert 0.7 < transferred(step, "reduce-scatter") / whole <= 1
+    assert transferred(step, "all-reduce", across=True) < 0.5 * whole
+
+
+@pytest.mark.gpu
+def test_a_model_too_large_for_a_card_says_so_and_what_would_help():
+    job, step = compiled("a100-40gb", "DiT-S/2", **{"batch_size": 2**15, "model.depth": 2})
+    assert not step.fits and step.memory.peak > gpus.CARDS["a100-40gb"].hbm_bytes
+    lines = advice.advice_lines(job, step)
+    assert any("remat" in line for line in lines) and any("microbatch" in line for line in lines)

@@ -9,8 +9,8 @@
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler is the one in JAX's CUDA plugin
-(pip install "mdt_jax[gpu-compiler]"). No data, no GPU and no driver are needed. Compiling XL/2
-takes minutes; --all takes hours.
+(pip install "mdt_jax[gpu-compiler]"). No data, no GPU and no driver are needed; that it finds no
+driver is all that the plugin complains of. Compiling XL/2 takes minutes, --all an hour or two.
 
 --gpus takes a card and the number in a node: h100x8, h100 (one), a100x8, a100-40gbx8, h200x8,
 b200x8, gb200x4; --num_nodes takes the number of such nodes.

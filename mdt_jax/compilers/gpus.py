@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
 from typing import Any, ClassVar
 
@@ -251,7 +250,6 @@ def devices(nodes: Nodes) -> list[Any]:
       ValueError: the plugin is missing, or refuses the nodes.
     """
     check_compiler()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that this machine has no driver is known
     shape = f"1x{nodes.num_slices}x{nodes.gpus_per_node}"
     try:
         found = topologies.get_topology_desc(
