@@ -138,14 +138,19 @@ def test_only_files_are_images(tmp_path, place, make):
     assert [os.path.basename(file) for file in files] == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize("name", ["up", "cat/up", "cat/deep/up"])
-@pytest.mark.parametrize("target", ["root", "parent", "class"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in ("up", "cat/up", "cat/deep/up")
+        for target in ("root", "parent", "class")
+        if (name, target) != ("up", "class")  # another name of a class; see below
+    ],
+)
 @pytest.mark.parametrize("labels", ["auto", "none"])
 def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path, name, target, labels):
     names = ["cat/0.png", "cat/1.png", "cat/deep/2.png", "dog/0.png"]
     root = write_images(tmp_path / "data" / "root", *names)
-    if name == "up" and target == "class":
-        pytest.skip("another name of a class; see below")
     (root / name).symlink_to(
         {"root": root, "parent": root.parent, "class": root / "cat"}[target],
         target_is_directory=True,
