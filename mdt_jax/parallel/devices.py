@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 
 
@@ -92,3 +94,12 @@ def mfu(
     """
     peak = peak_flops(device_kind, dtype)
     return None if peak is None else flops_per_step / seconds_per_step / (num_devices * peak)
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """The memory of a device: what it reports, a CPU's share of the machine's; None if unknown."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = machine // max(jax.local_device_count(), 1)
+    return limit

@@ -19,6 +19,7 @@ from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models.latent_space import check_same_latents
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.devices import memory_bytes
 from mdt_jax.parallel.distributed import check_agreement
 from mdt_jax.weights.pretrained import latents_of_run
 
@@ -127,6 +128,23 @@ def check_data(config: ConfigDict, source: Source) -> None:
         raise ValueError(
             f"the data have no labels ({source.note or source.name}); model.num_classes is "
             f"{classes}, 0 would do, or data.labels 'file_names'"
+        )
+
+
+def check_memory(abstract: Any, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, with ValueError, a state that is larger than the devices' memory.
+
+    Args:
+      abstract: its shapes and shardings.
+      mesh: the devices.
+    """
+    needed = sharding.bytes_per_device(abstract)
+    known = [memory_bytes(device) for device in mesh.local_devices]
+    room = min((size for size in known if size), default=None)
+    if room is not None and needed > room:
+        raise ValueError(
+            f"the state (parameters, optimiser, EMA) takes {needed / 2**30:,.1f} GiB a device, "
+            f"which has {room / 2**30:,.1f} GiB: take a smaller model, or more devices in mesh.fsdp"
         )
 
 

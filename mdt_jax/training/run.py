@@ -160,10 +160,11 @@ class Run:
           latents: the latents that are trained on; None for pixels.
 
         Raises:
-          ValueError: the checkpoint is of a run with other settings, or the weights of `init_from`
-            do not fit.
+          ValueError: the checkpoint is of a run with other settings, the weights of `init_from` do
+            not fit, or the state does not fit the devices' memory.
           CheckpointError: no checkpoint can be used.
         """
+        checks.check_memory(self.abstract, self.mesh)
         if store.latest_step() is None:
             return self._fresh_state(latents), {}
         items = self._saved_items(store)

@@ -1,0 +1,43 @@
+"""What a run refuses before it makes its state: another optimiser's, and more than memory takes."""
+
+import functools
+
+import pytest
+from settings_drawn import tiny_config, with_setting
+
+from mdt_jax import config as config_lib
+from mdt_jax.checkpoints import Checkpoints
+from mdt_jax.training.run import Run
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("adamw", "adan", "optimizer.name: adamw, now adan"),
+        ("adan", "adamw", "optimizer.name: adan, now adamw"),
+        ("adan", "adam", "optimizer.name: adan, now adam"),
+        ("adam", "adamw", ""),
+        ("adamw", "adamw", ""),
+    ],
+)
+@pytest.mark.parametrize("kind", [{}, {"weights": {"items": ["state", "ema_0.99"], "source": "x"}}])
+def test_going_on_with_an_optimiser_of_another_state_is_refused(before, now, said, kind):
+    saved = config_lib.to_json(with_setting(tiny_config(), "optimizer.name", before))
+    run = Run(with_setting(tiny_config(), "optimizer.name", now), "runs/x")
+    check = functools.partial(run._check_same_run, {"config": saved, **kind})
+    if not said:
+        check()
+        return
+    with pytest.raises(ValueError, match=rf"^runs/x holds a run .*\({said}\); .*--workdir$"):
+        check()
+
+
+def test_a_state_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
+    config = tiny_config()
+    config.model.update(hidden_size=2**14, depth=512, num_heads=64)
+    run, told = (
+        Run(config, tmp_path),
+        r"^the state .* takes [0-9,.]+ GiB a device, which has [^\n]*$",
+    )
+    with Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=told):
+        run.restore(store)
