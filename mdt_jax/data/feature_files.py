@@ -51,7 +51,7 @@ class FeatureFiles:
 
     @classmethod
     def open(cls, features: Path, labels: Path) -> FeatureFiles:
-        """Lists the files, and reads all labels: a million take about half a minute.
+        """Lists the files, and reads all labels: a million take about a minute.
 
         Raises:
           ValueError: a latent without a label or the other way round, or files that are damaged or
