@@ -445,4 +445,4 @@ def _first_line(error: BaseException) -> str:
 def _named_global(error: BaseException) -> str:
     """The function that PyTorch's unpickler refused, as its message names it."""
     words = str(error).split("GLOBAL ", 1)
-    return f" ({words[1].split()[0]})" if len(words) == 2 else ""
+    return f" ({words[1].split()[0][:80]})" if len(words) == 2 else ""
