@@ -42,7 +42,7 @@ def traced_once():
     def abstract_state(self):
         m = self.model
         form = (type(m), m.input_size, m.patch_size, m.depth, m.num_heads, m.null_class, m.remat)
-        form += (getattr(m, "decoder_depth", None), self.mesh)
+        form += (getattr(m, "decoder_depth", None), self.timestep_sampler, self.mesh)
         if form not in known:
             known[form] = trace(self)
         return known[form]
