@@ -273,9 +273,7 @@ for _key in [key for key in RANGES if key.startswith("sample.")]:
     if _name not in ("every", "num_samples"):
         SHARED[f"--{_name}"] = _key
         RANGES[f"eval.{_name}"] = dataclasses.replace(RANGES[_key], none="config.sample's value")
-RANGES |= {
-    flag: dataclasses.replace(RANGES[key], none="", text="") for flag, key in SHARED.items()
-}
+RANGES |= {flag: dataclasses.replace(RANGES[key], none="", text="") for flag, key in SHARED.items()}
 RANGES["--workers"] = dataclasses.replace(RANGES["--workers"], counts=_MANY, example="0 2")
 
 
