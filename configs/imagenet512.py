@@ -19,12 +19,12 @@ The MDT authors publish no result at 512 pixels, so none is known to expect; DiT
 """
 
 from configs.imagenet256 import get_config as imagenet256
+from mdt_jax.config import create_network
 
 
 def get_config(argument: str = ""):
     config = imagenet256(argument, image_size=512)
     config.num_steps = 3_000_000
-    tokens = (config.model.input_size // (config.model.patch_size or 2)) ** 2
-    if tokens > 256:
+    if create_network(config).num_tokens > 256:
         config.model.remat = "full"
     return config

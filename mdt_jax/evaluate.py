@@ -42,7 +42,7 @@ from mdt_jax.parallel.distributed import by_first_process, initialize_distribute
 from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
-from mdt_jax.weights.pretrained import latents_of_run
+from mdt_jax.weights.pretrained import PIXEL_CHANNELS, latents_of_run
 
 # Flags of `mdt_jax.sample` that have no meaning here.
 _NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
@@ -152,7 +152,9 @@ def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
     if not workdir:
         return True
     _, meta = checkpoints.read_meta(workdir, f.step)
-    return latents_of_run(meta) is not None
+    # What converted weights were trained on may not be known.
+    known = latents_of_run(meta) is not None
+    return known or meta["config"]["model"]["in_channels"] not in PIXEL_CHANNELS
 
 
 def _sample_stem(f: flags.FlagValues, workdir: str | None) -> Path:

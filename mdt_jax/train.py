@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 from mdt_jax.training.profiling import StepProfiler
-from mdt_jax.training.programs import StepPrograms, leaving_compilations
+from mdt_jax.training.programs import StepPrograms, closing, leaving_compilations
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
 from mdt_jax.training.step_log import StepLog
 
+_ASK_SECONDS = 0.3  # between questions whether to stop, while a step is being compiled
 # `StepPrograms`, or any mapping of compiled steps by their number of kept tokens. A check of the
 # types of its entries, as tests make, would wait for them.
 Steps = Any
@@ -94,6 +95,7 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
         contextlib.closing(StepLog(run, first, store, meta, seconds)) as log,
         contextlib.closing(StepProfiler(run.workdir, run.config.profile_steps)) as trace,
         _batches(run, source, position) as (batches, on_device),
+        closing(steps),
     ):
         save = CheckpointSaver(run, source, store, stop, first_step=first, position=position)
         actions: list[Action] = [a for a in (trace, grids, save, judge) if a is not None]
@@ -105,10 +107,10 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
             with log.times.waiting():
                 batch = next(on_device)
             with trace.step(step):
-                state, values = _program(steps, run.kept(step - 1), log)(state, batch)
+                state, values = steps[run.kept(step - 1)](state, batch)
             log.add(step, values, batches.num_skipped)
             save.check()
-            stop.requested()  # asked once a step, on all processes alike
+            _ask_to_stop(run, steps, step, log, stop)
             for action in actions:
                 if action.due(step):
                     action(step, state, log)
@@ -123,12 +125,21 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
     return state
 
 
-def _program(steps: Steps, count: int | None, log: StepLog) -> Callable:
-    """The compiled step; the run's clock stands while it is still being compiled."""
-    if isinstance(steps, StepPrograms) and not steps.is_ready(count):
-        with log.paused():
-            return steps[count]
-    return steps[count]
+def _ask_to_stop(run: Run, steps: Steps, step: int, log: StepLog, stop: Stop) -> None:
+    """Asks whether to stop, and waits for the next step if it is still being compiled.
+
+    The run's clock stands meanwhile. A single process goes on asking. Several ask once a step, all
+    alike: one that waits hears of a stop when the step is compiled.
+    """
+    if stop.requested() or step == run.config.num_steps or not isinstance(steps, StepPrograms):
+        return
+    count = run.kept(step)
+    if steps.wait(count, 0):
+        return
+    alone = jax.process_count() == 1
+    with log.paused():
+        while not steps.wait(count, _ASK_SECONDS) and not (alone and stop.requested()):
+            pass
 
 
 def _restore(

@@ -26,7 +26,7 @@ class FakeRun(Run):
     def __init__(self):
         self.config = default_config()
         self.config.update(num_steps=12, batch_size=8, checkpoint_every=5, eval_every=4)
-        self.saved, self.kept_tokens = [], NO_MASKED_PASS
+        self.saved, self.kept_tokens, self.latents = [], NO_MASKED_PASS, None
 
     def save(self, store, state, step, meta):
         self.saved.append((step, meta))

@@ -269,3 +269,16 @@ def test_a_folder_of_pictures_beside_a_folder_is_advised_what_evaluate_can(tmp_p
     ) as caught:
         command.evaluate_samples(parse(**(files | {"samples": str(tmp_path / "out")})))
     assert "data." not in str(caught.value)
+
+
+@pytest.mark.parametrize("latents", [{}, {"latents": None}, {"latents": {"scale": 0.13025}}])
+def test_converted_weights_of_latents_are_decoded(tmp_path, monkeypatch, latents):
+    """Even where it is not known what they were trained on."""
+    config = {"model": {"in_channels": 4}}
+    meta = {"config": config, "weights": {}} | latents
+    monkeypatch.setattr(command.checkpoints, "read_meta", lambda *_: (7, meta))
+    assert command._samples_latents(parse(workdir=tmp_path), str(tmp_path))
+    config["model"]["in_channels"] = 3
+    assert command._samples_latents(parse(workdir=tmp_path), str(tmp_path)) == bool(
+        latents.get("latents")
+    )

@@ -451,7 +451,7 @@ def test_a_cache_begun_before_there_were_shifts_goes_on(tmp_path):
 
 def test_npy_latents_are_stable_diffusions_unless_a_file_says_more(tmp_path):
     np.save(tmp_path / "latents.npy", np.zeros((2, 4, 4, 8), np.float32))
-    assert data.npy_directory(tmp_path).latent_space == LatentSpace()
+    assert data.npy_directory(tmp_path).latent_space == LatentSpace(stride=0)
     (tmp_path / "latents.json").write_text('{"scale": 0.5, "stride": 16}')
     assert data.npy_directory(tmp_path).latent_space == LatentSpace(stride=16, scale=0.5)
     for text, message in (

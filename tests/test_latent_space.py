@@ -58,7 +58,8 @@ def test_a_space_comes_back_from_json(space):
         ({"shift": math.inf}, "shift is inf"),
         ({"scale": "0.1"}, "scale is '0.1'"),
         ({"scale": True}, "scale is True"),
-        ({"channels": 0}, "channels is 0; it must be a whole number above 0"),
+        ({"channels": 0}, "channels is 0; it must be a whole number from 1 on"),
+        ({"stride": -8}, "stride is -8; it must be a whole number from 0 on"),
         ({"stride": 1.5}, "stride is 1.5"),
         ({"mean": [0.0]}, "mean has 1 values, and the latents 4 channels"),
         ({"mean": [0.0] * 4}, "mean has 4 values|std has 0 values"),
@@ -85,7 +86,7 @@ DIFFERENT = {
     "channels' numbers": (
         {"mean": (0.0,) * 4, "std": (1.0,) * 4},
         "scale 0.18215, shift 0",
-        "mean 0 0 0 0, std 1 1 1 1",
+        "mean 0, std 1 of channel 0 and others",
     ),
 }
 
@@ -106,8 +107,31 @@ def test_a_finetuned_decoder_and_an_encoder_that_is_not_known_are_no_difference(
     for other in (
         dataclasses.replace(SAME, autoencoder="ema"),
         dataclasses.replace(SAME, digest=""),
+        dataclasses.replace(SAME, stride=0),
     ):
         assert SAME.difference(other) is None and other.difference(SAME) is None
+
+
+def test_measured_numbers_that_differ_are_told_by_their_channel():
+    other = dataclasses.replace(MEASURED, std=(2.0, 0.5, 1.5000001))
+    assert MEASURED.difference(other) == ("std 1.5 of channel 2", "std 1.5000001 of channel 2")
+
+
+@pytest.mark.parametrize("digest", ["", "1" * 64])
+def test_measured_numbers_take_the_place_of_the_autoencoders_own_alone(digest):
+    """Without a digest, scale and shift have to tell whose latents they are."""
+    sd3 = dataclasses.replace(AUTOENCODERS["sd3"], mean=(0.5,) * 16, std=(2.0,) * 16, digest=digest)
+    pair = {
+        name: autoencoder_lib.Autoencoder(
+            None, {}, dataclasses.replace(AUTOENCODERS[name], digest=digest and "1" * 64), None
+        )
+        for name in ("sd3", "flux")
+    }
+    took = pair["sd3"].for_latents(sd3, whose="runs/a", option="--vae sd3")
+    assert took.latents.normalisation == sd3.normalisation
+    if not digest:
+        with pytest.raises(ValueError, match="--vae flux: .* scale 0.3611, .* scale 1.5305"):
+            pair["flux"].for_latents(sd3, whose="runs/a", option="--vae flux")
 
 
 def test_every_published_autoencoder_has_a_repository():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from test_idx import encode, write
 
 from mdt_jax.models.masking import NO_MASKED_PASS
+from mdt_jax.parallel.command import UserError
 from mdt_jax.training.run import Run
 
 TOOL = Path(__file__).parents[1] / "tools" / "learning_speed.py"
@@ -117,8 +119,16 @@ def test_a_small_study_goes_on_where_it_was_stopped(tmp_path, quick_compilation,
     }  # fmt: skip
     output = tmp_path / "results.json"
     runs = [("DiT", 0), ("DiT with MDTv2's recipe", 0)]
+    with pytest.MonkeyPatch.context() as patch:  # a run that is asked to stop
+        patch.setattr(tool, "train", lambda *_: types.SimpleNamespace(step=1))
+        with pytest.raises(UserError, match="was stopped at step 1 of 2; the same command goes on"):
+            tool.run_study(tmp_path / "runs", output, runs, changes)
+    assert not output.exists()
     for stop in (1, 2):
         tool.run_study(tmp_path / "runs", output, runs[:stop], changes)
+    with pytest.raises(ValueError, match="holds runs of num_steps 2, now 3; give another --outp"):
+        tool.run_study(tmp_path / "runs", output, runs, changes | {"num_steps": 3})
+    assert len({f.read_bytes() for f in (tmp_path / "runs").rglob("eval_classifier.npy")}) == 1
     results = tool.read_results(output)
     curves = tool.curves_of(results)
     assert [c[0].steps for c in curves.values()] == [(1, 2)] * 2 and results["floor"] > 0

@@ -1,6 +1,9 @@
 """Steps that are compiled while training goes on: the same bits, failures told, a prompt end."""
 
+import contextlib
 import json
+import os
+import signal
 import threading
 import time
 
@@ -10,9 +13,10 @@ import pytest
 from test_train import bits, changed, load_config, logged, tiny_config  # noqa: F401 - a fixture
 
 from mdt_jax import checkpoints, train
+from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.models.masking import KeptTokens
 from mdt_jax.parallel.command import UserError
-from mdt_jax.training import programs
+from mdt_jax.training import programs, transfer
 from mdt_jax.training.programs import StepPrograms, leaving_compilations
 from mdt_jax.training.run import Run
 
@@ -36,7 +40,7 @@ def test_the_first_is_there_at_once_and_the_others_when_they_are_compiled():
     compiler = Compiler()
     steps = StepPrograms(compiler, [5, 3, 4])
     assert compiler.order == [5] and steps[5]() == 5 and list(steps) == [5, 3, 4]
-    assert steps.is_ready(5) and not steps.is_ready(3)
+    assert steps.wait(5, 0) and not steps.wait(3, 0.01)
     threading.Timer(0.05, compiler.gate.set).start()
     assert steps[4]() == 4 and compiler.order == [5, 3, 4]  # it waited for both
     with pytest.raises(KeyError):
@@ -67,6 +71,10 @@ def test_a_process_that_still_compiles_is_left_with_the_commands_status(monkeypa
         with leaving_compilations():
             raise SystemExit(code)
     assert left == [0, 1, 3, 0, 0] and capsys.readouterr().err == "error: no room\n"
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        with leaving_compilations():
+            raise error
+    assert left[5:] == [130, 1] and "ZeroDivisionError" in capsys.readouterr().err
     compiler.gate.set()
     steps[3]
     for _ in range(100):  # the thread ends soon after
@@ -75,7 +83,7 @@ def test_a_process_that_still_compiles_is_left_with_the_commands_status(monkeypa
         time.sleep(0.01)
     with pytest.raises(SystemExit), leaving_compilations():
         raise SystemExit(1)
-    assert len(left) == 5
+    assert len(left) == 7
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,6 +161,65 @@ def test_a_run_ends_with_the_message_of_a_step_that_cannot_be_compiled(
     message = f"the step that keeps {second} tokens could not be compiled: RESOURCE_EXHAUSTED: 3 G"
     with pytest.raises(UserError, match=message):
         train.train(config, tmp_path)
+
+
+def test_a_run_that_waits_for_a_step_can_be_stopped(config, whole, tmp_path, monkeypatch):
+    _, compiled = whole
+    never = threading.Event()
+    order = Run(config, "").kept_tokens.in_order(config.seed, 0)
+
+    def compile_steps(run, _):
+        def compile_step(count):
+            if count != order[0]:
+                os.kill(os.getpid(), signal.SIGTERM)
+                never.wait(60)
+            return compiled[count]
+
+        return StepPrograms(compile_step, order)
+
+    monkeypatch.setattr(Run, "compile_steps", compile_steps)
+    began = time.monotonic()
+    run = Run(config, "")
+    last = next(step for step in range(10) if run.kept(step) != order[0])
+    assert int(train.train(config, tmp_path).step) == last and time.monotonic() - began < 50
+    assert checkpoints.read_meta(tmp_path)[0] == last
+    never.set()
+
+
+@pytest.mark.parametrize("kept", [{"counts": [9, 10], "probabilities": [0.25, 0.75]}, None])
+def test_a_checkpoint_decides_which_counts_are_drawn(config, whole, tmp_path, monkeypatch, kept):
+    """None stands for a checkpoint from before they were kept."""
+    _, compiled = whole
+    save = Run.save
+
+    def save_other(run, store, state, step, meta):
+        meta = {key: value for key, value in meta.items() if key != "kept_tokens"}
+        save(run, store, state, step, meta | ({"kept_tokens": kept} if kept else {}))
+
+    monkeypatch.setattr(Run, "save", save_other)
+    monkeypatch.setattr(Run, "compile_steps", lambda run, _: compiled)
+    short = changed(config, num_steps=1)
+    train.train(short, tmp_path)
+    run = Run(config, tmp_path)
+    with contextlib.closing(Checkpoints(tmp_path)) as store:
+        run.restore(store)
+    ratio = (run.model.num_tokens, 0.3, 0.2)
+    before = KeptTokens.of_ratio(*ratio, at_most=None)
+    expected = KeptTokens((9, 10), (0.25, 0.75)) if kept else before
+    assert [run.kept(step) for step in range(50)] == [expected.draw(0, step) for step in range(50)]
+
+
+def test_whoever_trains_exported_weights_on_masks_as_the_config_says(config, whole, tmp_path):
+    workdir, _ = whole
+    exported = transfer.export_ema(workdir, tmp_path / "exported")
+    for settings, counts in (
+        ({"masking__masked_pass": False}, ()),
+        ({"masking__ratio": 0.6, "masking__ratio_span": 0.0}, (6,)),
+    ):
+        run = Run(changed(config, **settings), exported)
+        with contextlib.closing(Checkpoints(exported)) as store:
+            run.restore(store)
+        assert run.kept_tokens.counts == counts
 
 
 def test_a_run_goes_on_with_the_counts_that_it_began_with(config, whole, tmp_path):

@@ -207,3 +207,19 @@ def test_our_own_files_whose_metadata_and_arrays_differ_are_refused(change, said
                 pretrained.read_pretrained(path)
         else:
             assert pretrained.read_pretrained(path).step == 7
+
+
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [
+        ("hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt", True),
+        ("hf://facebook/DiT-XL-2-256/transformer/diffusion_pytorch_model.safetensors", True),
+        ("weights/mdt_xl2_v1_ckpt.pt", True),
+        ("DiT-XL-2-512x512.pt", True),
+        ("my_mdt_xl2_v2_ckpt.pt", False),
+        ("runs/mdt_xl2_v2_ckpt_sdxl/model.pt", False),
+        ("ema_0.9999_500000.pt", False),
+    ],
+)
+def test_published_files_are_known_by_their_whole_name(source, known):
+    assert bool(pretrained._PUBLISHED.fullmatch(source)) == known

@@ -52,6 +52,7 @@ from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import check_posteriors
 from mdt_jax.data.sources import FLAGS_OF_KEYS
 from mdt_jax.data.stream import check_bad_fraction
+from mdt_jax.models.latent_space import AUTOENCODERS
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import parse_flags
@@ -381,7 +382,7 @@ def define_flags(f: flags.FlagValues) -> None:
     flags.DEFINE_string("class_order", "string", "As config.data.class_order.", flag_values=f)
     flags.DEFINE_string("labels", "auto", "As config.data.labels.", flag_values=f)
     flags.DEFINE_string(
-        "vae", "mse", "mse (training's), ema, or a path to an autoencoder.", flag_values=f
+        "vae", "mse", f"The autoencoder: {', '.join(AUTOENCODERS)}, or a path.", flag_values=f
     )
     flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.", flag_values=f)
     flags.DEFINE_string(

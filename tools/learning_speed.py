@@ -19,14 +19,16 @@ runs of one seed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.util
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mdt_jax import sampling
-from mdt_jax.basics.atomic import make_folder, whole_file
+from mdt_jax.basics.atomic import make_folder, whole_file, whole_path
 from mdt_jax.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
@@ -42,7 +44,7 @@ from mdt_jax.evaluation.batches import ArrayImages
 from mdt_jax.evaluation.descriptions import describe_images
 from mdt_jax.evaluation.evaluator import evaluate
 from mdt_jax.evaluation.extractors import Extractor
-from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.sampling import images
 from mdt_jax.train import train
@@ -179,22 +181,54 @@ def run_study(
     changes = changes or {}
     for arm, seed in runs:
         name = f"{arm}:{seed}"
+        check_settings(output, changes)
         if name in read_results(output)["runs"]:
             continue
         curve = run_arm(arm, seed, folder, changes)
-        results = read_results(output)  # another process may have added to it
-        results["runs"][name] = dataclasses.asdict(curve)
-        results.setdefault("floor", floor_distance(folder, changes))
+        _, real, digest = _judge(folder, study_config(arm, seed, changes))
+        floor = read_results(output).get("floor")
+        floor = floor_distance(folder, changes) if floor is None else floor
         device = jax.devices()[0]
-        results["about"] = {
+        about = {
             "date": datetime.date.today().isoformat(),
             "device": processor_name() if device.platform == "cpu" else device.device_kind,
             "jax": jax.__version__,
             "settings": SETTINGS | changes,
+            "judge": digest,
+            "real_images": real.count,
         }
-        with whole_file(output) as file:
-            file.write(json.dumps(results, indent=1, sort_keys=True).encode() + b"\n")
+        with _alone(output):  # another process may be adding to it
+            results = read_results(output)
+            if results.get("about", about)["judge"] != digest:
+                raise UserError(
+                    f"{output}: judged by another classifier than {folder}'s; runs that are "
+                    f"compared need one: copy its {run_evaluation.CLASSIFIER_FILE} there first"
+                )
+            results["runs"][name] = dataclasses.asdict(curve)
+            results |= {"floor": floor, "about": about}
+            with whole_file(output) as file:
+                file.write(json.dumps(results, indent=1, sort_keys=True).encode() + b"\n")
         print(f"{name}: distance {curve.last:.3f}", flush=True)
+
+
+def check_settings(output: Path, changes: dict[str, Any]) -> None:
+    """Refuses, with ValueError, to add runs of other settings to results."""
+    before = read_results(output).get("about", {}).get("settings")
+    now = json.loads(json.dumps(SETTINGS | changes))
+    for key in sorted(now.keys() | (before or {}).keys()) if before else ():
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{output}: holds runs of {key} {before.get(key)}, now {now.get(key)}; give "
+                "another --output"
+            )
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps other processes from adding to the results meanwhile."""
+    with open(output.with_name(f".{output.name}.lock"), "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def run_arm(arm: str, seed: int, folder: Path, changes: dict[str, Any]) -> Curve:
@@ -203,13 +237,17 @@ def run_arm(arm: str, seed: int, folder: Path, changes: dict[str, Any]) -> Curve
     words = "".join(c if c.isalnum() else "_" for c in arm)
     workdir = folder / f"{words}-{seed}"
     make_folder(workdir, "--workdir")
-    # One judge for all runs, which the first trains.
+    # One judge for all runs: the folder's.
+    _judge(folder, config)
     shared, own = folder / run_evaluation.CLASSIFIER_FILE, workdir / run_evaluation.CLASSIFIER_FILE
-    if shared.exists() and not own.exists():
-        shutil.copyfile(shared, own)
-    train(config, workdir)
-    if not shared.exists():
-        shutil.copyfile(own, shared)
+    if not own.exists():
+        with whole_path(own) as aside:
+            shutil.copyfile(shared, aside)
+    step = int(train(config, workdir).step)
+    if step < config.num_steps:
+        raise UserError(
+            f"{workdir} was stopped at step {step} of {config.num_steps}; the same command goes on"
+        )
     lines = metrics.read_lines(workdir / metrics.METRICS_FILE)
     judged = [line for line in lines if "eval_fid" in line]
     return Curve(
@@ -221,12 +259,13 @@ def run_arm(arm: str, seed: int, folder: Path, changes: dict[str, Any]) -> Curve
     )
 
 
-def _judge(folder: Path, config: ConfigDict) -> tuple[Extractor, ArrayImages]:
-    """The classifier in a folder, and the real pictures that samples are compared with."""
+def _judge(folder: Path, config: ConfigDict) -> tuple[Extractor, ArrayImages, str]:
+    """A folder's classifier, the real pictures to compare samples with, and its digest."""
     source = create_source(config.data)
     real = run_evaluation.real_images(source, config)
     file = folder / run_evaluation.CLASSIFIER_FILE
-    return classifier.load_or_train(file, real.images, real.labels, len(source.class_names)), real
+    judge = classifier.load_or_train(file, real.images, real.labels, len(source.class_names))
+    return judge, real, judge.digest
 
 
 def _distance(judge: Extractor, *sets: ArrayImages) -> float:
@@ -236,7 +275,7 @@ def _distance(judge: Extractor, *sets: ArrayImages) -> float:
 
 def final_distances(workdir: Path, config: ConfigDict) -> dict[str, float]:
     """The distance of `FINAL_SAMPLES` samples of each average, by its rate."""
-    judge, real = _judge(workdir, config)
+    judge, real, _ = _judge(workdir, config)
     found = {}
     for rate in config.ema_rates:
         model, params = sampling.load(workdir, ema_rate=rate)
@@ -256,7 +295,7 @@ def final_distances(workdir: Path, config: ConfigDict) -> dict[str, float]:
 def floor_distance(folder: Path, changes: dict[str, Any]) -> float:
     """The distance of the held-out pictures from those that samples are compared with."""
     config = study_config(BASELINE, 0, changes)
-    judge, real = _judge(folder, config)
+    judge, real, _ = _judge(folder, config)
     config.data.split = "test"
     heldout = run_evaluation.real_images(create_source(config.data), config)
     return _distance(judge, real, heldout)

@@ -131,7 +131,7 @@ def _with_latent_space(source: Source, path: Path) -> Source:
     channels = source.image_shape[-1]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        space = LatentSpace.from_json({"channels": channels} | values)
+        space = LatentSpace.from_json({"channels": channels, "stride": 0} | values)
         if not source.latents or space.channels != channels:
             held = f"latents of {channels} channels" if source.latents else "images"
             raise ValueError(f"it describes latents of {space.channels} channels, beside {held}")

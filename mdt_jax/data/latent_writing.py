@@ -308,7 +308,7 @@ def _lock_shards(file: IO[str], description: CacheDescription, shards: Iterable[
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuses, with ValueError, to go on with a cache of another description."""
-    known, defaults = found.get("source_digest"), description_defaults()
+    known, found = found.get("source_digest"), description_defaults() | found
     for key, value in wanted.items():
         # A copy of an encoder may have another name than "mse"; the version follows from the rest.
         if key in ("vae", "version"):
@@ -317,7 +317,7 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
             continue
         if key == "source_digest" and not known:  # begun before there was one
             continue
-        if found.get(key, defaults.get(key)) != value:
+        if found.get(key) != value:
             before, now = _say(key, found, wanted)
             raise ValueError(
                 f"{folder}: holds latents of {before}, not of {now}; give another --output, or the "

@@ -102,7 +102,7 @@ class Source:
         if not self.latents:
             return None
         told = getattr(self.records, "latent_space", None)
-        return told or LatentSpace(channels=self.image_shape[-1])
+        return told or LatentSpace(channels=self.image_shape[-1], stride=0)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -170,7 +170,7 @@ class Source:
             "classes": names,
             "records": getattr(self.records, "digest", ""),
             "autoencoder": space.digest[:16] if space else "",
-            "normalisation": _short(space.numbers) if space else "",
+            "normalisation": _short(repr(space.normalisation)) if space else "",
         }
 
     def describe(self) -> str:

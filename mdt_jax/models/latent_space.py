@@ -33,7 +33,7 @@ class LatentSpace:
 
     Attributes:
       channels: channels of a latent.
-      stride: pixels of an image to one of its latents, along each side.
+      stride: pixels of an image to one of its latents, along each side; 0 if not known.
       scale, shift: the factor and the offset of all channels; not used where `mean` and `std` are.
       mean, std: of each channel; empty where `scale` and `shift` hold.
       autoencoder: the name or path by which the autoencoder was asked for; the digest says which it
@@ -59,9 +59,9 @@ class LatentSpace:
             positive = name == "scale" or name.startswith("std")
             if not math.isfinite(value) or (positive and value <= 0):
                 raise _wrong(name, value, "a number above 0" if positive else "a number")
-        for name in ("channels", "stride"):
-            if getattr(self, name) < 1:
-                raise _wrong(name, getattr(self, name), "a whole number above 0")
+        for name, least in (("channels", 1), ("stride", 0)):
+            if getattr(self, name) < least:
+                raise _wrong(name, getattr(self, name), f"a whole number from {least} on")
         for name in ("mean", "std"):
             count = len(getattr(self, name))
             if count not in (0, self.channels) or count != len(self.mean or self.std):
@@ -117,34 +117,44 @@ class LatentSpace:
         """The space in a few words, for a message or a log."""
         by = self.autoencoder or "an autoencoder that is not known by name"
         encoder = f" (encoder {self.digest[:_SHOWN]})" if self.digest else ""
-        return f"{by}{encoder}, {self.channels} channels, {self.stride} pixels each, {self.numbers}"
+        pixels = f", {self.stride} pixels each" if self.stride else ""
+        return f"{by}{encoder}, {self.channels} channels{pixels}, {self.numbers}"
 
     @property
     def numbers(self) -> str:
         """The normalisation in words."""
         if self.mean:
-            listed = ("mean", self.mean), ("std", self.std)
-            return ", ".join(f"{name} {' '.join(f'{v:.6g}' for v in vs)}" for name, vs in listed)
+            first = f"mean {self.mean[0]:.6g}, std {self.std[0]:.6g}"
+            return f"{first} of channel 0" + (" and others" if self.channels > 1 else "")
         return f"scale {self.scale:.10g}, shift {self.shift:.10g}"
 
     def difference(self, other: LatentSpace) -> tuple[str, str] | None:
         """What differs first between two spaces, as words for each; None if they are the same.
 
-        An encoder that one of them does not know is no difference.
+        An encoder or a stride that one of them does not know is no difference.
         """
-        for ours, theirs in (
-            (f"{self.channels} channels", f"{other.channels} channels"),
-            (f"{self.stride} pixels a latent", f"{other.stride} pixels a latent"),
-        ):
-            if ours != theirs:
-                return ours, theirs
+        if self.channels != other.channels:
+            return f"{self.channels} channels", f"{other.channels} channels"
+        if self.stride and other.stride and self.stride != other.stride:
+            return f"{self.stride} pixels a latent", f"{other.stride} pixels a latent"
         if self.digest and other.digest and self.digest != other.digest:
             return f"the encoder {self.digest[:_SHOWN]}", f"the encoder {other.digest[:_SHOWN]}"
-        if self._normalisation() != other._normalisation():
-            return self.numbers, other.numbers
-        return None
+        if self.normalisation == other.normalisation:
+            return None
+        if self.mean and other.mean:  # of which a line cannot hold all
+            for name in ("mean", "std"):
+                pairs = zip(getattr(self, name), getattr(other, name), strict=True)
+                for i, (ours, theirs) in enumerate(pairs):
+                    if ours != theirs:
+                        return (
+                            f"{name} {ours!r} of channel {i}",
+                            f"{name} {theirs!r} of channel {i}",
+                        )
+        return self.numbers, other.numbers
 
-    def _normalisation(self) -> tuple[Any, ...]:
+    @property
+    def normalisation(self) -> tuple[Any, ...]:
+        """The numbers of the normalisation."""
         return (self.mean, self.std) if self.mean else (self.scale, self.shift)
 
 
@@ -163,7 +173,7 @@ def _number(name: str, value: Any) -> float:
 
 def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong(name, value, "a whole number above 0")
+        raise _wrong(name, value, "a whole number")
     return value
 
 

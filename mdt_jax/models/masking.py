@@ -153,7 +153,8 @@ def _fewer(
     """A few of some counts, spread over them, that keep the reference's mean and variance.
 
     Their probabilities are those nearest to what a count gets that stands for all from halfway to
-    its neighbours on. Where the variance would need a negative one, the mean alone is kept.
+    its neighbours on. Where the variance would need a negative one, the mean alone is kept, by
+    probabilities that a power of the count tilts.
 
     Args:
       counts, weights: the counts and their probabilities.
@@ -169,15 +170,29 @@ def _fewer(
     between = [(a + b) / 2 for a, b in pairwise(few)]
     nearest = np.searchsorted(between, np.arange(len(counts)))
     share = np.bincount(nearest, weights, minlength=len(few))
-    for kept in (3, 2):  # the sum, the mean and the mean square; or the sum and the mean
-        powers = np.stack([chosen**k for k in range(kept)]).astype(float)
-        # Scaled, since squares of counts are thousands.
-        scale = float(chosen[-1]) ** -np.arange(kept)
-        powers, wanted = powers * scale[:, None], moments[:kept] * scale
-        matched = share + np.linalg.lstsq(powers, wanted - powers @ share, rcond=None)[0]
-        if np.allclose(powers @ matched, wanted, rtol=1e-9) and (matched > 0).all():
-            return chosen.tolist(), matched.tolist()
-    return chosen.tolist(), share.tolist()
+    # Scaled, since squares of counts are thousands.
+    scale = float(chosen[-1]) ** -np.arange(3)
+    powers = np.stack([chosen**k for k in range(3)]) * scale[:, None]
+    matched = share + np.linalg.lstsq(powers, moments * scale - powers @ share, rcond=None)[0]
+    if np.allclose(powers @ matched, moments * scale, rtol=1e-9) and (matched > 0).all():
+        return chosen.tolist(), matched.tolist()
+    return chosen.tolist(), _tilted(share, chosen, moments[1]).tolist()
+
+
+def _tilted(share: np.ndarray, counts: np.ndarray, mean: float) -> np.ndarray:
+    """Probabilities in proportion to share·exp(λ·count), with the λ that gives a mean.
+
+    The mean is held to the counts' own range.
+    """
+    places = (counts - counts[0]) / max(counts[-1] - counts[0], 1)
+    wanted = (mean - counts[0]) / max(counts[-1] - counts[0], 1)
+    low, high = -700.0, 700.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        weights = share * np.exp(middle * (places - 0.5))
+        weights /= weights.sum()
+        low, high = (middle, high) if weights @ places < wanted else (low, middle)
+    return weights
 
 
 def ids_to_keep(noise: Float[Array, "batch n"], num_kept: int) -> Int[Array, "batch {num_kept}"]:

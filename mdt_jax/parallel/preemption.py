@@ -5,6 +5,9 @@ on the step after which all stop. There a process turns SIGUSR1 and the time lim
 itself, so that there is one way of agreeing. It costs a training step nothing: between signals,
 asking reads a number in this process.
 
+A process of several that waits for a step which is still being compiled, in the first minutes of a
+run, hears of a stop when that is done.
+
 Before the first step there is nothing to save, and compiling or restoring can take longer than a
 scheduler waits: a thread then ends the processes.
 """

@@ -10,6 +10,7 @@ from absl import flags
 
 from mdt_jax.basics import ranges
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
+from mdt_jax.models.latent_space import AUTOENCODERS
 from mdt_jax.parallel.flag_parsing import check_flags, flag_values
 
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
@@ -23,7 +24,12 @@ SAMPLE_FLAGS = (
     (flags.DEFINE_integer, "num_heads", None, "Heads of such a DiT, if of no known width."),
     (flags.DEFINE_integer, "num_classes", None, "Settles whether their last label is a class."),
     (flags.DEFINE_integer, "input_size", None, "Side of the latents of diffusers' DiT."),
-    (flags.DEFINE_string, "vae", None, "Decoder of latents: ema, mse, a file or folder of one."),
+    (
+        flags.DEFINE_string,
+        "vae",
+        None,
+        f"Decoder of latents: {', '.join(AUTOENCODERS)}, a file or folder.",
+    ),
     (flags.DEFINE_integer, "vae_batch_size", 16, "Images en- or decoded at a time."),
     (flags.DEFINE_integer, "vae_tile_size", None, "Side in latents of tiles, for large images."),
     (flags.DEFINE_string, "inpaint", None, "A picture to paint into, with --mask."),

@@ -55,6 +55,8 @@ class GridSampler:
 
     def __init__(self, run: Run, source: Source, stop: Stop):
         self._run, self._stop = run, stop
+        # First of all: another autoencoder is refused before minutes of compiling.
+        self._autoencoder = run_evaluation.load_decoder(run, source) if source.latents else None
         self._model = sampling.DiffusionModel.from_config(
             run.config, source.class_names, latents=source.latent_space
         )
@@ -63,7 +65,6 @@ class GridSampler:
         self._options = sampling.resolve_options(self._model)
         self._sampler = sampling.CompiledSampler(self._model, run.mesh, size, self._options)
         self._sampler.warm_up(run.sampled(run.abstract))
-        self._autoencoder = run_evaluation.load_decoder(run, source) if source.latents else None
 
     @classmethod
     def asked_for(cls, run: Run, source: Source, stop: Stop) -> GridSampler | None:
@@ -140,7 +141,7 @@ class CheckpointSaver:
           position: examples used before the first step.
         """
         self._run, self._store, self._stop = run, store, stop
-        self._data = checks.data_record(source)
+        self._data = checks.data_record(source, run.latents)
         self._first_step, self._position = first_step, position
 
     def check(self) -> None:

@@ -17,23 +17,26 @@ from mdt_jax.basics.names import printable
 from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
 from mdt_jax.diffusion.samplers import SAMPLERS
-from mdt_jax.models.latent_space import check_same_latents
+from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import memory_bytes
 from mdt_jax.parallel.distributed import check_agreement
 from mdt_jax.weights.pretrained import latents_of_run
 
 
-def data_record(source: Source) -> dict[str, Any]:
+def data_record(source: Source, latents: LatentSpace | None) -> dict[str, Any]:
     """The part of a checkpoint's meta data that says which data the run was trained on.
 
     `check_data_unchanged` compares it when the run goes on.
+
+    Args:
+      source: the data.
+      latents: the latents that they are; None for pixels.
     """
-    space = source.latent_space
     return {
         "class_names": list(source.class_names),
         "num_examples": len(source),
-        "latents": space.to_json() if space else None,
+        "latents": latents.to_json() if latents else None,
     }
 
 
@@ -53,6 +56,12 @@ def check_data_unchanged(meta: dict[str, Any], source: Source, workdir: Path) ->
     if before and now:
         check_same_latents(
             before, now, whose=f"the run {workdir}", other=source.name, way_out=way_out
+        )
+    kinds = {True: "latents", False: "pixels"}
+    if "latents" in meta and "weights" not in meta and bool(before) != bool(now):
+        raise ValueError(
+            f"{source.name}: holds {kinds[bool(now)]}, and the run {workdir} was trained on "
+            f"{kinds[bool(before)]}; {way_out}"
         )
     if "weights" in meta:  # converted weights, whose classes and examples are not known
         return

@@ -23,7 +23,7 @@ def initial_parameters(
     model: LatentTransformer,
     create_parameters: Callable[[], Any],
     latents: LatentSpace | None = None,
-) -> Any:
+) -> tuple[Any, LatentSpace | None]:
     """The parameters of `config.init_from`, fitted to a model; logs how each was fitted.
 
     Args:
@@ -35,7 +35,8 @@ def initial_parameters(
       latents: the latents that are to be trained on; None for pixels.
 
     Returns:
-      A tree of NumPy arrays in the source's dtypes.
+      A tree of NumPy arrays in the source's dtypes, and the latents that they were trained on; None
+      if these are not known, or pixels.
 
     Raises:
       WeightsError, UnknownWeights, CheckpointError: the source cannot be read.
@@ -67,7 +68,7 @@ def initial_parameters(
         known, wanted = found.config.diffusion[key], config.diffusion[key]
         if known != wanted:
             logging.warning("diffusion.%s is %s; the weights know %s", key, wanted, known)
-    return params
+    return params, found.latents
 
 
 def _whole(array: jax.Array) -> np.ndarray:

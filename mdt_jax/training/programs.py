@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,18 +23,22 @@ _THREAD = "compile_steps"
 def leaving_compilations() -> Iterator[None]:
     """A context for a command's body, that ends the process without waiting for a compilation.
 
-    A run may be asked to stop, or end, while a step that it no longer needs is being compiled,
-    which can take minutes.
+    A run may end, be asked to stop, be interrupted or fail while a step that it no longer needs is
+    being compiled, which can take minutes.
     """
+    status = 0
     try:
         yield
-        status = 0
-    except SystemExit as error:
+    except BaseException as error:
         if not _is_compiling():
             raise
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error, SystemExit):
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        else:
+            traceback.print_exc()
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
     if _is_compiling():
         leave(status)
 
@@ -95,9 +100,18 @@ class StepPrograms(Mapping[int | None, Step]):
     def __len__(self) -> int:
         return len(self._counts)
 
-    def is_ready(self, count: int | None) -> bool:
-        """Whether asking for a step returns, or fails, at once."""
-        return count in self._steps or self._failure is not None
+    def wait(self, count: int | None, seconds: float) -> bool:
+        """Waits for a step, no longer than some seconds; whether asking for it returns at once."""
+        with self._changed:
+            return bool(
+                self._changed.wait_for(lambda: self._failure or count in self._steps, seconds)
+            )
+
+    def close(self) -> None:
+        """Begins no further compilation; one that goes on cannot be stopped."""
+        self._closed = True
+        if not self._thread.is_alive():
+            atexit.unregister(self._end)
 
     def _end(self) -> None:
         """Waits for the compilation that is going on: the interpreter must not end beneath it."""
@@ -124,3 +138,13 @@ class StepPrograms(Mapping[int | None, Step]):
                 self._steps[count] = step
                 self._changed.notify_all()
         logging.info("all %d steps are compiled", len(self._counts))
+
+
+@contextlib.contextmanager
+def closing(steps: Any) -> Iterator[None]:
+    """Closes `StepPrograms` at the end; does nothing with other mappings of compiled steps."""
+    try:
+        yield
+    finally:
+        if isinstance(steps, StepPrograms):
+            steps.close()

@@ -31,6 +31,7 @@ from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.programs import StepPrograms
 from mdt_jax.training.step import Trainer, TrainState
 from mdt_jax.weights import pretrained
+from mdt_jax.weights.pretrained import latents_of_run
 
 
 def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
@@ -65,6 +66,8 @@ class Run:
       kept_tokens: the numbers of tokens that masked passes keep.
       abstract: shapes, dtypes and shardings of the state.
       rates: the averages' rates as text, which are their names in the state.
+      latents: the latents that are trained on, of the encoder that the run or its initial weights
+        know; None for pixels, and before `restore`.
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
@@ -77,6 +80,7 @@ class Run:
         checks.check_sampling(config)
         self.abstract = self.trainer.abstract_state()
         self._first = 0  # steps done when the run goes on
+        self.latents: LatentSpace | None = None
         self.rates = [str(rate) for rate in config.ema_rates]
 
     def describe(self) -> str:
@@ -165,6 +169,7 @@ class Run:
           CheckpointError: no checkpoint can be used.
         """
         checks.check_memory(self.abstract, self.mesh)
+        self.latents = latents
         if store.latest_step() is None:
             return self._fresh_state(latents), {}
         items = self._saved_items(store)
@@ -176,15 +181,19 @@ class Run:
             if (before := self._saved_items(store)) == items:
                 raise
             state, meta = self._restore_items(store, before)
-        self.kept_tokens, self._first = self._kept_tokens_of(meta), int(state.step)
+        began = self._kept_tokens_of(meta)
+        if began != self.kept_tokens:
+            logging.info("kept tokens    %s, with which the run began", began)
+        self.kept_tokens, self._first = began, int(state.step)
+        self.latents = _with_known_encoder(latents, latents_of_run(meta))
         return state, meta
 
     def _kept_tokens_of(self, meta: dict[str, Any]) -> KeptTokens:
         """The numbers of kept tokens that a checkpoint's run began with; else the config's."""
-        if "kept_tokens" in meta:
-            return KeptTokens.from_json(meta["kept_tokens"])
         if "weights" in meta or not self.kept_tokens.counts:
             return self.kept_tokens
+        if "kept_tokens" in meta:
+            return KeptTokens.from_json(meta["kept_tokens"])
         # A run from before there were four at the most.
         return KeptTokens.of_ratio(
             self.model.num_tokens,
@@ -230,7 +239,8 @@ class Run:
         if not self.config.init_from:
             return self.trainer.create_state()
         create = self.trainer.create_parameters
-        params = initial_parameters(self.config, self.model, create, latents)
+        params, known = initial_parameters(self.config, self.model, create, latents)
+        self.latents = _with_known_encoder(latents, known)
         return self.trainer.start_from(pretrained.place_parameters(params, self.abstract.params))
 
     def _check_same_run(self, meta: dict[str, Any]) -> None:
@@ -290,3 +300,12 @@ class Run:
         """Starts saving a state; its averages are checkpoint items of their own."""
         averages = {f"ema_{rate}": state.ema[rate] for rate in self.rates}
         store.save(step, {"state": state.replace(ema={}), **averages}, meta)
+
+
+def _with_known_encoder(
+    latents: LatentSpace | None, before: LatentSpace | None
+) -> LatentSpace | None:
+    """The latents that are trained on, of the encoder that was known before if theirs is not."""
+    if latents is None or before is None or latents.digest:
+        return latents
+    return dataclasses.replace(latents, digest=before.digest, autoencoder=before.autoencoder)

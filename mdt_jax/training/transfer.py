@@ -157,6 +157,7 @@ def export_ema(
     weights = {"source": Path(workdir).name, "items": [item], "same": False}
     weights["dtypes"] = {"ema": kept}
     meta = meta | {"config": config_lib.to_json(config), "weights": weights}
+    meta.pop("kept_tokens", None)  # whoever trains on has masking of its own
     return _write_workdir(output, step, _warning_of({item: params}, workdir), meta)
 
 

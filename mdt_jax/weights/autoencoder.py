@@ -123,17 +123,21 @@ class Autoencoder:
         Raises:
           ValueError: latents of another encoder, or of another scale, naming both.
         """
-        own = self.latents
-        if latents.mean:  # measured numbers replace the autoencoder's
+        own, wanted = self.latents, latents
+        if latents.mean and latents.digest:  # measured numbers take the place of the autoencoder's
             own = dataclasses.replace(own, mean=latents.mean, std=latents.std)
+        elif latents.mean and not own.mean:  # without a digest the others have to tell
+            wanted = dataclasses.replace(latents, mean=(), std=())
         trained = latents.autoencoder or latents.digest[:12]
         check_same_latents(
-            latents,
+            wanted,
             own,
             whose=whose,
             other=option,
             way_out=f"give the autoencoder of those latents{f', {trained}' if trained else ''}",
         )
+        if latents.mean:
+            own = dataclasses.replace(own, mean=latents.mean, std=latents.std)
         return dataclasses.replace(self, latents=own)
 
     def encode(

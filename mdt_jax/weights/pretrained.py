@@ -35,7 +35,9 @@ from mdt_jax.weights.files import WeightFile, WeightsError
 PIXEL_CHANNELS = (1, 3)  # of models of images; any other number is of latents
 METADATA = "mdt_jax"  # the metadata key under which our .safetensors files describe themselves
 # Files that the authors of MDT and DiT published, all for Stable Diffusion's latents.
-_PUBLISHED = re.compile(r"^hf://(shgao/MDT|facebook/DiT)|mdt_xl2_v\d+_ckpt|DiT-XL-2-\d+(x\d+)?\.")
+_PUBLISHED = re.compile(
+    r"hf://(shgao/MDT|facebook/DiT).*|(.*/)?(mdt_xl2_v\d+_ckpt|DiT-XL-2-\d+(x\d+)?)\.\w+"
+)
 # How a family's published weights are sampled, where that is not as `config.sample` has it.
 _FAMILY_GUIDANCE: dict[str, dict[str, float | None]] = {
     "DiT": {"cfg_scale": 1.5, "cfg_power": None}
@@ -130,7 +132,7 @@ def latents_of_run(meta: Mapping[str, Any]) -> LatentSpace | None:
     channels = meta["config"]["model"]["in_channels"]
     if (channels in PIXEL_CHANNELS or "weights" in meta) and not meta.get("autoencoder"):
         return None
-    return LatentSpace(channels=channels, digest=meta.get("autoencoder") or "")
+    return LatentSpace(channels=channels, stride=0, digest=meta.get("autoencoder") or "")
 
 
 def _latents_of_file(
@@ -142,7 +144,9 @@ def _latents_of_file(
             return LatentSpace.from_json(own["latents"]) if own["latents"] else None
         except ValueError as error:
             raise WeightsError(f"{weights.path}: {error}, in its metadata") from error
-    published = _PUBLISHED.search(source) and architecture.in_channels == STABLE_DIFFUSION.channels
+    published = (
+        _PUBLISHED.fullmatch(source) and architecture.in_channels == STABLE_DIFFUSION.channels
+    )
     return STABLE_DIFFUSION if published else None
 
 
