@@ -125,6 +125,8 @@ def with_setting(config: ConfigDict, key: str, value: Any) -> ConfigDict:
     """The config with one setting changed, past its own check of types."""
     section, _, name = key.rpartition(".")
     holder = config[section] if section else config
+    if holder.get_type(name) is float and type(value) is int:
+        value = float(value)
     with holder.ignore_type():
         holder[name] = value
     return config

@@ -87,7 +87,7 @@ class AdanState(NamedTuple):
 def adan(
     learning_rate: optax.Schedule,
     *,
-    betas: Sequence[float] = (0.98, 0.92, 0.99),
+    betas: Sequence[int | float] = (0.98, 0.92, 0.99),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:

@@ -185,7 +185,7 @@ class Trainer:
     mesh: Mesh
     examples: ExampleKind = ExampleKind.INPUTS
     latent_space: LatentSpace = STABLE_DIFFUSION
-    ema_rates: tuple[float, ...] = (0.9999,)
+    ema_rates: tuple[int | float, ...] = (0.9999,)
     label_dropout: float = 0.1
     accumulation_steps: int = 1
     timestep_sampler: str = "uniform"
