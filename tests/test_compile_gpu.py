@@ -429,6 +429,12 @@ def gradient_bytes(job):
     return sum(4 * leaf.size for leaf in jax.tree.leaves(job.abstract.params))
 
 
+def bias_bytes(job):
+    """The most bytes of sums of the biases' gradients, which are of all pairs of tokens."""
+    model = job.trainer.model
+    return 4 * (model.depth + 1) * model.num_heads * model.num_tokens**2
+
+
 def transferred(step, opcode, across=False):
     """The bytes of a program's transfers of one kind, inside nodes or across them."""
     return sum(
@@ -454,7 +460,7 @@ def test_a_card_that_is_in_no_table_compiles_and_is_uncalibrated():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("gpus_", "kernels", "peak_mib"), [("h100", "plain", 0), ("h100x8", "plain", 0)]
+    ("gpus_", "kernels", "peak_mib"), [("h100", "plain", 894.8), ("h100x8", "plain", 0)]
 )
 def test_a_replicated_tiny_run(gpus_, kernels, peak_mib):
     job, step = compiled(gpus_, **{"model.kernels": kernels})
@@ -462,8 +468,9 @@ def test_a_replicated_tiny_run(gpus_, kernels, peak_mib):
     assert step.fits and found.loops_counted_once == ()
     sums = transferred(step, "all-reduce")
     assert transferred(step, "reduce-scatter") == transferred(step, "all-gather") == 0
-    # Replicated gradients are summed whole, once; and a few sums of the loss.
-    assert sums == 0 if job.mesh.size == 1 else 1 < sums / gradient_bytes(job) < 1.1
+    # Replicated gradients are summed whole, once; the biases' before they go into their tables.
+    whole = gradient_bytes(job)
+    assert sums == 0 if job.mesh.size == 1 else whole < sums < 1.1 * whole + bias_bytes(job)
     assert not any("cuDNN" in name for name in found.kernels)
     assert step.memory.peak / 2**20 == pytest.approx(peak_mib, rel=0.05)
 
@@ -471,7 +478,7 @@ def test_a_replicated_tiny_run(gpus_, kernels, peak_mib):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tiny", "kernels", "peak_mib"),
-    [(True, "cudnn", 0), (False, "cudnn", 0), (False, "plain", 0)],
+    [(True, "cudnn", 0), (False, "cudnn", 3512), (False, "plain", 4834.2)],
     ids=["tiny, cudnn", "S/2, cudnn", "S/2, plain"],
 )
 def test_sharded_gradients_are_summed_once_and_scattered(tiny, kernels, peak_mib):
@@ -479,14 +486,14 @@ def test_sharded_gradients_are_summed_once_and_scattered(tiny, kernels, peak_mib
     found, whole = step.estimate, gradient_bytes(job)
     assert step.fits and found.loops_counted_once == ()
     scattered = transferred(step, "reduce-scatter")
-    assert 0.9 < scattered / whole < 1 and transferred(step, "all-reduce") < 0.2 * whole
+    assert 0.9 < scattered / whole < 1
+    assert transferred(step, "all-reduce") < 0.1 * whole + bias_bytes(job)
     for one in found.collectives:
         if one.opcode == "reduce-scatter":
             assert one.overlapped > 0.9 * one.count
     calls = [found.kernels.get(f"cuDNN attention {way}", 0) for way in ("forward", "backward")]
-    layers = job.config.model.depth
     assert calls == ([0, 0] if kernels == "plain" else [calls[0]] * 2)
-    assert kernels == "plain" or calls[0] > layers
+    assert kernels == "plain" or calls[0] > job.trainer.model.depth
     assert 0.95 < job.mesh.size * found.flops / report.step_flops(job) < 1.15
     assert found.floor_seconds < found.estimated_seconds
     assert step.memory.peak / 2**20 == pytest.approx(peak_mib, rel=0.05)
