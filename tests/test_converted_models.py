@@ -354,7 +354,7 @@ def test_a_model_trained_here_computes_the_same_in_pytorch(name, moved):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"optimizer.name": "adan", "optimizer.betas": None}, "of another model or optimizer"),
+        ({"optimizer.name": "adan", "optimizer.betas": None}, "optimizer.name: adamw, now adan"),
         ({"ema_rates": (0.5,)}, "ema_rates: 0.99, now 0.5"),
         ({"model.depth": 6}, "depth: 4, now 6"),
     ],

@@ -447,7 +447,7 @@ def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "cifar"}, "data.name is 'cifar'; known are 'digits', 'folder', 'latents', 'npy'"),
+        ({"name": "cifar"}, "data.name is 'cifar'; known are 'digits', 'fashion_mnist', 'fo"),
         ({"name": "digits", "split": "val"}, "digits: no split 'val'; there are train, heldout"),
         ({"name": "npy"}, "data.name 'npy' needs data.path"),
         ({"name": "npy", "path": "x", "split": "test"}, "data.split is 'test', but a folder"),

@@ -92,7 +92,7 @@ def test_learning_rate_by_step(schedule, expected):
                 {"name": "adan", "weight_decay": 0.0, "betas": (0.9, 0.99)},
                 optax.constant_schedule(1.0),
             ),
-            "adan takes 3",
+            "'adan' takes 3",
         ),
     ],
 )

@@ -165,12 +165,20 @@ def test_a_run_ends_with_the_message_of_a_step_that_cannot_be_compiled(
 
 def test_a_run_that_waits_for_a_step_can_be_stopped(config, whole, tmp_path, monkeypatch):
     _, compiled = whole
-    never = threading.Event()
+    never, started = threading.Event(), threading.Event()
+    add = train.StepLog.add
+
+    def add_and_tell(log, *arguments):
+        started.set()  # before, a stop would end the process
+        return add(log, *arguments)
+
+    monkeypatch.setattr(train.StepLog, "add", add_and_tell)
     order = Run(config, "").kept_tokens.in_order(config.seed, 0)
 
     def compile_steps(run, _):
         def compile_step(count):
             if count != order[0]:
+                started.wait(60)
                 os.kill(os.getpid(), signal.SIGTERM)
                 never.wait(60)
             return compiled[count]
