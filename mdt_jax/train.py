@@ -134,7 +134,7 @@ def _ask_to_stop(run: Run, steps: Steps, step: int, log: StepLog, stop: Stop) ->
     if stop.requested() or step == run.config.num_steps or not isinstance(steps, StepPrograms):
         return
     count = run.kept(step)
-    if steps.wait(count, 0):
+    if steps.wait(count, 0.0):
         return
     alone = jax.process_count() == 1
     with log.paused():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.latent_space import (
     AUTOENCODERS,
     STABLE_DIFFUSION,
@@ -16,6 +17,7 @@ from mdt_jax.models.latent_space import (
     LatentSpace,
     check_same_latents,
 )
+from mdt_jax.parallel import sharding
 from mdt_jax.weights import autoencoder as autoencoder_lib
 
 MEASURED = LatentSpace(3, 2, mean=(0.5, -1.0, 2.0), std=(2.0, 0.5, 1.5), digest="a" * 64)
@@ -123,7 +125,10 @@ def test_measured_numbers_take_the_place_of_the_autoencoders_own_alone(digest):
     sd3 = dataclasses.replace(AUTOENCODERS["sd3"], mean=(0.5,) * 16, std=(2.0,) * 16, digest=digest)
     pair = {
         name: autoencoder_lib.Autoencoder(
-            None, {}, dataclasses.replace(AUTOENCODERS[name], digest=digest and "1" * 64), None
+            AutoencoderKL(),
+            {},
+            dataclasses.replace(AUTOENCODERS[name], digest=digest),
+            sharding.create_mesh(),
         )
         for name in ("sd3", "flux")
     }

@@ -40,7 +40,7 @@ def test_the_first_is_there_at_once_and_the_others_when_they_are_compiled():
     compiler = Compiler()
     steps = StepPrograms(compiler, [5, 3, 4])
     assert compiler.order == [5] and steps[5]() == 5 and list(steps) == [5, 3, 4]
-    assert steps.wait(5, 0) and not steps.wait(3, 0.01)
+    assert steps.wait(5, 0.0) and not steps.wait(3, 0.01)
     threading.Timer(0.05, compiler.gate.set).start()
     assert steps[4]() == 4 and compiler.order == [5, 3, 4]  # it waited for both
     with pytest.raises(KeyError):
