@@ -119,7 +119,7 @@ def train_two_steps(run, source, programs):
             programs[name] = lowered.compile(compiler_options=QUICKLY)
         return programs[name](*arguments)
 
-    form = json.dumps([told["model"], told["optimizer"]["name"], told["ema_rates"]])
+    form = repr(run.model) + json.dumps([told["optimizer"]["name"], told["ema_rates"]])
     form += json.dumps([told["diffusion"]["timestep_sampler"], told["diffusion"]["num_timesteps"]])
     state = compiled(("init", form), lambda key: nn.unbox(trainer.init(key)), key)
     losses = []
