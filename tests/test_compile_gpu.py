@@ -204,6 +204,7 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, missing
         return object()
 
     monkeypatch.setattr(gpus.importlib.util, "find_spec", find)
+    monkeypatch.setattr(gpus.ctypes.util, "find_library", lambda name: None)
     if says is None:
         gpus.check_compiler(kernels)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import dataclasses
 import importlib.util
 import re
@@ -236,7 +237,8 @@ def check_compiler(kernels: str = "auto") -> None:
     """
     if not any(map(_is_installed, _PLUGINS)):
         raise ValueError(f"the compiler for CUDA, JAX's CUDA plugin, is not installed: {_INSTALL}")
-    if kernels == "cudnn" and not _is_installed("nvidia.cudnn"):
+    found = _is_installed("nvidia.cudnn") or ctypes.util.find_library("cudnn")
+    if kernels == "cudnn" and not found:
         raise ValueError(
             f"model.kernels 'cudnn' needs cuDNN's library, which is not installed: {_INSTALL}; or "
             "--config.model.kernels=plain"
