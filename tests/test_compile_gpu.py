@@ -412,6 +412,33 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(eight_gpus, monkeypatch
     assert "does not fit" in made.table_row()
 
 
+def test_the_tools_table_has_a_row_for_each_model_and_kind_of_nodes(
+    eight_gpus, monkeypatch, capsys
+):
+    from tools import compile_gpu
+
+    step = a_program("step", 0.02)
+    monkeypatch.setattr(TrainingJob, "compile_step", lambda job, count: step)
+    monkeypatch.setattr(programs, "calibrate", lambda topology: None)
+    flags = {"all": True, "gpus": None, "models": ["DiT-S/2"], "all_gpus": ["h100x8", "a100x4"]}
+    flags |= {"unroll": 1, "kernels": "plain", "quick": True, "sampler": False}
+    flags |= {"calibration": True, "calibrate": False, "sample_batch_size": None, "config": None}
+    made = compile_gpu.run_compilation(SimpleNamespace(**flags))
+    lines = capsys.readouterr().out.splitlines()
+    assert [record["topology"] for record in made] == ["h100x8", "a100x4"]
+    assert {line.count("|") for line in lines} == {len(GpuReport.table_header) + 1}
+    assert "kernels plain" in lines[2] and "(uncalibrated)" in lines[3]
+
+    compile_gpu.run_compilation(
+        SimpleNamespace(**flags | {"all": False, "gpus": "a100", "calibrate": True, "num_nodes": 1})
+    )
+    assert "nothing known of the peak  UNCALIBRATED" in capsys.readouterr().out
+    for missing, says in (("gpus", "--gpus is missing"), ("config", "--config is missing")):
+        given = flags | {"all": False, "gpus": "h100x8", "num_nodes": None} | {missing: None}
+        with pytest.raises(ValueError, match=says):
+            compile_gpu.run_compilation(SimpleNamespace(**given))
+
+
 # What the compiler itself makes of a run. Bytes are of jaxlib 0.10.2.
 
 
