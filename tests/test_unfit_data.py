@@ -208,13 +208,18 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     [
         ("train", "val"), ("Train", "VALIDATION", "Test"), ("training", "eval"), ("train",),
         ("train2017", "val2017"), ("dev_set", "heldout"), ("train", "held-out", "valid"),
+        ("train", "validate"), ("train", "tests"), ("val", "holdout"), ("trn", "tst"),
+        ("train", "unlabeled"), ("train", "minival"), ("imagenet_train", "imagenet_val"),
+        ("ILSVRC2012_img_train", "ILSVRC2012_img_val"), ("trainA", "trainB", "testA"),
+        ("train-images", "t10k-images"), ("fold0", "fold1"), ("fold_1", "fold_2"),
     ],
 )  # fmt: skip
 def test_sub_folders_named_like_splits_are_no_classes(tmp_path, names):
     write_images(tmp_path, *(f"{name}/n0{i}/{i}.png" for name in names for i in range(2)))
     with pytest.raises(ValueError, match="named like the splits of a data set, not like") as caught:
         data.folder_source(tmp_path)
-    assert f"set data.path to one of them, such as {tmp_path}/{names[0]}" in str(caught.value)
+    first = min(names) if "train" not in names[0].lower() else names[0]
+    assert f"set data.path to one of them, such as {tmp_path}/{first}" in str(caught.value)
     assert "data.labels to 'sub_folders' if they are classes" in str(caught.value)
     with pytest.raises(ValueError, match="give one of them") as caught:
         read_folder(tmp_path, settings=False)
@@ -223,9 +228,16 @@ def test_sub_folders_named_like_splits_are_no_classes(tmp_path, names):
     assert len(read_folder(tmp_path, labels="none")) == 2 * len(names)
 
 
-@pytest.mark.parametrize("names", [("train", "bus"), ("trains", "vals"), ("test1a", "test2b")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "bus"), ("trains", "vals"), ("test1a", "test2b"), ("freight_train", "bus"),
+        ("freight_train", "bullet_train"), ("bullet_train",), ("fold", "crease"),
+        ("model_train", "model_bus"), ("Valentine", "training_dog"),
+    ],
+)  # fmt: skip
 def test_other_sub_folders_are_classes(tmp_path, names):
-    write_images(tmp_path, *(f"{name}/0.png" for name in names))
+    write_images(tmp_path, *(f"{name}/0.png" for name in (*names, "__MACOSX", ".cache")))
     assert set(read_folder(tmp_path).class_names) == set(names)
 
 

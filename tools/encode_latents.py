@@ -24,7 +24,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 from mdt_jax.basics import ranges
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand
 from mdt_jax.data import (
     BadImage,
     Source,
@@ -121,7 +121,7 @@ def encode_latents(
       ValueError: a source, autoencoder or size that do not fit each other, settings out of range,
         too small a disk, or a folder of other latents.
     """
-    output = Path(output).expanduser()
+    output = expand(output)
     _check(source, autoencoder, image_size)
     numbers = {"image_size": image_size, "batch_size": batch_size}
     numbers |= {"images_per_shard": images_per_shard, "max_bad_fraction": max_bad_fraction}
@@ -339,10 +339,10 @@ def main(_: list[str]) -> None:
         count = jax.process_count() if f.process_count is None else f.process_count
         if not 0 <= index < count:
             raise ValueError(f"--process_index {index} is outside 0 to --process_count {count} - 1")
-        output = Path(f.output).expanduser()
+        output = expand(f.output)
         finished = encode_latents(
             source,
-            Autoencoder.load(os.path.expanduser(f.vae), mesh, dtype=f.compute_dtype),
+            Autoencoder.load(str(expand(f.vae)), mesh, dtype=f.compute_dtype),
             output,
             image_size=f.image_size,
             mirror=f.mirror,

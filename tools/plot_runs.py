@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.paths import read_text
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training.metrics import METRICS_FILE, read_lines
@@ -82,7 +83,7 @@ def read_curve(place: str | Path, metric: str, x: str) -> Curve:
 def _config(path: Path) -> dict[str, Any]:
     """The config.json beside a metrics.jsonl, {} without one."""
     try:
-        return json.loads((path.parent / "config.json").read_text())
+        return json.loads(read_text(path.parent / "config.json"))
     except FileNotFoundError:
         return {}
 

@@ -41,6 +41,7 @@ from pathlib import Path, PurePosixPath
 from absl import logging
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, are_splits, read_folder
 from mdt_jax.data.parquet import from_parquet
@@ -229,11 +230,11 @@ def _is_imagenet(images: InputImages) -> bool:
 def read_input(args: argparse.Namespace) -> InputImages:
     """The images of the one input that the flags name."""
     if args.imagenet is not None:
-        return from_tar(Path(args.imagenet).expanduser())
+        return from_tar(expand(args.imagenet))
     if args.folder is not None:
-        return from_folder(Path(args.folder).expanduser(), args.class_order, args.labels)
+        return from_folder(expand(args.folder), args.class_order, args.labels)
     if args.lmdb is not None:
-        return from_lmdb(Path(args.lmdb).expanduser())
+        return from_lmdb(expand(args.lmdb))
     return from_parquet(args.parquet, args.image_column, args.label_column)
 
 

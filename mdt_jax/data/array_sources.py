@@ -13,6 +13,7 @@ from absl import logging
 from jaxtyping import Float, Integer, UInt8
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand, read_text, wrong_kind
 from mdt_jax.data.feature_files import FEATURES, LABELS, FeatureFiles, feature_folders
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.npy import MemoryMap
@@ -88,21 +89,28 @@ def npy_directory(path: str | Path) -> Source:
       MissingData: no such folder, or nothing to read in it.
       ValueError: a file that cannot be read, or files that do not fit each other.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     shown = printable(folder)
     if not folder.is_dir():
-        raise MissingData(
-            f"{shown}: no such folder; data.path must name one with images.npy or latents.npy"
-        )
-    present = [name for name in ("images.npy", "latents.npy") if (folder / name).exists()]
+        wanted = "data.path must name one with images.npy or latents.npy"
+        if os.path.lexists(folder):
+            raise NotADirectoryError(f"{wrong_kind(folder, 'folder')}; {wanted}")
+        raise MissingData(f"{shown}: no such folder; {wanted}")
+    # A link that leads nowhere is there, too, and is refused where it is read.
+    present = [name for name in ("images.npy", "latents.npy") if os.path.lexists(folder / name)]
     names_file, labels_file = folder / "class_names.txt", folder / "labels.npy"
-    # A link that leads nowhere is there, too: without its labels the data would be others.
     names = _read_class_names(names_file) if os.path.lexists(names_file) else ()
     if not present and (pair := feature_folders(folder)):
         return _from_features(str(folder), FeatureFiles.open(*pair), names)
     if len(present) != 1:
         found = "both images.npy and latents.npy" if present else "no images.npy or latents.npy"
         error = ValueError if present else MissingData
+        own = folder.name.endswith((FEATURES, LABELS)) and (folder / "0.npy").exists()
+        if own and feature_folders(folder.parent):
+            raise ValueError(
+                f"{shown}: is one of fast-DiT's two folders; set data.path to the one around both, "
+                f"{printable(folder.parent)}"
+            )
         raise error(
             f"{shown}: holds {found}; data.path must name a folder with one of them, or with "
             f"fast-DiT's imagenet256{FEATURES} and imagenet256{LABELS}"
@@ -130,14 +138,19 @@ def _with_latent_space(source: Source, path: Path) -> Source:
         return source
     channels = source.image_shape[-1]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"it holds {str(values)[:40]!r}, and must hold an object such as "
+                '{"scale": 0.13025, "shift": 0}'
+            )
         space = LatentSpace.from_json({"channels": channels, "stride": 0} | values)
         if not source.latents or space.channels != channels:
             held = f"latents of {channels} channels" if source.latents else "images"
             raise ValueError(f"it describes latents of {space.channels} channels, beside {held}")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: {' '.join(str(error).split())}; mend it, or remove it"
+            f"{printable(path)}: {' '.join(str(error).split())}; mend it, or remove it"
         ) from error
     records = dataclasses.replace(source.records, latent_space=space)
     return dataclasses.replace(source, records=records)
@@ -179,9 +192,9 @@ def _read_class_names(path: Path) -> list[str]:
     """
     shown = printable(path)
     if not path.is_file():
-        raise ValueError(f"{shown}: is no file; it must be one with a line for each class")
+        raise ValueError(f"{wrong_kind(path)}; it must be one with a line for each class")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{shown}: is no text in UTF-8 ({error.reason} at byte {error.start}); save it as such"

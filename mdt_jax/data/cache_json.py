@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import read_text
 
 CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
       ValueError: it is damaged; the message says what to do.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import wrong_kind
 from mdt_jax.data.npy import read_header
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 
@@ -72,6 +73,12 @@ class FeatureFiles:
             raise ValueError(
                 f"{printable(features / names[0])}: holds an array of shape {shape}; a file of "
                 "latents is (1, channels, height, width), as fast-DiT's are"
+            )
+        if shape[2] != shape[3]:
+            last = " (channels are the last axis there)" if shape[1] == shape[2] else ""
+            raise ValueError(
+                f"{printable(features / names[0])}: holds an array of shape {shape}{last}; a file "
+                "of latents is (1, channels, height, width), height and width being equal"
             )
         with ThreadPoolExecutor() as pool:  # of file systems far away, most of the time is waiting
             read = pool.map(functools.partial(_read_labels, labels), np.array_split(names, 64))
@@ -138,7 +145,7 @@ def _number(name: str) -> tuple[int, str]:
 def _read(path: Path) -> np.ndarray:
     """A small .npy file, whole."""
     if not path.is_file():
-        raise ValueError(f"{printable(path)}: is no file")
+        raise ValueError(wrong_kind(path))
     with open(path, "rb") as file:
         try:
             header = read_header(file)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand, wrong_kind
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source
@@ -18,12 +19,14 @@ from mdt_jax.data.source import Source
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CLASS_ORDERS = ("string", "numeric")
 LABELS = ("auto", "file_names", "none", "sub_folders")
-# The names of a data set's splits: train, Val, test2017, dev_set, held-out.
+# The names of a data set's splits: train, Val, test2017, dev_set, held-out, trainA, fold0.
 _SPLIT = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|eval|evaluation|held[-_ ]?out)"
-    r"([-_ ]?(set|split|data|images|\d+))?",
+    r"(train|training|trn|trainval|val|valid|validate|validation|minival|test|tests|testing|tst"
+    r"|dev|eval|evaluation|h[eo]ld[-_ ]?out|unlabell?ed|t10k|fold(?=[-_ ]?\d))"
+    r"([-_ ]?(set|split|data|images|\d+)|(?-i:[AB]))?",
     re.IGNORECASE,
 )
+_NOT_DATA = "__MACOSX"  # the Mac's notes on files, which its archives carry beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,8 @@ def read_folder(
 
     Images are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif and .tiff files, in upper or lower case,
     in the order of their sorted paths (class by class in layout 1). Other files, those that start
-    with a dot, and what is called so but is no file (a pipe, a device) are left out. Links are
+    with a dot, and what is called so but is no file (a pipe, a device) are left out, and so are
+    hidden folders and __MACOSX, which the Mac's archives bring. Links are
     followed, to a folder once for each class, and never to the folder itself or to one around it.
 
     Sub-folders that are all named like a data set's splits (train and val, say) are refused as
@@ -108,14 +112,14 @@ def read_folder(
         named like splits, names that are no numbers or hold no class where they must, or an unknown
         `class_order` or `labels`.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     _check_choice("data.class_order", class_order, CLASS_ORDERS)
     _check_choice("data.labels", labels, LABELS)
     if not folder.is_dir():
-        raise MissingData(
-            f"{printable(folder)}: no such folder; data.path must name one of images, or of a "
-            "sub-folder of images for each class"
-        )
+        wanted = "data.path must name one of images, or of a sub-folder of images for each class"
+        if os.path.lexists(folder):
+            raise NotADirectoryError(f"{wrong_kind(folder, 'folder')}; {wanted}")
+        raise MissingData(f"{printable(folder)}: no such folder; {wanted}")
     loose, found = _entries(folder)
     classes, seen, twins = _sub_folders(folder, found)
     one_set = labels in ("file_names", "none")
@@ -166,15 +170,21 @@ def read_folder(
 
 
 def are_splits(names: Iterable[str]) -> bool:
-    """Whether names are all those of a data set's splits, such as train and val, and no classes."""
-    return all(map(_SPLIT.fullmatch, names))
+    """Whether names are all those of a data set's splits, such as train and val, and no classes.
+
+    They may all begin with the data set's name, as imagenet_train and imagenet_val do.
+    """
+    names = list(names)
+    shared = os.path.commonprefix(names) if len(names) > 1 else ""
+    start = 1 + max(map(shared.rfind, "-_. "))
+    return all(map(_SPLIT.fullmatch, names)) or all(_SPLIT.fullmatch(n[start:]) for n in names)
 
 
 def _check_no_splits(place: Path, names: Sequence[str], settings: bool) -> None:
     """Refuses, with ValueError, classes that are all named like splits; see `read_folder`."""
     if not are_splits(names):
         return
-    first = min(names, key=lambda name: (not name.lower().startswith("train"), name))
+    first = min(names, key=lambda name: ("train" not in name.lower(), name))
     such = f"one of them, such as {printable(place / first)}"
     way_out = f"set data.path to {such}, or data.labels to 'sub_folders' if they are classes"
     raise ValueError(
@@ -306,7 +316,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:  # a million entries, without a `stat` of each
             for entry in entries:
                 if _is_folder(entry):
-                    if not entry.name.startswith("."):
+                    if not entry.name.startswith(".") and entry.name != _NOT_DATA:
                         folders.append(entry.name)
                 elif _may_be_image(entry):
                     images.append(entry.name)

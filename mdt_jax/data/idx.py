@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.basics.paths import expand
 from mdt_jax.data.array_sources import arrays
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source
@@ -112,7 +113,7 @@ def fashion_mnist(path: str | Path = "", split: str = "train") -> Source:
     if split not in FASHION_SPLITS:
         known = " or ".join(map(repr, FASHION_SPLITS))
         raise ValueError(f"data.split is {split!r}; fashion_mnist has {known}")
-    folder = Path(path or FASHION_MNIST).expanduser()
+    folder = expand(path or FASHION_MNIST)
     images_file, labels_file = (
         _find(folder, f"{FASHION_SPLITS[split]}-{what}-ubyte")
         for what in ("images-idx3", "labels-idx1")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand, wrong_kind
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,
@@ -194,11 +196,12 @@ class LatentCache:
           MissingData: no such folder, or no finished cache in it.
           ValueError: a damaged cache, or one that training cannot use.
         """
-        folder = Path(folder).expanduser()
+        folder = expand(folder)
         if not folder.is_dir():
-            raise MissingData(
-                f"{printable(folder)}: no such folder; data.path must name one that {TOOL} made"
-            )
+            wanted = f"data.path must name one that {TOOL} made"
+            if os.path.lexists(folder):
+                raise NotADirectoryError(f"{wrong_kind(folder, 'folder')}; {wanted}")
+            raise MissingData(f"{printable(folder)}: no such folder; {wanted}")
         manifest = read_json(folder / CACHE_MANIFEST)
         if manifest is None:
             raise MissingData(f"{printable(folder)}: {_why_no_manifest(folder)}")

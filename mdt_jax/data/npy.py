@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import wrong_kind
 
 
 class NpyHeader(NamedTuple):
@@ -75,7 +76,7 @@ class MemoryMap:
           ValueError: it is damaged, or no file.
         """
         if not self.path.is_file():
-            raise ValueError(f"{printable(self.path)}: is no file; write one with np.save")
+            raise ValueError(f"{wrong_kind(self.path)}; write one with np.save")
         try:
             with open(self.path, "rb") as file:
                 header = read_header(file)

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdt_jax.basics.names import check_class_names, printable
+from mdt_jax.basics.paths import expand
 from mdt_jax.data.decoding import BadImage, decode_image
 
 # Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.
@@ -113,7 +114,7 @@ def prepare_dataset(
       ValueError: a name or classes that TFDS cannot have; an image that cannot be decoded; no image
         that can; or an error of `images.records`.
     """
-    target = _target(name, Path(data_dir).expanduser(), images.class_names)
+    target = _target(name, expand(data_dir), images.class_names)
     if not SPLIT_NAME.fullmatch(split):
         raise ValueError(
             f"split {split!r}: must be of small letters, digits and _, such as 'train'"

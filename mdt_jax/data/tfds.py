@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.paths import expand, read_text, wrong_kind
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source, short_digest
@@ -35,7 +36,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = N
     """
     import tensorflow_datasets as tfds  # here, so that other sources do not wait for it
 
-    builder = _find_prepared(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+    builder = _find_prepared(name, expand(data_dir or tfds.core.constants.DATA_DIR))
     place = f"tfds:{name or builder.name}"
     features, splits = builder.info.features, builder.info.splits
     if "image" not in features:
@@ -86,7 +87,7 @@ def _check_description(name: str, folder: Path, examples: int, classes: int) -> 
     """
     features = folder / "features.json"
     try:
-        found = json.loads(features.read_text())["featuresDict"]["features"]["label"]["classLabel"]
+        found = json.loads(read_text(features))["featuresDict"]["features"]["label"]["classLabel"]
         told = int(found["numClasses"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         told = 0  # of a version that does not say so, or without classes
@@ -117,6 +118,9 @@ def _find_prepared(name: str, folder: Path) -> Any:
     from tensorflow_datasets.core import read_only_builder, registered
 
     itself = (folder / "dataset_info.json").exists()
+    for file in (folder / "dataset_info.json", folder / "features.json"):
+        if itself and file.exists() and not file.is_file():
+            raise ValueError(wrong_kind(file))
     try:
         if itself:
             builder = read_only_builder.builder_from_directory(folder)

@@ -21,6 +21,7 @@ import numpy as np
 STABLE_DIFFUSION_SCALE = 0.18215
 STABLE_DIFFUSION_CHANNELS = 4
 STABLE_DIFFUSION_STRIDE = 8
+_LARGEST = 1e6  # of a number of the normalisation; latents themselves have values of about 1
 _SHOWN = 12  # hexadecimal digits of a digest in a message
 
 
@@ -59,6 +60,9 @@ class LatentSpace:
             positive = name == "scale" or name.startswith("std")
             if not math.isfinite(value) or (positive and value <= 0):
                 raise _wrong(name, value, "a number above 0" if positive else "a number")
+            if abs(value) > _LARGEST or (positive and value < 1 / _LARGEST):
+                least = f"from {1 / _LARGEST:g} to" if positive else f"from {-_LARGEST:g} to"
+                raise _wrong(name, value, f"a number {least} {_LARGEST:g}")
         for name, least in (("channels", 1), ("stride", 0)):
             if getattr(self, name) < least:
                 raise _wrong(name, getattr(self, name), f"a whole number from {least} on")

@@ -1,0 +1,115 @@
+"""Paths that users give, and small files beside their data: what cannot be read is said so."""
+
+import os
+import socket
+
+import numpy as np
+import pytest
+
+from mdt_jax import config as config_lib
+from mdt_jax import data
+from mdt_jax.basics import paths
+from mdt_jax.data.cache_json import read_json
+
+
+def link_to_itself(path):
+    path.symlink_to(path)
+
+
+def listen(path):
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's name is short
+    socket.socket(socket.AF_UNIX).bind(path.name)
+    os.chdir(here)
+
+
+KINDS = {
+    "a pipe": os.mkfifo,
+    "a socket": listen,
+    "a folder": os.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nowhere, which leads to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_what_is_no_file_is_named(tmp_path, what):
+    KINDS[what](tmp_path / "a")
+    assert paths.wrong_kind(tmp_path / "a") == f"{tmp_path}/a: is no file but {what}"
+
+
+@pytest.mark.parametrize("what", [what for what in KINDS if "link" not in what])
+def test_a_small_file_that_is_none_is_not_opened(tmp_path, what):
+    KINDS[what](tmp_path / "a")
+    with pytest.raises(ValueError, match=f"is no file but {what}"):
+        paths.read_text(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"a: is damaged .*is no file but {what}"):
+        read_json(tmp_path / "a")
+
+
+def test_a_mark_in_front_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
+    assert paths.read_text(tmp_path / "a") == "grün"
+
+
+@pytest.mark.parametrize("name", ["folder", "npy", "latents", "fashion_mnist", "tfds:cifar10"])
+def test_the_home_of_nobody_is_named_in_one_line(name):
+    config = config_lib.default_config()
+    config.data.update(name=name, path="~no_such_user/x")
+    with pytest.raises(ValueError, match="~no_such_user/x: the home of ~no_such_user is not known"):
+        data.create_source(config.data)
+
+
+@pytest.mark.parametrize("name", ["folder", "npy", "latents"])
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), os.mkfifo, link_to_itself])
+def test_a_data_path_that_is_no_folder_is_there_but_wrong(tmp_path, name, make):
+    make(tmp_path / "a")
+    config = config_lib.default_config()
+    config.data.update(name=name, path=str(tmp_path / "a"))
+    with pytest.raises(NotADirectoryError, match="a: is no folder but a"):
+        data.create_source(config.data)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "images.npy"])
+def test_a_link_for_images_that_leads_to_nothing_is_no_missing_data(tmp_path, target):
+    (tmp_path / "images.npy").symlink_to(target)
+    with pytest.raises(ValueError, match=f"images.npy: is no file but a link to {target}"):
+        data.npy_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is no file but a pipe; mend it"),
+        (os.mkdir, "is no file but a folder; mend it"),
+        (lambda path: path.write_text("[1]"), r"it holds '\[1\]', and must hold an object such as"),
+        (lambda path: path.write_text("null"), "it holds 'None', and must hold an object such as"),
+        (lambda path: path.write_text('{"scale": 1e308}'), "scale is 1e\\+308; it must be a num"),
+        (lambda path: path.write_text('{"scale": 1e-40}'), "scale is 1e-40; it must be a number"),
+    ],
+)
+def test_a_description_of_latents_that_is_none_is_refused(tmp_path, make, said):
+    np.save(tmp_path / "latents.npy", np.ones((2, 4, 4, 8), np.float16))
+    make(tmp_path / "latents.json")
+    with pytest.raises(ValueError, match=f"latents.json: .*{said}") as told:
+        data.npy_directory(tmp_path)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_description_of_latents_may_have_a_mark_in_front(tmp_path):
+    np.save(tmp_path / "latents.npy", np.ones((2, 4, 4, 8), np.float16))
+    (tmp_path / "latents.json").write_text('{"scale": 0.5}', encoding="utf-8-sig")
+    assert data.npy_directory(tmp_path).latent_space.scale == 0.5
+
+
+def test_one_of_fast_dits_folders_says_to_give_the_one_around_both(tmp_path):
+    for name, array in (("x_features", np.ones((1, 4, 8, 8))), ("x_labels", np.zeros(1, int))):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", array)
+    assert len(data.npy_directory(tmp_path)) == 1
+    for name in ("x_features", "x_labels"):
+        with pytest.raises(ValueError, match=f"set data.path to the one around both, {tmp_path}"):
+            data.npy_directory(tmp_path / name)
+    np.save(tmp_path / "x_features" / "0.npy", np.ones((1, 8, 8, 4)))
+    with pytest.raises(ValueError, match="channels are the last axis there.; a file of latents"):
+        data.npy_directory(tmp_path)
