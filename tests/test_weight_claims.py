@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
+import re
 
 import pytest
 from test_weight_names import TINY, save
@@ -38,6 +40,27 @@ def read(path, content, arguments=None, key="args", **options):
 SIT = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", "loss_weight": None}
 SIT |= {"train_eps": 1e-5, "sample_eps": 1e-3, "num_classes": 10, "image_size": 64}
 DIT = {"model": "DiT-XL/2", "num_classes": 10, "image_size": 64, "epochs": 1400, "vae": "ema"}
+# The flags of MDT's training script.
+MDT = {"schedule_sampler": "uniform", "lr_anneal_steps": 0, "ema_rate": "0.9999", "use_fp16": False}
+MDT |= {"image_size": 64, "mask_ratio": 0.3, "decode_layer": 2, "num_classes": 10, "model": "DiT"}
+MDT |= {"learn_sigma": True, "diffusion_steps": 1000, "noise_schedule": "linear", "use_kl": False}
+MDT |= {"timestep_respacing": "", "predict_xstart": False, "rescale_timesteps": False, "log": ""}
+
+
+# Settings, by what is said of them.
+SAID = {
+    ": a flow model": [
+        {"model": "REPA-SiT-XL/2"}, {"model": "FlowDiT-B/2"}, {"model": "lightningdit-xl"},
+        {"objective": "rectified_flow"}, {"loss_type": "flow_matching"}, {"method": "flow"},
+        {"scheduler": "FlowMatchEulerDiscreteScheduler"}, {"sampler_type": "ODE"},
+        {"flow_matching": 1}, {"rectified_flow": "True"}, {"kind": "Flow-Matching"},
+    ],
+    "; weights": [
+        {"framework": "edm"}, {"sigma_data": 0.5}, {"predict_v": 1}, {"predict_v": "True"},
+        {"num_timesteps": 500}, {"beta_start": 0.00085}, {"beta_end": 0.012},
+        {"output": "velocity"}, {"loss": "v-prediction"},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("learn_variance", [True, False])
@@ -58,6 +81,14 @@ DIT = {"model": "DiT-XL/2", "num_classes": 10, "image_size": 64, "epochs": 1400,
         ("hyper_parameters", {"model": {"flow_matching": True}}, "flow_matching True: a flow"),
         ("cfg", {"diffusion": {"objective": "pred_v"}}, "objective pred_v; weights"),
         ("hparams", {"parameterization": "x0"}, "parameterization x0; weights"),
+        *(
+            (key, DIT | said, f"{name} {re.escape(str(value))}{end}")
+            for end, all_said in SAID.items()
+            for key, said in zip(itertools.cycle(["args", "train_args", "opt_args"]), all_said)
+            for name, value in [*said.items()][-1:]
+        ),
+        ("config", {"diffusion": {"type": "flow"}}, "type flow: a flow model"),
+        ("config", {"path": {"_target_": "flow_matching.path.CondOT"}}, "_target_ flow_matching"),
     ],
 )
 def test_another_process_is_refused_by_its_arguments(
@@ -84,6 +115,12 @@ def test_a_safetensors_files_text_is_an_argument_too(tmp_path):
         DIT | {"prediction": "epsilon", "predict_xstart": False, "noise_schedule": "linear"},
         DIT | {"parameterization": "eps", "diffusion_steps": "1000", "flow_matching": False},
         {"config": {"params": {"target": "ldm.modules.DiT"}}, "learn_sigma": True},
+        {"predict_v": 0, "rectified_flow": "False", "sigma_data": None, "flow_matching": 0},
+        DIT | {"num_timesteps": "1000", "beta_start": "1e-4", "beta_end": 0.02, "method": "ddpm"},
+        DIT | {"data_path": "flow", "exp_name": "velocity", "results_dir": "rectified_flow"},
+        DIT | {"lr_schedule": "cosine", "framework": "pytorch", "loss_type": "l2", "seed": 0},
+        DIT | {"feature_path": "features", "global_batch_size": 256, "ckpt_every": 50_000},
+        MDT,
     ],
 )
 def test_a_dits_own_arguments_are_let_through(arguments, tmp_path, caplog):
@@ -98,6 +135,7 @@ def test_a_dits_own_arguments_are_let_through(arguments, tmp_path, caplog):
         ({"num_classes": 1000}, "num_classes 1000, its label table has 10 classes"),
         ({"image_size": 256}, "image_size 256, its positions are of 8 × 8 latents"),
         ({"learn_sigma": False}, "learn_sigma False, its outputs differ"),
+        ({"schedule": "cosine"}, "schedule cosine, the authors' is linear"),
     ],
 )
 def test_arguments_that_the_shapes_contradict_are_told(arguments, said, tmp_path, caplog):
@@ -143,6 +181,29 @@ def test_without_arguments_what_is_assumed_is_told_where_it_may_be_a_sit(tmp_pat
     caplog.clear()
     read(tmp_path / "a.pt", network(learn_variance=False), DIT | {"learn_sigma": False})
     assert "SiT" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["sit_xl2.pt", "lightningdit-xl.pt", "dit_flow_b.pt", "REPA-xl.pt", "RectifiedFlow.pt"]
+)
+def test_a_name_of_a_flow_model_is_told_in_any_case(name, tmp_path, caplog):
+    read(tmp_path / name, network())
+    assert "its name says" in caplog.text and "taken for a DiT that predicts noise" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["situation.pt", "workflow.pt", "repair.pt", "dit_xl2.pt"])
+def test_other_names_are_not_told_of(name, tmp_path, caplog):
+    read(tmp_path / name, network())
+    assert not caplog.records
+
+
+def test_text_beside_the_weights_is_an_argument(tmp_path):
+    content = {"model": network(), "path_type": "Linear"}
+    with pytest.raises(UnknownWeights, match="path_type Linear: a flow model"):
+        read(tmp_path / "a.pt", content)
+    content = {"model": network(learn_variance=False), "version": "1.0"}
+    assert read(tmp_path / "a.pt", content).architecture.family == "DiT"
 
 
 DIFFUSERS = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 4}

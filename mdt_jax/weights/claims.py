@@ -24,6 +24,22 @@ _LABELS = "y_embedder.embedding_table.weight"
 # Settings that only flow models have; the first four are SiT's and LightningDiT's.
 _FLOW = ("path_type", "transport", "interpolant", "interpolant_type", "flow_type")
 _FLOW_SWITCHES = ("flow_matching", "use_flow_matching", "rectified_flow", "use_flow", "meanflow")
+# Models and values of settings of any name that are of flows.
+_FLOW_MODEL = re.compile(r"(?<![a-z])sit(?![a-z])|lightning[-_]?dit|flow", re.IGNORECASE)
+_FLOW_VALUE = re.compile(
+    r"(rectified|mean|re|c|ot|conditional)?[-_ ]?flow([-_ ]based)?|i?cfm|.*flow[-_ ]?match.*"
+    r"|.*rectified[-_ ]?flow.*|(stochastic[-_ ])?interpolants?",
+    re.IGNORECASE,
+)
+_VELOCITY_VALUE = re.compile(
+    r"(predict[-_])?velocity|v[-_]?pred(iction)?|pred(ict)?[-_]v|edm2?", re.I
+)
+# Settings that name a place, an experiment or data rather than a process.
+_NAMING = re.compile(r"data|dir|path$|file|(?<!class_)name$|project|tag|group|exp|entity|note")
+_FLOW_FILE = re.compile(
+    r"(?<![a-z])(sit|repa|edm)(?![a-z])|lightning[-_]?dit|(?<!work)(?<!over)(?<!tensor)flow",
+    re.IGNORECASE,
+)
 _PREDICTION = (
     *("prediction", "prediction_type", "pred_type", "model_mean_type", "objective", "predict"),
     *("parameterization", "target", "pred"),
@@ -42,7 +58,12 @@ _PROCESS = {
     "beta_schedule": "linear",
     "diffusion_steps": 1000,
     "num_train_timesteps": 1000,
+    "num_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
 }
+# Settings with which a script says of its weights what `_sign_of_flow` guesses.
+_TELLING = ("model", *_PREDICTION, *_PREDICTION_SWITCHES, *_PROCESS, "learn_sigma")
 _DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 
@@ -77,7 +98,8 @@ def check(weights: WeightFile, architecture: Architecture) -> None:
         raise UnknownWeights(said)
     for said in _contradictions(arguments, architecture):
         logging.warning("%s: %s; taken as its shapes are", weights.path, said)
-    if architecture.family == "DiT" and not arguments and (sign := _sign_of_flow(weights)):
+    untold = architecture.family == "DiT" and arguments.keys().isdisjoint(_TELLING)
+    if untold and (sign := _sign_of_flow(weights)):
         logging.warning(
             "%s: %s; taken for a DiT that predicts noise; of a SiT, a flow model of the same "
             "shapes, the samples would be noise",
@@ -149,11 +171,13 @@ def check_diffusers(path: Path, settings: Mapping[str, Any], shapes: Mapping[str
 
 def _other_process(arguments: Mapping[str, Any]) -> str | None:
     """Why a model of these arguments is of another process than the authors', None if it is not."""
-    name = arguments.get("model")
-    flow = [key for key in _FLOW if key in arguments and arguments[key] is not False]
-    flow += [key for key in _FLOW_SWITCHES if arguments.get(key) is True]
-    if isinstance(name, str) and re.match(r"(SiT|LightningDiT)\b", name, re.IGNORECASE):
-        flow.append("model")
+    texts = {key: value for key, value in arguments.items() if isinstance(value, str)}
+    values = {key: value for key, value in texts.items() if not _NAMING.search(key)}
+    flow = [key for key in _FLOW if key in arguments and not _is_off(arguments[key])]
+    flow += [key for key in _FLOW_SWITCHES if _is_on(arguments.get(key))]
+    flow += [key for key in ("model", "model_name") if _FLOW_MODEL.search(texts.get(key, ""))]
+    flow += [key for key, value in values.items() if _FLOW_VALUE.fullmatch(value)]
+    flow += [key for key, value in values.items() if "sampl" in key and value.lower() == "ode"]
     if flow:
         key = flow[0]
         said = key if arguments.get(key) is None else f"{key} {arguments[key]}"
@@ -166,16 +190,37 @@ def _other_process(arguments: Mapping[str, Any]) -> str | None:
         if str(value).lower().replace("-", "_") in _OTHER_PREDICTIONS:
             return _predicts(f"{key} {value}")
     for key in _PREDICTION_SWITCHES:
-        if arguments.get(key) is True:
-            return _predicts(f"{key} True")
+        if _is_on(arguments.get(key)):
+            return _predicts(f"{key} {arguments[key]}")
+    for key, text in values.items():
+        if _VELOCITY_VALUE.fullmatch(text):
+            return _predicts(f"{key} {text}")
+    if _is_on(arguments.get("sigma_data")):
+        return _predicts(f"sigma_data {arguments['sigma_data']}")
     for key, value in _PROCESS.items():
         found = arguments.get(key, value)
-        if found is not None and str(found) != str(value):
+        if found is not None and not _is_same(found, value):
             return (
                 f"its training arguments say {key} {found}; weights from PyTorch are sampled and "
                 f"trained as the authors', {key} {value}"
             )
     return None
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a switch is on, also as a number or a word; other kinds of values are none."""
+    return isinstance(value, str | int | float) and bool(value) and not _is_off(value)
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or str(value).lower() in ("false", "0", "0.0", "no", "off")
+
+
+def _is_same(found: Any, value: Any) -> bool:
+    try:
+        return float(found) == float(value)
+    except (TypeError, ValueError):
+        return str(found) == str(value)
 
 
 def _predicts(said: str) -> str:
@@ -203,6 +248,8 @@ def _contradictions(arguments: Mapping[str, Any], a: Architecture) -> list[str]:
             f"its training arguments say image_size {size}, its positions are of {a.input_size} × "
             f"{a.input_size} latents"
         )
+    if (schedule := arguments.get("schedule")) not in (None, "linear"):  # or the learning rate's
+        said.append(f"its training arguments say schedule {schedule}, the authors' is linear")
     if isinstance(learns := arguments.get("learn_sigma"), bool) and learns != a.learn_variance:
         said.append(f"its training arguments say learn_sigma {learns}, its outputs differ")
     return said
@@ -213,8 +260,8 @@ def _sign_of_flow(weights: WeightFile) -> str | None:
     kernel, bias = "final_layer.linear.weight", "final_layer.linear.bias"
     rows = weights.shapes[bias][0]
     _, channels, patch, _ = weights.shapes["x_embedder.proj.weight"]
-    if re.search(r"(?<![A-Za-z])SiT(?![a-z])", weights.path.name):
-        return "its name says SiT"
+    if found := _FLOW_FILE.search(weights.path.name):
+        return f"its name says {found[0]}"
     if rows == patch * patch * channels:
         return "it has no outputs for a variance, and does not say how it was trained"
     # SiT leaves the outputs of the variance out of its loss: they stay as initialised.

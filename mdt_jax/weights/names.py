@@ -36,9 +36,15 @@ NESTS = (*AVERAGES, *MODELS)
 STEPS = (
     *("train_steps", "global_step", "global_steps", "step", "steps", "iteration", "iterations"),
     *("iter", "iters", "it", "n_iter", "current_step", "cur_step", "num_updates"),
+    *("num_steps", "trained_steps", "num_iters", "num_iterations"),
 )
-_STEPS_OF_ARGUMENTS = ("train_steps", "global_step", "current_step", "cur_step")
-ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters", "train_config", "opts")
+_STEPS_OF_ARGUMENTS = (
+    *("train_steps", "global_step", "current_step", "cur_step", "trained_steps"),
+)
+ARGUMENTS = (
+    *("args", "config", "cfg", "hparams", "hyper_parameters", "train_config", "opts"),
+    *("train_args", "training_args", "opt_args", "model_args", "model_config"),
+)
 # A component of a name that a wrapper made: `_orig_mod`, `_fsdp_wrapped_module`, `_forward_module`.
 _WRAPPER = re.compile(r"module|_\w*mod(ule)?")
 _AVERAGE = re.compile(r"(?<![a-z])(ema|swa|average|averaged|shadow)(?![a-z])", re.IGNORECASE)
@@ -195,7 +201,8 @@ def read_step(tree: Mapping[Any, Any]) -> int | None:
 def read_arguments(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """The training script's settings in a file, by name, in lower case with underscores.
 
-    Settings in groups come under their own names, and each group's name has None.
+    Settings in groups come under their own names, and each group's name has None. Text that lies
+    beside the weights themselves is taken for a setting, too.
     """
     found: dict[str, Any] = {}
 
@@ -211,6 +218,7 @@ def read_arguments(tree: Mapping[Any, Any]) -> dict[str, Any]:
             else:
                 found[name] = value
 
+    take({key: value for key, value in tree.items() if isinstance(value, str)}, 0)
     for key in ARGUMENTS:
         settings = tree.get(key)
         if isinstance(settings, Mapping) or hasattr(settings, "__dict__"):
