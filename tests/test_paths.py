@@ -8,7 +8,7 @@ import pytest
 
 from mdt_jax import config as config_lib
 from mdt_jax import data
-from mdt_jax.basics import paths
+from mdt_jax.basics import names
 from mdt_jax.data.cache_json import read_json
 
 
@@ -35,21 +35,21 @@ KINDS = {
 @pytest.mark.parametrize("what", KINDS)
 def test_what_is_no_file_is_named(tmp_path, what):
     KINDS[what](tmp_path / "a")
-    assert paths.wrong_kind(tmp_path / "a") == f"{tmp_path}/a: is no file but {what}"
+    assert names.wrong_kind(tmp_path / "a") == f"{tmp_path}/a: is no file but {what}"
 
 
 @pytest.mark.parametrize("what", [what for what in KINDS if "link" not in what])
 def test_a_small_file_that_is_none_is_not_opened(tmp_path, what):
     KINDS[what](tmp_path / "a")
     with pytest.raises(ValueError, match=f"is no file but {what}"):
-        paths.read_text(tmp_path / "a")
+        names.read_text(tmp_path / "a")
     with pytest.raises(ValueError, match=f"a: is damaged .*is no file but {what}"):
         read_json(tmp_path / "a")
 
 
 def test_a_mark_in_front_is_no_text(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
-    assert paths.read_text(tmp_path / "a") == "grün"
+    assert names.read_text(tmp_path / "a") == "grün"
 
 
 @pytest.mark.parametrize("name", ["folder", "npy", "latents", "fashion_mnist", "tfds:cifar10"])

@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from mdt_jax.basics.names import printable
-from mdt_jax.basics.paths import wrong_kind
+from mdt_jax.basics.names import printable, wrong_kind
 from mdt_jax.data.npy import read_header
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 

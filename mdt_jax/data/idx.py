@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.basics.paths import expand
+from mdt_jax.basics.names import expand
 from mdt_jax.data.array_sources import arrays
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source

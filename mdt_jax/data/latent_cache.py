@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
-from mdt_jax.basics.names import printable
-from mdt_jax.basics.paths import expand, wrong_kind
+from mdt_jax.basics.names import expand, printable, wrong_kind
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,

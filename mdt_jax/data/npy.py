@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.basics.names import printable
-from mdt_jax.basics.paths import wrong_kind
+from mdt_jax.basics.names import printable, wrong_kind
 
 
 class NpyHeader(NamedTuple):

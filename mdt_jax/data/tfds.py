@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mdt_jax.basics.names import printable
-from mdt_jax.basics.paths import expand, read_text, wrong_kind
+from mdt_jax.basics.names import expand, printable, read_text, wrong_kind
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source, short_digest
