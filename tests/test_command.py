@@ -261,7 +261,10 @@ URLS = {
     "https://x.y/z.pt": "download the file (curl -LO https://x.y/z.pt), and give its path",
     "http://x.y/z": "download the file",
     "gs://bucket/run": "mount it (gcsfuse), and give the path",
-    "s3://bucket/run": "mount it",
+    "s3://bucket/run": "mount it (mount-s3), and give the path",
+    "GS://bucket/run": "mount it (gcsfuse), and give the path",
+    "abfs://bucket/run": "mount it, and give the path",
+    "HTTPS://x.y/z.pt": "download the file",
     "file:///tmp/a.pt": "give the path alone",
 }
 
@@ -283,6 +286,12 @@ def test_a_url_is_refused_as_it_was_given(url):
 def test_slashes_that_pathlib_took_come_back():
     with pytest.raises(ValueError, match="--workdir https://x.y/z.pt is a URL"):
         refuse_url(Path("https://x.y/z.pt"), "--workdir")
+
+
+@pytest.mark.parametrize("name", ["--workdir", "workdir", "--data_dir", "--config.checkpoints"])
+def test_a_url_of_a_folder_is_not_to_be_downloaded_as_a_file(name):
+    with pytest.raises(ValueError, match="is a URL: download the files in it, and give their"):
+        refuse_url("https://x.y/run", name)
 
 
 @pytest.mark.parametrize(

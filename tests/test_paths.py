@@ -2,7 +2,9 @@
 
 import os
 import socket
+import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +12,9 @@ from mdt_jax import config as config_lib
 from mdt_jax import data
 from mdt_jax.basics import names
 from mdt_jax.data.cache_json import read_json
+from mdt_jax.parallel import sharding
+from mdt_jax.sample import flags
+from mdt_jax.weights import pretrained
 
 
 def link_to_itself(path):
@@ -113,3 +118,33 @@ def test_one_of_fast_dits_folders_says_to_give_the_one_around_both(tmp_path):
     np.save(tmp_path / "x_features" / "0.npy", np.ones((1, 8, 8, 4)))
     with pytest.raises(ValueError, match="channels are the last axis there.; a file of latents"):
         data.npy_directory(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["/tmp/s/", " ", ".", "..", "", ".npz", "a/.png", "a/.."])
+def test_an_output_without_a_name_is_refused(output):
+    with pytest.raises(ValueError, match="names no file; give a name for OUTPUT.npz and OUTPUT.p"):
+        flags.output_files(output)
+
+
+@pytest.mark.parametrize("output", ["s", "a/s.npz", "a/s.png", "a/.s", "...s"])
+def test_an_output_with_a_name_is_taken(output):
+    npz, png = flags.output_files(output)
+    assert npz.suffix == ".npz" and png.suffix == ".png" and npz.stem == png.stem
+
+
+@pytest.mark.parametrize("source", ["", " ", None, 3])
+def test_what_is_no_path_of_weights_is_refused(source):
+    with pytest.raises(ValueError, match=f"{source!r} is no path of weights; give a workdir"):
+        pretrained.check_source(source)
+
+
+def test_a_number_beyond_the_dtype_is_refused_without_a_warning():
+    mesh = sharding.create_mesh()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = {"a": {"kernel": jax.ShapeDtypeStruct((2,), np.float32, sharding=whole)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"a/kernel of the weights holds 1e\+300 in float64"):
+            pretrained.place_parameters({"a": {"kernel": np.array([1, 1e300])}}, like)
+        placed = pretrained.place_parameters({"a": {"kernel": np.array([1, np.inf])}}, like)
+    assert np.isinf(placed["a"]["kernel"][1])

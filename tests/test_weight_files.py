@@ -379,6 +379,33 @@ def test_a_missing_file_a_folder_and_an_unknown_ending_are_named(tmp_path):
     assert "a.npz" in line and "not a PyTorch file" in line
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is a pipe, not a file"),
+        (lambda path: path.symlink_to("nowhere.pt"), "is a link to nowhere.pt, which leads to"),
+        (lambda path: path.symlink_to(path), "which leads to nothing"),
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+            "is a pointer of Git LFS, not a file: run git lfs pull",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_is_there_instead_of_a_file_is_named(make, said, ending, tmp_path):
+    make(tmp_path / f"a{ending}")
+    assert said in refusal(weight_files.read_weights, tmp_path / f"a{ending}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [("sparse_coo", lambda t: t.to_sparse()), ("meta", lambda t: t.to("meta"))],
+)
+def test_a_tensor_without_plain_numbers_is_named(kind, make, tmp_path):
+    path = save(tmp_path / "a.pt", {"v": torch.ones(2, 2), "w": make(torch.ones(2, 2))})
+    assert f"w is a {kind} tensor" in refusal(weight_files.read_weights, path)
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_type_that_no_model_has_is_named(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", {"w": torch.ones(4).to(torch.float8_e4m3fn)})

@@ -237,15 +237,31 @@ def test_an_empty_average_is_none(nest, empty, plain, tmp_path, caplog):
     "content",
     [
         {"student": state, "teacher": state},
+        {"ema_0.999": state, "ema_0.9999": state},
+        {"model": state, "ema_0.999": state, "ema_0.9999": state},
         {"model": lambda: under("a.", state()) | under("b.", state())},
     ],
 )
 def test_several_networks_of_equal_standing_are_refused(content, tmp_path):
     path = save(tmp_path / "a.pt", {name: make() for name, make in content.items()})
     with pytest.raises(
-        WeightsError, match="holds several networks, .*; save the one that is meant"
+        WeightsError, match="holds several (networks|averages), .*, .*; save the one that is meant"
     ):
         weight_files.read_weights(path)
+
+
+def test_an_average_that_is_a_list_is_said_to_be_one(tmp_path, caplog):
+    average = {"decay": 0.999, "shadow_params": [*state().values()]}
+    path = save(tmp_path / "a.pt", {"ema": average})
+    with pytest.raises(WeightsError, match="'ema.shadow_params', as a list of arrays without nam"):
+        weight_files.read_weights(path)
+    weight_files.read_weights(save(tmp_path / "b.pt", {"ema": average, "model": state()}))
+    assert "the average, ema.shadow_params, is a list without names" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["num_steps", "trained_steps", "num_iters", "train_steps"])
+def test_steps_are_known_by_several_names(name):
+    assert weight_names.read_step({"model": state(), name: 7}) == 7
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

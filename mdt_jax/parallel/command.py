@@ -35,6 +35,8 @@ WAYS_OUT = {
 }
 # Also one whose slashes `pathlib` made one; hf://OWNER/REPO/FILE is a place that is read.
 _URL = re.compile(r"(?!hf:)([A-Za-z][A-Za-z0-9+.-]*):/{1,3}(?=[^/])")
+# Settings that are folders, which no download gives.
+_FOLDERS = re.compile(r"workdir|checkpoints|_dir\b|imagenet|--folder|--lmdb")
 
 
 class UserError(RuntimeError):
@@ -170,15 +172,18 @@ def refuse_url(path: Any, name: str) -> None:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
     if not _is_url(text):
         return
-    scheme = _URL.match(text)[1]
+    scheme = _URL.match(text)[1].lower()
     if "://" not in text:
         text = text.replace(":/", "://", 1)
-    if scheme in ("http", "https", "ftp"):
+    if scheme in ("http", "https", "ftp") and _FOLDERS.search(name):
+        way_out = "download the files in it, and give their folder"
+    elif scheme in ("http", "https", "ftp"):
         way_out = f"download the file (curl -LO {text}), and give its path"
     elif scheme == "file":
         way_out = "give the path alone"
     else:
-        way_out = "mount it (gcsfuse), and give the path"
+        with_what = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(scheme, "")
+        way_out = f"mount it{with_what}, and give the path"
     raise ValueError(f"{name} {text} is a URL: {way_out}".strip())
 
 

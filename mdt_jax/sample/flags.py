@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,13 @@ def given_options(f: flags.FlagValues) -> dict[str, Any]:
 
 
 def output_files(output: str | Path) -> tuple[Path, Path]:
-    """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none; no URL."""
+    """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none; no URL or folder."""
     if "://" in str(output):
-        raise ValueError(f"--output {output} is a URL: mount the bucket (gcsfuse), give the path")
+        raise ValueError(f"--output {output} is a URL: mount the bucket, and give the path")
     stem = str(output).removesuffix(".png").removesuffix(".npz")
+    if os.path.basename(stem).strip() in ("", ".", ".."):
+        raise ValueError(
+            f"--output {str(output)!r} names no file; give a name for OUTPUT.npz and OUTPUT.png, "
+            f"such as {os.path.join(os.path.dirname(stem), 'samples')}"
+        )
     return Path(f"{stem}.npz"), Path(f"{stem}.png")

@@ -136,6 +136,7 @@ def load(
         }
     )
     mesh = sharding.create_mesh() if mesh is None else mesh
+    pretrained.check_source(path)
     if weight_files.is_weight_file(path) or Path(path).is_file():
         if ema_rate is not None or step is not None:
             raise ValueError(f"ema_rate and step are a run's; {path} is one set of weights")

@@ -21,12 +21,14 @@ import ml_dtypes
 import numpy as np
 
 from mdt_jax.basics.atomic import is_full_disk, reason_of, whole_path
+from mdt_jax.basics.names import what_is_there
 from mdt_jax.parallel.command import WAYS_OUT, refuse_url
 from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.names import Part
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
+_POINTER = b"version https://git-lfs"
 
 
 class WeightsError(ValueError):
@@ -99,10 +101,13 @@ def fetch(source: str | Path) -> Path:
     refuse_url(source, "the file")
     path = Path(text)
     if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "not there"
+        what = f"{what_is_there(path)}, not a file" if os.path.lexists(path) else "not there"
         raise WeightsError(
             f"{path} is {what}; give a .pt or .safetensors file, or hf://OWNER/REPO/FILE"
         )
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise WeightsError(f"{path} is a pointer of Git LFS, not a file: run git lfs pull")
     return path
 
 
@@ -193,7 +198,7 @@ def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
     if part is None:
         if nest is not None and weight_names.find_parts(entries):
             raise WeightsError(f"{path} holds no {nest!r}")
-        raise WeightsError(f"{path} holds {_describe(tree)}, no weights by name")
+        raise WeightsError(f"{path} holds no weights by name, but {weight_names.describe(tree)}")
     tensors = {name: functools.reduce(getitem, keys, tree) for name, keys in part.names.items()}
     return WeightFile(
         path,
@@ -380,14 +385,9 @@ def _open_safetensors(path: Path) -> tuple[Any, dict[str, SimpleNamespace]]:
 
 
 _DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
+    **{f"F{8 * n}": np.dtype(f"f{n}") for n in (8, 4, 2)},
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
+    **{f"I{8 * n}": np.dtype(f"i{n}") for n in (8, 4, 2, 1)},
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(bool),
 }
@@ -415,6 +415,13 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
+    layout = str(getattr(tensor, "layout", "")).removeprefix("torch.")
+    kind = "meta" if getattr(tensor, "is_meta", False) else layout
+    if kind not in ("strided", "") or getattr(tensor, "is_quantized", False):
+        raise WeightsError(
+            f"{path}: {name} is a {kind if kind != 'strided' else 'quantized'} tensor, which has "
+            "no plain numbers; save the state_dict() of a network that is in memory, dense"
+        )
     kind = str(tensor.dtype).removeprefix("torch.")
     for dtype in _DTYPES.values():
         if dtype.name == kind:
@@ -429,12 +436,6 @@ def _to_torch(torch: Any, array: np.ndarray) -> Any:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _describe(tree: Any) -> str:
-    if isinstance(tree, dict):
-        return f"a dict of {', '.join(map(repr, list(tree)[:5]))}" if tree else "an empty dict"
-    return f"an object of type {type(tree).__name__}"
 
 
 def _first_line(error: BaseException) -> str:

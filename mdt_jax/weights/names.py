@@ -156,9 +156,10 @@ def choose_part(parts: list[Part], nest: str | None = None) -> Part | None:
         return None
     best, *others = ranked
     same = [part for part in others if _rank(part) == _rank(best)]
-    if same and not best.average:
+    if same:
         places = ", ".join(part.place for part in (best, *same))
-        raise ValueError(f"holds several networks, {places}; save the one that is meant alone")
+        kind = "averages" if best.average else "networks"
+        raise ValueError(f"holds several {kind}, {places}; save the one that is meant alone")
     return best
 
 
@@ -184,8 +185,36 @@ def take_part(tree: Mapping[Any, Any], nest: str | None, file: Path | None = Non
     empty = [key for key in tree if isinstance(key, str) and is_average(key)]
     if nest is None and empty and not part.average:
         said = "%s: its %r holds no weights by name; taking %s"
+        if place := nameless_average(tree):
+            said += f"; the average, {place}, is a list without names"
         logging.warning(said, file, empty[0].partition(".")[0], part.describe())
     return part
+
+
+def nameless_average(tree: Mapping[Any, Any], above: str = "") -> str | None:
+    """Where a tree holds an average as a list of arrays, as torch_ema's does; None if nowhere."""
+    for key, value in tree.items():
+        place = f"{above}.{key}" if above else str(key)
+        if isinstance(value, Mapping):
+            if found := nameless_average(value, place):
+                return found
+        elif isinstance(value, list | tuple) and value and is_average(place.replace("_", ".")):
+            arrays = [entry for entry in value if hasattr(entry, "shape")]
+            if len(arrays) == len(value):
+                return place
+    return None
+
+
+def describe(tree: Any) -> str:
+    """What a file holds that is no weights by name, in words."""
+    if not isinstance(tree, dict):
+        return f"an object of type {type(tree).__name__}"
+    if place := nameless_average(tree):
+        return (
+            f"its average, {place!r}, as a list of arrays without names, which could be any "
+            "network's; copy it into the network, and save that one's state_dict()"
+        )
+    return f"a dict of {', '.join(map(repr, list(tree)[:5]))}" if tree else "an empty dict"
 
 
 def read_step(tree: Mapping[Any, Any]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
       WeightsError, UnknownWeights: a file that is not there, damaged or of no model known here.
       CheckpointError: a workdir without a sound checkpoint.
     """
+    check_source(source)
     if not weight_files.is_weight_file(source) and not Path(source).is_file():
         return _read_workdir(source)
     weights, architecture = open_weights(source, nest, **hints)
@@ -99,6 +101,15 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
         dtypes=_mixed_dtypes(weights, architecture),
         latents=_latents_of_file(str(source), weights, own, architecture),
     )
+
+
+def check_source(source: Any) -> None:
+    """Refuses, with ValueError, what is no path or an empty one."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source).strip():
+        raise ValueError(
+            f"{source!r} is no path of weights; give a workdir, a .pt or .safetensors file, or "
+            "hf://OWNER/REPO/FILE"
+        )
 
 
 def _read_workdir(workdir: str | Path) -> Pretrained:
@@ -372,16 +383,28 @@ def place_parameters(params: Any, abstract: Any) -> Any:
     """Puts arrays on devices one at a time, in the dtypes and shardings of `abstract`.
 
     Raises:
-      ValueError: the two trees differ in structure or shapes.
+      ValueError: the two trees differ in structure or shapes, or a number is beyond the dtype.
     """
 
-    def put(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-        array = np.asarray(array).astype(like.dtype, copy=False)
+    def put(path: Any, array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        given = np.asarray(array)
+        with np.errstate(over="ignore"):
+            array = given.astype(like.dtype, copy=False)
+        if (
+            given.dtype.itemsize > array.dtype.itemsize
+            and not is_finite(array)
+            and is_finite(given)
+        ):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name} of the weights holds {np.abs(given).max():g} in {given.dtype}, beyond "
+                f"what {array.dtype} can hold; give other weights"
+            )
         if array.shape != like.shape:
             raise ValueError(f"an array of shape {array.shape} where the model has {like.shape}")
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
 
-    return jax.tree.map(put, params, abstract)
+    return jax.tree_util.tree_map_with_path(put, params, abstract)
 
 
 def _from_diffusers(weights: WeightFile, input_size: int) -> WeightFile:
