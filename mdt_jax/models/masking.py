@@ -57,7 +57,8 @@ class KeptTokens:
             raise ValueError(
                 f"masking.ratio {mask_ratio} with masking.ratio_span {ratio_span} leaves [0, 1)"
             )
-        if ratio_span == 0:
+        # A span that is nothing beside one token is none.
+        if round(num_tokens * ratio_span, 6) == 0:
             low = high = num_tokens * (1 - mask_ratio)
             counts, weights = [int(high)], [1.0]
         else:
@@ -74,7 +75,7 @@ class KeptTokens:
                 multiples = multiples[np.round(few).astype(int)]
             counts = multiples.tolist()
             weights = [1.0] * len(counts)
-            if step == 1 or abs(np.mean(counts) / mean - 1) > 0.01:
+            if counts[0] > 0 and (step == 1 or abs(np.mean(counts) / mean - 1) > 0.01):
                 # A count stands for the reference's from halfway to its neighbours on.
                 between = [(a + b) / 2 if step > 1 else b for a, b in pairwise(counts)]
                 weights = np.diff([low, *between, high]).tolist()
