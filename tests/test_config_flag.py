@@ -96,7 +96,7 @@ WRONG = {
     "--config.batch_size=1e12": "batch_size 1000000000000 is outside 1 to 1,048,576",
     "--config.label_dropout=none": "--config.label_dropout=None: None is no value of it; it ta",
     "--config.label_dropout=some": "--config.label_dropout=some: it takes a number",
-    "--config.optimizer.learning_rate=nan": "optimizer.learning_rate nan is outside (0, 1]",
+    "--config.optimizer.learning_rate=nan": "optimizer.learning_rate nan is outside 1.2e-38 to 1",
     "--config.diffusion.min_snr=inf": "diffusion.min_snr inf is outside 0.01 to 1e+06; it takes",
     "--config.optimizer.betas=0.9": "optimizer.betas (0.9,) holds 1 numbers; it takes numbers",
     "--config.optimizer.betas=a,b": "optimizer.betas ('a,b',) holds 1 numbers; it takes numbers",

@@ -62,6 +62,9 @@ REFUSED = [
     ([[1, 2], [3, 0]], r"labels hold \[1, 2\]; give a flat list"),
     (np.zeros((2, 2), int), r"labels hold \[0, 0\]; give a flat list"),
     ([np.array([1, 2])], r"labels hold \[1 2\]; give a flat list"),
+    ({1, 2}, r"labels \{1, 2\} have no order; give a list, a class for each sample"),
+    (frozenset({1}), r"labels .* have no order; give a list"),
+    ({1: 2}, r"labels \{1: 2\} have no order; give a list"),
     ([""], r"labels hold an empty name"),
     (["cat", "  "], r"labels hold an empty name"),
     (["3.0"], r"no class is named '3.0'"),
@@ -88,6 +91,13 @@ def test_no_labels_are_all_classes_in_turn(labels, model):
     assert sampling.resolve_labels(model, labels, 6).tolist() == [0, 1, 2, 3, 0, 1]
 
 
+@pytest.mark.parametrize("resolve", RESOLVERS)
+def test_labels_are_read_once(resolve, model):
+    found = resolve(model, iter([1, 2]))
+    assert len(found) == 2 and set(found.tolist()) <= {1, 2}
+    assert len(resolve(model, (label for label in ["cat"]))) == 1
+
+
 @pytest.mark.parametrize("count", [0, -1, 99_999_999_999_999])
 def test_a_number_of_samples_that_cannot_be_is_refused(count, model):
     for resolve in RESOLVERS[:2]:
@@ -111,6 +121,12 @@ def test_a_number_of_samples_that_cannot_be_is_refused(count, model):
         ("steps", 0, "steps 0 is below 1"),
         ("steps", -5, "steps -5 is below 1"),
         ("steps", 2.5, "steps 2.5 is no whole number"),
+        ("clip", "False", "clip 'False' is neither True nor False; it takes one of them"),
+        ("clip", "no", "clip 'no' is neither True nor False"),
+        ("clip", 2, "clip 2 is neither True nor False"),
+        ("clip", np.array([True]), r"clip \[True\] is neither True nor False"),
+        ("sampler", ["ddim"], r"sampler \['ddim'\] is unknown; known: ddpm"),
+        ("steps", np.array([2]), r"steps \[2\] is no whole number"),
         ("steps", "-5", "steps -5: respacing '-5' asks for -5"),
         ("steps", "", "steps : respacing '' is not a count"),
         ("cfg_interval", (math.nan, 1), r"cfg_interval \(nan, 1\) is not \(low, high\)"),
@@ -121,6 +137,26 @@ def test_a_number_of_samples_that_cannot_be_is_refused(count, model):
 def test_options_out_of_their_range_are_refused_by_their_own_names(option, value, said, model):
     with pytest.raises(ValueError, match=rf"^{said}[^\n]*$"):
         sampling.resolve_options(model, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "taken"),
+    [
+        ("steps", jnp.int32(2), 2),
+        ("steps", np.int64(2), 2),
+        ("eta", np.float32(0.5), 0.5),
+        ("clip", np.bool_(True), True),
+        ("guided_channels", jnp.int32(2), 2),
+        ("cfg_power", jnp.float32(2), 2.0),
+        ("cfg_interval", np.array([0.1, 0.7]), (0.1, 0.7)),
+        ("cfg_interval", [0.1, 0.7], (0.1, 0.7)),
+        ("cfg_interval", np.array([0.0, 1.0]), None),
+        ("cfg_interval", (), None),
+    ],
+)
+def test_options_of_arrays_are_taken_as_pythons_own(option, value, taken, model):
+    options = sampling.resolve_options(model, **{option: value})
+    assert getattr(options, option) == taken and hash(options) is not None
 
 
 COMMANDS = commands()
@@ -145,7 +181,7 @@ COMMANDS = commands()
         ("--seed=9223372036854775808", "--seed 9223372036854775808 is outside 0 to 9,223,372"),
         ("--num_samples=99999999999999", "--num_samples 99999999999999 is outside 1 to 100,000,0"),
         ("--num_samples=0", "--num_samples 0 is below 1"),
-        ("--ema_rate=nan", "--ema_rate nan is outside [0, 1)"),
+        ("--ema_rate=nan", "--ema_rate nan is outside 0 to 0.999999"),
         ("--step=-1", "--step -1 is below 0"),
         ("--mesh_fsdp=0", "--mesh_fsdp 0 is below 1"),
         ("--vae_batch_size=0", "--vae_batch_size 0 is below 1"),

@@ -76,8 +76,9 @@ REFUSED = {
     "seed": [-1, 2**63, 0.5, True, "5", None],
     "num_steps": [0, -1, 2**31],
     "batch_size": [0, 2.0, "8", True],
-    "ema_rates": [(), (0.9, 0.9), (0, 0.0), (1.0,), (-0.1,), 0.9, ("0.9",), (True,)],
-    "label_dropout": [-0.1, 1.1, None],
+    "ema_rates": [(), (0.9, 0.9), (0, 0.0), (1.0,), (-0.1,), 0.9, ("0.9",), (True,),
+                  (0.99999999,), (0.9999, 0.99990000001)],
+    "label_dropout": [-0.1, 1, 1.0, 1.1, None],
     "model.patch_size": [0, -4, 2.5],
     "model.num_heads": [0],
     "model.hidden_size": [0, -8],
@@ -89,12 +90,12 @@ REFUSED = {
     "masking.ratio_span": [-0.1, 1],
     "diffusion.num_timesteps": [0, 1, -1],
     "diffusion.min_snr": [0, -5.0, 1e-9],
-    "optimizer.learning_rate": [0, -1e-4, 100],
+    "optimizer.learning_rate": [0, -1e-4, 100, 1e-46, 1e-320],
     "optimizer.weight_decay": [-0.1, 1e9],
     "optimizer.eps": [0, -1e-8, 1e-40],
     "optimizer.betas": [(0.9, 2, 0.9), (0.9, 1.0), (0.9,), (-0.1, 0.9), (0.9, 0.99999999), 0.9],
-    "optimizer.clip_norm": [0, -1],
-    "schedule.factor": [0, -0.1],
+    "optimizer.clip_norm": [0, -1, 1e-46, 1e-320],
+    "schedule.factor": [0, -0.1, 1e-300],
     "schedule.boundaries": [(5, 5), (6, 5), (0,), (1.5,)],
     "schedule.warmup_steps": [-1],
     "mesh.data": [0, -2],
@@ -110,7 +111,8 @@ REFUSED = {
     "--num_samples": [0, 99_999_999_999_999],
     "--max_hours": [0, -1],
     "--masked_share": [-0.1, 2],
-}
+    "--ema_rate": [1, -0.1, 0.99999999],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -124,10 +126,20 @@ def test_what_is_outside_is_refused_in_a_line_that_says_what_would_do(key):
 
 
 @pytest.mark.parametrize(
+    "key", ["optimizer.learning_rate", "optimizer.clip_norm", "schedule.factor", "ema_rates"]
+)
+def test_the_ends_of_a_range_are_normal_numbers_of_float32_below_1_for_rates(key):
+    assert RANGES[key].low == 0 or np.float32(RANGES[key].low) >= np.finfo(np.float32).tiny
+    assert key != "ema_rates" or np.float32(RANGES[key].high) < 1
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("seed", 2**63 - 1), ("seed", np.int64(3)), ("batch_size", np.uint8(8)),
         ("optimizer.learning_rate", np.float32(1e-4)), ("optimizer.learning_rate", 1),
+        ("ema_rates", (0.999999,)), ("ema_rates", (0.9999, 0.99991)), ("label_dropout", 0.99),
+        ("optimizer.learning_rate", 1.2e-38), ("optimizer.clip_norm", 1e-37),
         ("optimizer.betas", [0, 0.9]), ("optimizer.betas", np.array([0.9, 0.999])),
         ("optimizer.betas", None), ("diffusion.min_snr", None), ("mesh.data", -1),
         ("model.num_classes", -1), ("model.num_classes", 0), ("schedule.boundaries", ()),

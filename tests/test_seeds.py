@@ -54,6 +54,21 @@ def test_what_is_no_seed_is_refused_in_one_line(seed):
         key_of(seed)
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (np.array([1, 2]), r"key \[1, 2\] is no PRNG key; give a seed, or jax.random.key\(0\)"),
+        (jnp.array([0.5, 1.0]), r"key \[0.5, 1.0\] is no PRNG key"),
+        (np.zeros(3, np.uint32), r"key \[0, 0, 0\] is no PRNG key"),
+        (jax.random.split(jax.random.key(0), 3), r"key holds 3 keys, of shape \(3,\); give one of"),
+        (jax.random.split(jax.random.PRNGKey(0)), r"key holds 2 keys, of shape \(2,\); give one"),
+    ],
+)
+def test_an_array_that_is_not_one_key_is_refused_in_one_line(key, said):
+    with pytest.raises(ValueError, match=rf"^{said}[^\n]*$"):
+        key_of(key)
+
+
 def _step(seed):
     return draw_randomness(seed, jnp.int32(0), (2, 4, 4, 1), 4).full_noise
 

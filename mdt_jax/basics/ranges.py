@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,11 @@ MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1
 # Most tokens of a model: at 16,384 the table of the pairs that attention compares is 1 GiB.
 MAX_TOKENS = 2**14
+# The devices compute in float32. Its least normal number is a little below; what is smaller may be
+# 0 there.
+LEAST = 1.2e-38
+# A rate of decay: float32 tells the highest from 1, which would keep what it decays for ever.
+HIGHEST_RATE = 0.999999
 _EMPTY = "is empty"
 
 
@@ -35,7 +41,7 @@ class Range:
       text: the meaning of a text in place of the number; empty where there is none.
       counts: how many numbers a sequence may have; empty for a number alone.
       ascending: whether each number of the sequence must be above the one before.
-      distinct: whether the numbers of the sequence must differ.
+      distinct: whether the numbers of the sequence must differ in float32.
       example: a value that would do, for messages on sequences.
     """
 
@@ -98,6 +104,8 @@ class Range:
             return "is not in ascending order"
         if self.distinct and len(set(values)) < len(values):
             return "holds a number twice"
+        if self.distinct and len(set(map(_in_float32, values))) < len(values):
+            return "holds a number twice, as float32 has it"
         return ""
 
     def _number_fault(self, value: Any) -> str:
@@ -132,6 +140,10 @@ class Range:
             raise ValueError(f"{what} {fault}" + ("" if told else f"; it takes {self}"))
 
 
+def _in_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 def _whole(low: int, high: int, **more: Any) -> Range:
     return Range(low, high, whole=True, **more)
 
@@ -157,8 +169,9 @@ RANGES: dict[str, Range] = {
     "num_steps": _COUNT,
     "batch_size": _BATCH,
     "accumulation_steps": _BATCH,
-    "ema_rates": _number(0, 1, below=True, counts=_MANY, distinct=True, example="(0.9999,)"),
-    "label_dropout": _FRACTION,
+    "ema_rates": _number(0, HIGHEST_RATE, counts=_MANY, distinct=True, example="(0.9999,)"),
+    # At 1 no label would be trained.
+    "label_dropout": _number(0, 1, below=True),
     "model.input_size": _whole(1, 4096),
     "model.in_channels": _whole(1, 4096),
     "model.num_classes": _whole(0, 2**24, also=(-1, "as many as the data have")),
@@ -174,20 +187,20 @@ RANGES: dict[str, Range] = {
     "diffusion.num_timesteps": _whole(2, 100_000),
     # γ is 5 in the paper. Near 0 it makes every weight 0, and the loss seems to be excellent.
     "diffusion.min_snr": _number(0.01, 1e6, none="plain MSE"),
-    "optimizer.learning_rate": _number(0, 1, above=True),
+    "optimizer.learning_rate": _number(LEAST, 1),
     "optimizer.weight_decay": _number(0, 1000),
-    # float32 tells the highest from 1, which the correction of the moments' bias divides by.
+    # The correction of the moments' bias divides by what is left to 1.
     "optimizer.betas": _number(
-        0, 0.999999, counts=(2, 3), none="the optimiser's defaults", example="(0.9, 0.999)"
+        0, HIGHEST_RATE, counts=(2, 3), none="the optimiser's defaults", example="(0.9, 0.999)"
     ),
     # Below, gradients whose squares are 0 in float32 would be divided by next to nothing.
     "optimizer.eps": _number(1e-20, 1),
-    "optimizer.clip_norm": _number(0, 1e12, above=True, none="no clipping"),
+    "optimizer.clip_norm": _number(LEAST, 1e12, none="no clipping"),
     "schedule.warmup_steps": _EVERY,
     "schedule.boundaries": _whole(
         1, MAX_COUNT, counts=(0, *_MANY), ascending=True, example="(100000, 125000)"
     ),
-    "schedule.factor": _number(0, 10, above=True),
+    "schedule.factor": _number(LEAST, 10),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
@@ -222,7 +235,7 @@ RANGES: dict[str, Range] = {
     "--vae_tile_size": _whole(1, 4096),
     "--resamples": _whole(1, 10_000),
     "--masked_share": _FRACTION,
-    "--ema_rate": _number(0, 1, below=True),
+    "--ema_rate": _number(0, HIGHEST_RATE),
     "--step": _STEP,
     "--num_classes": _whole(0, 2**24),
     "--feature_batch_size": _BATCH,

@@ -23,10 +23,11 @@ def key_of(seed: Any, named: str = "key") -> Array:
       named: what a message calls it.
 
     Raises:
-      ValueError: a number that is no such integer.
+      ValueError: a number that is no such integer, or an array that is not one key.
     """
     is_array = hasattr(seed, "dtype") and hasattr(seed, "ndim")
     if is_array and (seed.ndim or jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key)):
+        _check_key(seed, named)
         return seed
     ranges.check("seed", seed, named)
     high, low = divmod(int(seed), 2**32)
@@ -36,3 +37,18 @@ def key_of(seed: Any, named: str = "key") -> Array:
     # Threefry's key is its upper and lower half; other generators' keys are copies of the two.
     data = jax.random.key_data(key).at[..., ::2].set(np.uint32(high))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def _check_key(key: Any, named: str) -> None:
+    """Refuses, with ValueError, an array that is not one PRNG key, of the new or the old type."""
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    shape = key.shape if typed else key.shape[:-1]
+    if shape:
+        raise ValueError(
+            f"{named} holds {np.prod(shape)} keys, of shape {shape}; give one of them, or a seed"
+        )
+    old = jax.eval_shape(jax.random.PRNGKey, 0)
+    if not typed and (key.dtype, key.shape) != (old.dtype, old.shape):
+        raise ValueError(
+            f"{named} {np.asarray(key).tolist()} is no PRNG key; give a seed, or jax.random.key(0)"
+        )

@@ -257,7 +257,8 @@ def _resolve_labels(
     cfg_scale: float | None,
 ) -> Int[np.ndarray, " n"]:
     """The class of every result, one each; num_classes stands for no class."""
-    network, given = model.network, len(given_labels(labels))
+    labels = given_labels(labels)
+    network, given = model.network, len(labels)
     if given > 1 and num_images > 1 and given != num_images:
         raise ValueError(f"{given} labels for {num_images} images; give one for each, or one")
     count = max(num_images, given) if num_samples is None else num_samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import jax
@@ -63,20 +63,22 @@ def resolve_options(model: DiffusionModel, **options: Any) -> SamplerOptions:
         if value is not None or SAMPLER_OPTIONS[name].none
     }
     own = vars(SamplerOptions()) | model.defaults
-    chosen = own | given
+    chosen = own | {name: _plain(name, value) for name, value in given.items()}
+    if not isinstance(chosen["sampler"], str) or chosen["sampler"] not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
     if "steps" not in given and chosen["sampler"] != own["sampler"]:
         # The model's number of steps is its own sampler's.
         chosen["steps"] = FEW_STEPS.get(chosen["sampler"], own["steps"])
-    interval = chosen["cfg_interval"] or (0.0, 1.0)
+    interval = (0.0, 1.0) if chosen["cfg_interval"] in (None, ()) else chosen["cfg_interval"]
     if ranges.range_of("sample.cfg_interval").fault(interval):
         raise ValueError(f"cfg_interval {interval} is not (low, high), 0 <= low < high <= 1")
     for name, value in chosen.items():
         if is_number(name):
             ranges.check(f"sample.{name}", value, name)
     chosen["cfg_interval"] = None if tuple(interval) == (0, 1) else tuple(map(float, interval))
-    if chosen["sampler"] not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise ValueError(f"sampler {chosen['sampler']!r} is unknown; known: {known}")
+    if not isinstance(chosen["clip"], bool):
+        raise ValueError(f"clip {chosen['clip']!r} is neither True nor False; it takes one of them")
     chosen["steps"] = spaced(chosen["sampler"], chosen["steps"])
     try:  # which refuses steps that the process does not have
         model.diffusion.respaced(chosen["steps"])
@@ -102,6 +104,12 @@ def resolve_options(model: DiffusionModel, **options: Any) -> SamplerOptions:
     return SamplerOptions(**chosen)
 
 
+def _plain(name: str, value: Any) -> Any:
+    """An option's value as Python has it: arrays as tuples, and their scalars as numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if name == "cfg_interval" and isinstance(value, list) else value
+
+
 def is_number(option: str) -> bool:
     """Whether an option of the samplers takes numbers."""
     return SAMPLER_OPTIONS[option].kind in (int, float, tuple)
@@ -116,8 +124,9 @@ def resolve_labels(
     model: DiffusionModel, labels: Any = None, num_samples: int | None = None
 ) -> Int[np.ndarray, " n"]:
     """Labels as numbers, repeated or in turn to `num_samples`; zeros if unconditional."""
-    classes = class_numbers(model, labels)
-    return np.resize(classes, _count(num_samples, len(classes) if given_labels(labels) else 16))
+    given = given_labels(labels)  # once: an iterator is empty after that
+    classes = class_numbers(model, given)
+    return np.resize(classes, _count(num_samples, len(given) or 16))
 
 
 def draw_labels(
@@ -130,8 +139,9 @@ def draw_labels(
 
     Arguments as for `resolve_labels`, and the key.
     """
-    classes = class_numbers(model, labels)
-    count = _count(num_samples, len(classes) if given_labels(labels) else 16)
+    given = given_labels(labels)
+    classes = class_numbers(model, given)
+    count = _count(num_samples, len(given) or 16)
     key = key_of(key)
     # In blocks of one size, so that it compiles once.
     blocks = range(0, count, _LABEL_BLOCK)
@@ -174,6 +184,8 @@ def given_labels(labels: Any) -> list[Any]:
         return []
     if hasattr(labels, "tolist"):  # an array of NumPy's or JAX's
         labels = labels.tolist()
+    if isinstance(labels, (Set, Mapping)):
+        raise ValueError(f"labels {labels!r} have no order; give a list, a class for each sample")
     if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
         raise ValueError(f"labels {labels!r} is one label; give a list of them, [{labels!r}]")
     given = list(labels)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
+from mdt_jax.basics import ranges
 from mdt_jax.basics.atomic import is_full_disk, reason_of
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.convert.architecture import BUFFER, parameter_shapes, state_dict_shapes
@@ -101,8 +102,8 @@ def to_workdir(
     step = model.step if step is None else step
     if step < 0:
         raise WeightsError(f"--step {step} is negative")
-    if not 0 <= ema_rate < 1:
-        raise WeightsError(f"--ema_rate {ema_rate} is not in [0, 1)")
+    if fault := ranges.range_of("--ema_rate").fault(ema_rate):
+        raise WeightsError(f"--ema_rate {ema_rate} {fault}")
     config = model.config.copy_and_resolve_references()
     config.ema_rates = (ema_rate,)
     items = {f"ema_{ema_rate}": (ema or model).params}
