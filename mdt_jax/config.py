@@ -123,7 +123,8 @@ def default_config() -> ConfigDict:
     for name, option in SAMPLER_OPTIONS.items():
         # A reference keeps its type while it is None, for flags that set it again.
         reference = config_dict.FieldReference(option.config, field_type=option.kind)
-        config.sample[name] = reference if option.none else option.config
+        plain = isinstance(option.kind, type) and not option.none
+        config.sample[name] = option.config if plain else reference
 
     config.eval_every = 0  # steps between judgements of EMA samples (and at the end); 0: none
     config.eval = ConfigDict()  # how samples are judged

@@ -39,7 +39,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
-from mdt_jax.parallel.flag_parsing import parse_flags
+from mdt_jax.parallel.flag_parsing import define_flag, parse_flags
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.weights.pretrained import PIXEL_CHANNELS, latents_of_run
@@ -69,7 +69,7 @@ EVALUATE_FLAGS = (
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
     for define, name, default, text in (*EVALUATE_FLAGS, *SAMPLING_FLAGS):
-        define(name, default, help=text, flag_values=f)
+        define_flag(define, name, default, text, f, none_is_a_value=sample_flags.takes_none(name))
 
 
 def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:

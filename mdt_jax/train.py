@@ -29,6 +29,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
+from mdt_jax.parallel.flag_parsing import define_flag
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
@@ -265,7 +266,7 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
     flags.DEFINE_string("workdir", None, text, flag_values=f)
     text = "Show parameters, memory and data, and stop."
     flags.DEFINE_bool("dry_run", False, text, flag_values=f)
-    flags.DEFINE_float("max_hours", None, "Save and end after so many hours.", flag_values=f)
+    define_flag(flags.DEFINE_float, "max_hours", None, "Save and end after so many hours.", f)
 
 
 if __name__ == "__main__":

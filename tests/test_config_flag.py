@@ -80,6 +80,29 @@ def test_a_whole_number_can_be_written_as_one_likes(text, value):
     assert found == value and isinstance(found, int)
 
 
+@pytest.mark.parametrize("key", ["sample.steps", "eval.steps"])
+@pytest.mark.parametrize(
+    ("text", "value"), [("ddim50", "ddim50"), ("10,20", "10,20"), ("40", 40), ("1e2", 100)]
+)
+def test_steps_are_a_number_or_a_respacing(key, text, value):
+    assert lookup(parse(f"--config.{key}={text}"), key) == value
+
+
+def test_whole_numbers_of_a_sequence_can_be_written_as_one_likes():
+    found = parse("--config.schedule.boundaries=1e5,2e5", "--config.profile_steps=1e1,12")
+    assert (found.schedule.boundaries, found.profile_steps) == ((100_000, 200_000), (10, 12))
+    assert all(type(number) is int for number in (*found.schedule.boundaries, *found.profile_steps))
+
+
+TEXTS = ["init_from", "data.path", "eval.inception", "eval.reference", "eval.vae"]
+
+
+@pytest.mark.parametrize("none", ["None", "none"])
+@pytest.mark.parametrize("key", TEXTS)
+def test_none_is_an_empty_text_where_that_is_the_default(key, none):
+    assert lookup(parse(f"--config.{key}={none}"), key) == ""
+
+
 def test_repeated_flags_of_one_sequence_are_its_numbers():
     assert parse("--config.ema_rates=0.9", "--config.ema_rates=0.99").ema_rates == (0.9, 0.99)
     assert parse("--config.ema_rates=(0.9, 0.99)").ema_rates == (0.9, 0.99)
@@ -99,7 +122,12 @@ WRONG = {
     "--config.optimizer.learning_rate=nan": "optimizer.learning_rate nan is outside 1.2e-38 to 1",
     "--config.diffusion.min_snr=inf": "diffusion.min_snr inf is outside 0.01 to 1e+06; it takes",
     "--config.optimizer.betas=0.9": "optimizer.betas (0.9,) holds 1 numbers; it takes numbers",
-    "--config.optimizer.betas=a,b": "optimizer.betas ('a,b',) holds 1 numbers; it takes numbers",
+    "--config.optimizer.betas=a,b": "optimizer.betas ('a', 'b') holds a, which is no number; it ta",
+    "--config.optimizer.betas=0.9,nan": "optimizer.betas (0.9, nan) holds nan, which is outside 0",
+    "--config.sample.steps=many": "sample.steps 'many' is no number and no such text; it takes a wh",
+    "--config.sample.steps=None": "--config.sample.steps=None: None is no value of it; it takes a w",
+    "--config.sample.steps=0": "sample.steps 0 is below 1; it takes a whole number from 1",
+    "--config.schedule.boundaries=1e5,1.5": "schedule.boundaries (100000, 1.5) holds 1.5, which is",
     "--config.optimizer.betas=(0.9, 2": "--config.optimizer.betas=",
     "--config.optimizer.betas=(0.9, 2, 0.9)": "optimizer.betas (0.9, 2, 0.9) holds 2, which is out",
     "--config.data.flip=None": "--config.data.flip=None: None is no value of it; it takes true or",
@@ -132,7 +160,12 @@ def test_a_missing_config_is_named_with_those_that_there_are(arguments):
     assert said.startswith("--config is missing: the file of the experiment; there are configs/d")
 
 
-@pytest.mark.parametrize("place", ["configs", "configs/digit.py", "digits", "configs/digits.py/"])
+@pytest.mark.parametrize("place", ["configs", "configs/", "/dev/null"])
+def test_a_config_that_is_there_and_no_file_is_told_so(place):
+    assert refusal(config=place).startswith(f"--config {place} is no file; there are configs/d")
+
+
+@pytest.mark.parametrize("place", ["configs/digit.py", "digits", "configs/digits.py/"])
 def test_a_config_that_is_no_file_is_named_with_those_that_there_are(place):
     assert refusal(config=place).startswith(f"--config {place} is not there; there are configs/d")
 

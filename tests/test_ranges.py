@@ -27,7 +27,7 @@ def numbers_of_config():
     return {
         key: value
         for key, kind, value in flat(config_lib.default_config())
-        if kind in (int, float, tuple)
+        if kind in (int, int | str, float, tuple)
     }
 
 
@@ -103,6 +103,7 @@ REFUSED = {
     "data.max_bad_fraction": [-0.1, 1.1],
     "profile_steps": [(5,), (7, 5), (0, 5), (1, 2, 3)],
     "keep_every": [0, -1],
+    "sample.steps": [0, 2.5, "", "0", "None", "-5", "ddim", "ddim0", "10,", "٣", "ddim٣", "1e3"],
     "sample.cfg_scale": [1e9],
     "sample.cfg_power": [-1],
     "sample.cfg_interval": [(0.5, 0.5), (0.7, 0.1), (0.5,), (-0.1, 0.5), (0.5, 2)],
@@ -143,7 +144,8 @@ def test_the_ends_of_a_range_are_normal_numbers_of_float32_below_1_for_rates(key
         ("optimizer.betas", [0, 0.9]), ("optimizer.betas", np.array([0.9, 0.999])),
         ("optimizer.betas", None), ("diffusion.min_snr", None), ("mesh.data", -1),
         ("model.num_classes", -1), ("model.num_classes", 0), ("schedule.boundaries", ()),
-        ("sample.steps", "ddim50"), ("sample.cfg_interval", None), ("sample.cfg_scale", -1.5),
+        ("sample.steps", "ddim50"), ("sample.steps", "10, 20"), ("sample.steps", "logsnr20"),
+        ("sample.steps", "250"), ("sample.cfg_interval", None), ("sample.cfg_scale", -1.5),
     ],
 )  # fmt: skip
 def test_what_is_inside_is_taken(key, value):

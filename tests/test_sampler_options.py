@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import mdt_jax
 from mdt_jax import config as config_lib
-from mdt_jax import sampling
+from mdt_jax import evaluate, sampling
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.sampling import SAMPLER_OPTIONS, SamplerOptions
 
@@ -68,6 +68,54 @@ def test_flags_give_options():
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"^--cfg_interval a,1 is not LOW,HIGH, as in 0.1,0.7$"):
         sample_flags.given_options(parse("--cfg_interval=a,1"))
+
+
+@pytest.mark.parametrize("define", [sample_flags.define_flags, evaluate.define_flags])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("seed=1e6", 10**6), ("num_samples=1e3", 1000), ("num_samples=None", None),
+        ("vae_tile_size=None", None), ("step=none", None), ("ema_rate=None", None),
+        ("batch_size=8.0", 8), ("cfg_scale=None", None),
+    ],
+)  # fmt: skip
+def test_numbers_of_flags_are_written_as_those_of_a_config(flag, value, define):
+    f = flags.FlagValues()
+    define(f)
+    f(["command", f"--{flag}"])
+    found = f[flag.partition("=")[0]].value
+    assert found == value and isinstance(found, type(value))
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("cfg_power=None", {"cfg_power": None}),
+        ("guided_channels=none", {"guided_channels": None}),
+        ("cfg_interval=None", {"cfg_interval": [0.0, 1.0]}),
+        ("cfg_scale=None", {}),
+        ("guided_channels=3.0", {"guided_channels": 3}),
+    ],
+)
+def test_none_as_a_flag_is_a_value_where_it_means_something(flag, options):
+    f = parse(f"--{flag}")
+    assert sample_flags.given_options(f) == options
+    copy = parse()
+    for name in NAMES:  # as mdt_jax.evaluate hands its flags on
+        setattr(copy, name, getattr(f, name))
+    assert sample_flags.given_options(copy) == options
+
+
+@pytest.mark.parametrize("section", ["sample", "eval"])
+def test_steps_in_a_config_are_a_number_or_a_respacing(section, model):
+    config = config_lib.default_config()
+    for steps in ("ddim50", "10,20", 40):
+        config[section].steps = steps
+        again = config_lib.from_json(config_lib.to_json(config))
+        assert again[section].steps == steps
+        assert type(config_lib.to_json(config)[section]["steps"]) is type(steps)
+    with pytest.raises(TypeError):
+        config[section].steps = 2.5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ class Range:
       also: a number outside the ends that has a meaning of its own, and that meaning.
       none: the meaning of None; empty where None is no value.
       text: the meaning of a text in place of the number; empty where there is none.
+      form: the regular expression of such texts.
       counts: how many numbers a sequence may have; empty for a number alone.
       ascending: whether each number of the sequence must be above the one before.
       distinct: whether the numbers of the sequence must differ in float32.
@@ -53,6 +55,7 @@ class Range:
     also: tuple[int, str] | None = None
     none: str = ""
     text: str = ""
+    form: str = ""
     counts: tuple[int, ...] = ()
     ascending: bool = False
     distinct: bool = False
@@ -88,7 +91,11 @@ class Range:
         if value is None:
             return "" if self.none else "is no number"
         if isinstance(value, str):
-            return "" if self.text else "is a text, no number"
+            if not self.text:
+                return "is a text, no number"
+            return (
+                "" if re.fullmatch(self.form, value, re.ASCII) else "is no number and no such text"
+            )
         return self._sequence_fault(value) if self.counts else self._number_fault(value)
 
     def _sequence_fault(self, values: Any) -> str:
@@ -164,6 +171,9 @@ _MANY = tuple(range(1, 65))
 # A number of images, of samples say, whose labels or statistics lie in memory.
 _IMAGES = _whole(1, 100_000_000)
 
+# Counts of one section or of several, "ddim50" or "logsnr20".
+_RESPACING = r"(ddim|logsnr)0*[1-9]\d*|\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*"
+
 RANGES: dict[str, Range] = {
     "seed": _SEED,
     "num_steps": _COUNT,
@@ -216,7 +226,7 @@ RANGES: dict[str, Range] = {
     "keep_every": _whole(1, MAX_COUNT, none="none is kept for ever"),
     "sample.every": _EVERY,
     "sample.num_samples": _whole(1, 10_000),
-    "sample.steps": _whole(1, 100_000, text='a respacing, such as "ddim50"'),
+    "sample.steps": _whole(1, 100_000, text='a respacing, such as "ddim50"', form=_RESPACING),
     "sample.cfg_scale": _number(-1000, 1000),
     "sample.cfg_power": _number(0, 100, none="a constant scale"),
     "sample.cfg_interval": _number(

@@ -30,7 +30,7 @@ class Option:
     Attributes:
       help: the text of its flag.
       config: its value in a config that does not say otherwise, the published MDTs' own.
-      kind: type of its values in a config.
+      kind: type of its values in a config, or a union of types.
       none: the meaning of the value None, such as "a constant scale"; empty if None is no value.
       define: absl's function that defines its flag.
       read: the option's value from the flag's.
@@ -38,7 +38,7 @@ class Option:
 
     help: str
     config: Any
-    kind: type
+    kind: Any
     none: str
     define: Callable
     read: Callable[[Any], Any]
@@ -58,7 +58,7 @@ def option(
     help: str,
     *,
     config: Any = _AS_DEFAULT,
-    kind: type | None = None,
+    kind: Any = None,
     none: str = "",
     define: Callable | None = None,
     read: Callable[[Any], Any] = lambda value: value,
@@ -81,6 +81,8 @@ def option(
 
 
 def _interval(texts: list[str]) -> list[float]:
+    if [text.lower() for text in texts] == ["none"]:  # as config.sample has it
+        return [0.0, 1.0]
     try:
         return [float(text) for text in texts]
     except ValueError:
@@ -109,6 +111,7 @@ class SamplerOptions:
     steps: int | str = option(
         250,
         "Steps, or a respacing (ddim50, 10,15,20, logsnr20).",
+        kind=int | str,
         define=flags.DEFINE_string,
     )
     cfg_scale: float = option(1.0, "Guidance scale, 1 for none; the run's by default.", config=3.8)

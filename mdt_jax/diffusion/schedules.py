@@ -42,6 +42,8 @@ def respace(num_timesteps: int, respacing: str | int) -> np.ndarray:
     """
     spec = str(respacing)
     try:
+        if not spec.isascii():  # other scripts' digits, which `int` reads
+            raise ValueError("another form")
         if spec.startswith("ddim"):
             count = int(spec.removeprefix("ddim"))
             for stride in range(1, num_timesteps):
@@ -89,7 +91,7 @@ def respace_by_snr(snr: np.ndarray, respacing: str) -> np.ndarray:
       ValueError: N is not a number from 2 to the number of timesteps.
     """
     number = respacing.removeprefix("logsnr")
-    if not (number.isdecimal() and 2 <= int(number) <= len(snr)):
+    if not (number.isascii() and number.isdecimal() and 2 <= int(number) <= len(snr)):
         raise ValueError(
             f"respacing {respacing!r} is not logsnrN with N from 2 to {len(snr)}, as in logsnr20"
         )

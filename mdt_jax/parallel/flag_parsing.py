@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 from absl import flags
@@ -32,6 +33,81 @@ def check_flags(values: Mapping[str, Any]) -> None:
         if name in PLACES and value == "":
             raise ValueError(f"--{name} is empty; give a path, or leave it out")
     ranges.check_flags(values)
+
+
+def says_none(value: Any) -> bool:
+    """Whether a flag's text, or a tuple that was read from it, stands for None."""
+    if isinstance(value, tuple) and len(value) == 1:
+        (value,) = value
+        return value is None or says_none(value)
+    return isinstance(value, str) and value.lower() == "none"
+
+
+class WholeParser(flags.IntegerParser):
+    """A whole number, also as 1e6, or None."""
+
+    def convert(self, argument: Any) -> Any:
+        """As absl has it, whose `parse` calls it."""
+        if not isinstance(argument, str) or says_none(argument):
+            return None if isinstance(argument, str) else super().convert(argument)
+        try:
+            return super().convert(argument)
+        except ValueError:
+            try:
+                whole = float(argument).is_integer()
+            except ValueError:
+                whole = False
+        if not whole:
+            raise ValueError("it takes a whole number, such as 256 or 1e6") from None
+        return int(Decimal(argument))
+
+
+class NumberParser(flags.FloatParser):
+    """A number, or None."""
+
+    def convert(self, argument: Any) -> Any:
+        """As absl has it, whose `parse` calls it."""
+        if says_none(argument):
+            return None
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError("it takes a number, such as 0.1 or 1e-4") from None
+
+
+# What a flag holds that says None where that is a value, and not the same as no flag.
+NONE = "none"
+
+
+def define_flag(
+    define: Callable,
+    name: str,
+    default: Any,
+    text: str,
+    f: flags.FlagValues,
+    none_is_a_value: bool = False,
+) -> None:
+    """Defines a flag of absl, whose number can be written as those of --config: 1e6, None.
+
+    Args:
+      define: absl's function that would define it. Other flags than numbers are left to it.
+      name, default, text, f: the flag, its default and help, and the flags that it joins.
+      none_is_a_value: whether None is told from a flag that is not given, and kept as `NONE`. Else
+        None stands for a flag that is not given, if that has no default.
+    """
+    kinds = {flags.DEFINE_integer: WholeParser, flags.DEFINE_float: NumberParser}
+    if define not in kinds:
+        define(name, default, help=text, flag_values=f)
+        return
+
+    class Parser(kinds[define]):
+        def parse(self, argument: Any) -> Any:
+            value = super().parse(argument)
+            if value is None and default is not None:
+                raise ValueError(f"None is no value of it; it takes {ranges.range_of(f'--{name}')}")
+            return NONE if value is None and none_is_a_value else value
+
+    flags.DEFINE(Parser(), name, default, text, f, flags.ArgumentSerializer())
 
 
 def flag_values(f: flags.FlagValues) -> dict[str, Any]:

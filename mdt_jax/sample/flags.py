@@ -12,7 +12,7 @@ from absl import flags
 from mdt_jax.basics import ranges
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models.latent_space import AUTOENCODERS
-from mdt_jax.parallel.flag_parsing import check_flags, flag_values
+from mdt_jax.parallel.flag_parsing import NONE, check_flags, define_flag, flag_values
 
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
 
@@ -60,7 +60,12 @@ SAMPLE_FLAGS = (
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
     for define, name, default, text in SAMPLE_FLAGS:
-        define(name, default, help=text, flag_values=f)
+        define_flag(define, name, default, text, f, none_is_a_value=takes_none(name))
+
+
+def takes_none(name: str) -> bool:
+    """Whether a flag is an option of the samplers of which None is a value."""
+    return name in SAMPLER_OPTIONS and bool(SAMPLER_OPTIONS[name].none)
 
 
 def check_sample_flags(f: flags.FlagValues) -> None:
@@ -82,13 +87,15 @@ def given_options(f: flags.FlagValues) -> dict[str, Any]:
     """
     values = {name: getattr(f, name) for name in SAMPLER_OPTIONS}
     options = {
-        name: SAMPLER_OPTIONS[name].read(value)
+        name: None if value == NONE and takes_none(name) else SAMPLER_OPTIONS[name].read(value)
         for name, value in values.items()
         if value not in (None, [])
     }
     for name, value in options.items():
         if ranges.is_numeric(value):
             ranges.check(f"--{name}", value)
+        elif isinstance(value, str) and f"sample.{name}" in ranges.RANGES:  # a respacing
+            ranges.check(f"sample.{name}", value, f"--{name}")
     return options
 
 

@@ -112,7 +112,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def is_number(option: str) -> bool:
     """Whether an option of the samplers takes numbers."""
-    return SAMPLER_OPTIONS[option].kind in (int, float, tuple)
+    return SAMPLER_OPTIONS[option].kind in (int, int | str, float, tuple)
 
 
 def judging_options(config: ConfigDict) -> dict[str, Any]:

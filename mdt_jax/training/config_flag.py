@@ -10,7 +10,6 @@ import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +20,24 @@ from ml_collections.config_flags import tuple_parser
 from mdt_jax.basics import ranges
 from mdt_jax.config import default_config
 from mdt_jax.parallel.command import command_ending, refuse_url
-from mdt_jax.parallel.flag_parsing import check_flags, flag_message, flag_values
+from mdt_jax.parallel.flag_parsing import (
+    NumberParser,
+    WholeParser,
+    check_flags,
+    flag_message,
+    flag_values,
+    says_none,
+)
 
 # Flags with which a command does nothing that needs a config.
 _HELP = ("-h", "-?", "-help", "--help", "--helpshort", "--helpfull", "--helpxml")
-
-
-def _says_none(value: Any) -> bool:
-    """Whether a flag's text, or a tuple that was read from it, stands for None."""
-    if isinstance(value, tuple) and len(value) == 1:
-        (value,) = value
-        return value is None or _says_none(value)
-    return isinstance(value, str) and value.lower() == "none"
-
-
-class _WholeParser(flags.IntegerParser):
-    """A whole number, also as 1e6, or None."""
-
-    def convert(self, argument: Any) -> Any:
-        if not isinstance(argument, str) or _says_none(argument):
-            return None if isinstance(argument, str) else super().convert(argument)
-        try:
-            return super().convert(argument)
-        except ValueError:
-            try:
-                whole = float(argument).is_integer()
-            except ValueError:
-                whole = False
-        if not whole:
-            raise ValueError("it takes a whole number, such as 256 or 1e6") from None
-        return int(Decimal(argument))
-
-
-class _NumberParser(flags.FloatParser):
-    """A number, or None."""
-
-    def convert(self, argument: Any) -> Any:
-        if _says_none(argument):
-            return None
-        try:
-            return super().convert(argument)
-        except ValueError:
-            raise ValueError("it takes a number, such as 0.1 or 1e-4") from None
 
 
 class _SwitchParser(flags.BooleanParser):
     """true, false, or None."""
 
     def parse(self, argument: Any) -> Any:
-        if _says_none(argument):
+        if says_none(argument):
             return None
         try:
             return super().parse(argument)
@@ -82,14 +50,36 @@ class _TupleParser(tuple_parser.TupleParser):
 
     def parse(self, argument: Any) -> tuple:
         try:
-            return super().parse(argument)
+            parsed = super().parse(argument)
         except (ValueError, SyntaxError):
             raise ValueError("it takes values joined by commas, such as 0.9,0.999") from None
+        if len(parsed) == 1 and isinstance(parsed[0], str) and "," in parsed[0]:
+            # Python's own syntax has no nan or inf.
+            return tuple(map(_number_or_text, parsed[0].strip("()[] ").split(",")))
+        return parsed
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+class _NumberOrTextParser(WholeParser):
+    """A whole number, or a text that stands for one, such as a respacing."""
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            return argument
 
 
 for _kind, _parser in (
-    (int, _WholeParser()),
-    (float, _NumberParser()),
+    (int, WholeParser()),
+    (int | str, _NumberOrTextParser()),
+    (float, NumberParser()),
     (bool, _SwitchParser()),
     (tuple, _TupleParser()),
 ):
@@ -133,7 +123,7 @@ def parse_config_flags(
             raise ValueError(_explain(error, place)) from error
         if place:
             _check_is_config(f.config, place)
-            _take_none(f.config, f["config"].override_values)
+            _take_values(f.config, f["config"].override_values)
             ranges.check_config(f.config)
         check_flags(flag_values(f))
     return rest
@@ -149,6 +139,8 @@ def _find_config(argv: Sequence[str], required: bool) -> str:
             found = flag.partition("=")[2] if "=" in flag else value
             refuse_url(found, "--config")
             path = found.partition(":")[0]
+            if path and os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError(f"--config {path} is no file; {there}")
             if path and not os.path.isfile(path):
                 raise ValueError(f"--config {path} is not there; {there}")
     wanted = required or any(flag.startswith(("--config.", "-config.")) for flag in argv)
@@ -224,8 +216,11 @@ def _check_is_config(config: Any, place: str) -> None:
     raise ValueError(f"--config {place}: get_config() gives a {kind}, not a ConfigDict")
 
 
-def _take_none(config: ConfigDict, given: Mapping[str, Any]) -> None:
-    """Sets optional settings to None where a flag says so; refuses it, with ValueError, elsewhere.
+def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
+    """Sets what flags' texts stand for: None, and whole numbers of sequences, such as 1e5.
+
+    None is "" for a text that is empty by default. Refuses it, with ValueError, where it is no
+    value.
 
     Args:
       config: the settings.
@@ -239,9 +234,19 @@ def _take_none(config: ConfigDict, given: Mapping[str, Any]) -> None:
             holder, own = holder[section], own.get(section, {})
         if name not in own:
             continue
+        if own[name] == "" and says_none(value):
+            holder[name] = ""
+            continue
+        if isinstance(value, tuple) and key in ranges.RANGES and ranges.RANGES[key].whole:
+            holder[name] = tuple(map(_whole, value))
         optional = bool(ranges.RANGES[key].none) if key in ranges.RANGES else own[name] is None
         if value is None and not optional:
             takes = ranges.RANGES.get(key, "true or false")
             raise ValueError(f"--config.{key}=None: None is no value of it; it takes {takes}")
-        if optional and _says_none(value):
+        if optional and says_none(value):
             holder[name] = None
+
+
+def _whole(value: Any) -> Any:
+    """A number as a whole one, if it is: 1e5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
