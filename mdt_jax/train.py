@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
         source = create_source(config.data)
         checks.check_data(config, source)
         checks.check_processes_agree(config, source)
+        checks.warn_of_steps_beyond(config)
         run_evaluation.check_evaluation(config, source)
         logging.info("%s", "\n" + run.describe())
         logging.info("data           %s", source.describe())

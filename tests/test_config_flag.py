@@ -101,6 +101,7 @@ TEXTS = ["init_from", "data.path", "eval.inception", "eval.reference", "eval.vae
 @pytest.mark.parametrize("key", TEXTS)
 def test_none_is_an_empty_text_where_that_is_the_default(key, none):
     assert lookup(parse(f"--config.{key}={none}"), key) == ""
+    assert parse(f"--config.data.split={none}").data.split == "train"
 
 
 def test_repeated_flags_of_one_sequence_are_its_numbers():
@@ -124,8 +125,8 @@ WRONG = {
     "--config.optimizer.betas=0.9": "optimizer.betas (0.9,) holds 1 numbers; it takes numbers",
     "--config.optimizer.betas=a,b": "optimizer.betas ('a', 'b') holds a, which is no number; it ta",
     "--config.optimizer.betas=0.9,nan": "optimizer.betas (0.9, nan) holds nan, which is outside 0",
-    "--config.sample.steps=many": "sample.steps 'many' is no number and no such text; it takes a wh",
-    "--config.sample.steps=None": "--config.sample.steps=None: None is no value of it; it takes a w",
+    "--config.sample.steps=many": "sample.steps 'many' is no number and no such text; it takes a",
+    "--config.sample.steps=None": "--config.sample.steps=None: None is no value of it; it takes a",
     "--config.sample.steps=0": "sample.steps 0 is below 1; it takes a whole number from 1",
     "--config.schedule.boundaries=1e5,1.5": "schedule.boundaries (100000, 1.5) holds 1.5, which is",
     "--config.optimizer.betas=(0.9, 2": "--config.optimizer.betas=",
@@ -135,8 +136,10 @@ WRONG = {
     "--config.ema_rates=None": "ema_rates (None,) holds None, which is no number; it takes numbers",
     "--config.model=5": "--config.model=5: ",
     "--config.batchsize=3": '--config has no such key: batchsize Did you mean "batch_size"',
-    "--config.optimizer.eps.x=3": "--config",
-    "--config.=3": "--config",
+    "--config.optimizer.eps.x=3": "--config has no such key: optimizer.eps.x; optimizer.eps is a v",
+    "--config.=3": "--config has no such key: an empty one; a config has seed, num_steps, batch_si",
+    "--config.nope=3": "--config has no such key: nope; a config has seed, num_steps, batch_size",
+    "--config.model.nope=3": "--config has no such key: model.nope; model has name, input_size, in",
     "--max_hours=nan": "--max_hours nan is outside (0, 1e+06]",
     "--max_hours=-1": "--max_hours -1.0 is outside (0, 1e+06]",
     "--max_hours=soon": "flag --max_hours=soon: ",

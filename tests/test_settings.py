@@ -92,6 +92,68 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_a_line_that_names_it(tr
     refusal(small_config(), *drawn)
 
 
+STEPS = {"name": "step", "boundaries": (5, 9)}
+NEVER = {
+    "no boundaries": (
+        STEPS | {"boundaries": ()},
+        "schedule.name 'step' has no schedule.boundaries",
+    ),
+    "of another schedule": (
+        STEPS | {"name": "constant"},
+        r"schedule.boundaries \(5, 9\) are of no use to schedule.name 'constant'; set sch",
+    ),
+    "in the warm-up": (
+        STEPS | {"warmup_steps": 6},
+        r"schedule.boundaries \(5, 9\) begin before the end of the warm-up, .*; set the first to 6",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NEVER)
+def test_a_schedule_whose_steps_can_never_be_taken_is_refused(what):
+    changes, said = NEVER[what]
+    config = small_config()
+    config.update(num_steps=50)
+    config.schedule.update(STEPS)
+    checks.check_settings(config, sharding.create_mesh())
+    config.schedule.update(changes)
+    with pytest.raises(ValueError, match=rf"^{said}[^\n]*$"):
+        checks.check_settings(config, sharding.create_mesh())
+
+
+@pytest.mark.parametrize("key", checks.DIFFUSION_CHOICES)
+def test_an_unknown_choice_of_the_diffusion_is_refused_by_its_key(key):
+    config = with_setting(small_config(), f"diffusion.{key}", "sine")
+    known = ", ".join(checks.DIFFUSION_CHOICES[key])
+    with pytest.raises(ValueError, match=rf"^diffusion.{key} 'sine' is unknown; known: {known}$"):
+        checks.check_settings(config, sharding.create_mesh())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_steps": 9}, []),
+        (
+            {"num_steps": 8},
+            ["schedule.boundaries (5, 9): the run ends before, at num_steps 8"],
+        ),
+        (
+            {"num_steps": 9, "profile_steps": (8, 12)},
+            ["profile_steps (8, 12): the run ends"],
+        ),
+    ],
+)
+def test_steps_that_a_shorter_run_never_reaches_are_told_of(changes, told, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks.logging, "warning", lambda form, *rest: said.append(form % rest))
+    config = small_config()
+    config.schedule.update(STEPS)
+    config.update(changes)
+    checks.warn_of_steps_beyond(config)
+    assert len(said) == len(told)
+    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
+
+
 # What decides the programs of a run. Runs that differ in the rest are the same two steps.
 PROGRAM = ("seed", "batch_size", "accumulation_steps", "ema_rates", "label_dropout", "model",
            "masking", "diffusion", "optimizer", "schedule", "num_steps")  # fmt: skip

@@ -297,6 +297,9 @@ for _key in [key for key in RANGES if key.startswith("sample.")]:
         SHARED[f"--{_name}"] = _key
         RANGES[f"eval.{_name}"] = dataclasses.replace(RANGES[_key], none="config.sample's value")
 RANGES |= {flag: dataclasses.replace(RANGES[key], none="", text="") for flag, key in SHARED.items()}
+# All others of their devices are copies: there is no axis to leave the rest to.
+for _key in ("--mesh_fsdp", "--mesh_tensor"):
+    RANGES[_key] = dataclasses.replace(RANGES[_key], also=None)
 RANGES["--workers"] = dataclasses.replace(RANGES["--workers"], counts=_MANY, example="0 2")
 
 

@@ -16,7 +16,10 @@ from mdt_jax.basics import ranges
 from mdt_jax.basics.names import printable
 from mdt_jax.data import Source, create_source
 from mdt_jax.data.stream import CROPS, ON_BAD_IMAGE
+from mdt_jax.diffusion.gaussian import LOSSES, PREDICTIONS, VARIANCES
 from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.diffusion.schedules import BETAS
+from mdt_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import memory_bytes
@@ -157,6 +160,13 @@ def check_memory(abstract: Any, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+DIFFUSION_CHOICES = {
+    "schedule": tuple(BETAS),
+    "prediction": PREDICTIONS,
+    "variance": VARIANCES,
+    "loss": LOSSES,
+    "timestep_sampler": TIMESTEP_SAMPLERS,
+}
 EVALUATORS = ("auto", "inception", "classifier")
 
 
@@ -166,6 +176,42 @@ def check_sampling(config: ConfigDict) -> None:
         sampling.resolve_options(sampling.DiffusionModel.from_config(config))
     except ValueError as error:
         raise ValueError(f"sample.{error}") from error
+
+
+def check_schedule(config: ConfigDict) -> None:
+    """Refuses, with ValueError, steps of the learning rate that the schedule can never take."""
+    s = config.schedule
+    if s.name == "step" and not s.boundaries:
+        raise ValueError(
+            "schedule.name 'step' has no schedule.boundaries, the steps at which the rate falls; "
+            "give them, such as (100000, 125000), or schedule.name 'constant'"
+        )
+    if s.name != "step" and s.boundaries:
+        raise ValueError(
+            f"schedule.boundaries {tuple(s.boundaries)} are of no use to schedule.name {s.name!r}; "
+            "set schedule.name to 'step', or schedule.boundaries to ()"
+        )
+    if s.boundaries and s.boundaries[0] < s.warmup_steps:
+        raise ValueError(
+            f"schedule.boundaries {tuple(s.boundaries)} begin before the end of the warm-up, "
+            f"schedule.warmup_steps {s.warmup_steps}; set the first to {s.warmup_steps} or more"
+        )
+
+
+def warn_of_steps_beyond(config: ConfigDict) -> None:
+    """Tells of steps at which something is to happen, and which the run ends before."""
+    for key, steps in (
+        ("schedule.boundaries", config.schedule.boundaries),
+        ("profile_steps", config.profile_steps),
+    ):
+        if beyond := [step for step in steps if step > config.num_steps]:
+            logging.warning(
+                "%s %s: the run ends before, at num_steps %d, and never reaches %s",
+                key,
+                tuple(steps),
+                config.num_steps,
+                ", ".join(map(str, beyond)),
+            )
 
 
 def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -180,6 +226,12 @@ def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(
                 f"data.{key} {config.data[key]!r} is unknown; known: {', '.join(known)}"
             )
+    for key, known in DIFFUSION_CHOICES.items():
+        if config.diffusion[key] not in known:
+            raise ValueError(
+                f"diffusion.{key} {config.diffusion[key]!r} is unknown; known: {', '.join(known)}"
+            )
+    check_schedule(config)
     if config.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")

@@ -120,7 +120,7 @@ def parse_config_flags(
         try:
             rest = f(argv)
         except Exception as error:
-            raise ValueError(_explain(error, place)) from error
+            raise ValueError(_explain(error, place, argv)) from error
         if place:
             _check_is_config(f.config, place)
             _take_values(f.config, f["config"].override_values)
@@ -156,12 +156,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain(error: Exception, place: str) -> str:
+def _explain(error: Exception, place: str, argv: Sequence[str] = ()) -> str:
     """What is wrong with a command line, in one line that names the flag, or the file and its line.
 
     Args:
       error: what parsing raised.
       place: the value of --config.
+      argv: the command line.
     """
     path = place.partition(":")[0]
     innermost = error
@@ -173,7 +174,24 @@ def _explain(error: Exception, place: str) -> str:
         return f"--config {place}: {str(innermost).replace('config_config', path)}"
     if isinstance(error, flags.Error):
         return flag_message(error)
-    return f"--config has no such key: {_short(error)}"
+    said = _short(error)
+    return f"--config has no such key: {said if 'Did you mean' in said else _unknown(argv) or said}"
+
+
+def _unknown(argv: Sequence[str]) -> str:
+    """The first key on a command line that no config has, and those beside it; empty if none is."""
+    for flag in argv:
+        key = re.sub("^--?config[.]", "", flag.partition("=")[0])
+        if key == flag.partition("=")[0]:
+            continue
+        section, path = default_config(), "a config"
+        for name in key.split("."):
+            if not isinstance(section, ConfigDict):
+                return f"{key}; {path} is a value, and has no keys"
+            if name not in section:
+                return f"{key or 'an empty one'}; {path} has {', '.join(section)}"
+            section, path = section[name], name if path == "a config" else f"{path}.{name}"
+    return ""
 
 
 def _short(error: BaseException) -> str:
@@ -219,8 +237,8 @@ def _check_is_config(config: Any, place: str) -> None:
 def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
     """Sets what flags' texts stand for: None, and whole numbers of sequences, such as 1e5.
 
-    None is "" for a text that is empty by default. Refuses it, with ValueError, where it is no
-    value.
+    None is the default of a text that is empty by default, and of data.split. Refuses it, with
+    ValueError, where it is no value.
 
     Args:
       config: the settings.
@@ -234,8 +252,8 @@ def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
             holder, own = holder[section], own.get(section, {})
         if name not in own:
             continue
-        if own[name] == "" and says_none(value):
-            holder[name] = ""
+        if (own[name] == "" or key == "data.split") and says_none(value):
+            holder[name] = own[name]
             continue
         if isinstance(value, tuple) and key in ranges.RANGES and ranges.RANGES[key].whole:
             holder[name] = tuple(map(_whole, value))
