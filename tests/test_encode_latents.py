@@ -533,7 +533,7 @@ def test_the_command_encodes_a_folder(images, vae_folder, encoded, tmp_path):
         np.testing.assert_allclose(ours, known, rtol=1e-4, atol=1e-5)
 
 
-# Runs the tool, to which a signal comes when its second shard is there, however busy the machine is.
+# Runs the tool, to which a signal comes when its second shard is there, on however busy a machine.
 INTERRUPTED = """
 import os, runpy, signal, sys
 
