@@ -139,7 +139,8 @@ def test_the_ends_of_a_range_are_normal_numbers_of_float32_below_1_for_rates(key
     [
         ("seed", 2**63 - 1), ("seed", np.int64(3)), ("batch_size", np.uint8(8)),
         ("optimizer.learning_rate", np.float32(1e-4)), ("optimizer.learning_rate", 1),
-        ("ema_rates", (0.999999,)), ("ema_rates", (0.9999, 0.99991)), ("label_dropout", 0.99),
+        ("ema_rates", (0.999999,)), ("ema_rates", (0, 0.5)),
+        ("ema_rates", (0.9999, 0.99991)), ("label_dropout", 0.99),
         ("optimizer.learning_rate", 1.2e-38), ("optimizer.clip_norm", 1e-37),
         ("optimizer.betas", [0, 0.9]), ("optimizer.betas", np.array([0.9, 0.999])),
         ("optimizer.betas", None), ("diffusion.min_snr", None), ("mesh.data", -1),

@@ -147,7 +147,7 @@ class Range:
             raise ValueError(f"{what} {fault}" + ("" if told else f"; it takes {self}"))
 
 
-def _in_float32(value: float) -> float:
+def _in_float32(value: int | float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 

@@ -15,6 +15,8 @@ from absl.flags import argparse_flags
 from mdt_jax.basics import ranges
 from mdt_jax.parallel.command import command_ending
 
+flags.disclaim_key_flags()  # those of `define_flag` are the command's, whose --help lists them
+
 # Flags that name a file or a folder. An empty one comes of an unset variable of a shell.
 PLACES = (
     "checkpoint", "data_dir", "ema", "folder", "imagenet", "inception", "inpaint", "input", "json",
