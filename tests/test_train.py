@@ -596,7 +596,7 @@ REFUSED = {
     "a noise schedule": ({"diffusion__schedule": "sine"}, r"schedule 'sine' .*known: linear"),
     "a timestep sampler": (
         {"diffusion__timestep_sampler": "sobol"},
-        r"timestep sampler 'sobol' .*uniform",
+        r"diffusion.timestep_sampler 'sobol' .*uniform",
     ),
     "a sampler": ({"sample__sampler": "euler"}, r"sample.sampler 'euler' .*ddpm, ddim"),
     "a dtype": ({"model__dtype": "float8"}, r"model.dtype 'float8' .*bfloat16, float32"),
