@@ -202,7 +202,7 @@ OTHERS = {
     "channels' numbers": (
         SDXL | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
         0,
-        "mean 0, std 1 of channel 0 and others",
+        "mean 0, std 7.67754 of channel 0 and others",
     ),
 }
 
