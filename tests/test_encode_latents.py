@@ -546,6 +546,8 @@ def counted(aside, path):
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+# A shell's background job ignores the signal, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.replace, sys.argv = counted, sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
