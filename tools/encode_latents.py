@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -42,14 +41,13 @@ from mdt_jax.data import (
     BadImage,
     Source,
     center_crop,
-    create_source,
     latent_cache,
     latent_writing,
     to_unit_range,
 )
 from mdt_jax.data.latent_cache import CacheDescription
 from mdt_jax.data.source import check_posteriors
-from mdt_jax.data.sources import FLAGS_OF_KEYS
+from mdt_jax.data.source_flags import FLAGS_OF_KEYS, define_source_flags, source_of_flags
 from mdt_jax.data.stream import check_bad_fraction
 from mdt_jax.models.latent_space import AUTOENCODERS
 from mdt_jax.parallel import sharding
@@ -329,9 +327,7 @@ def main(_: list[str]) -> None:
         message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS),
         interrupted="interrupted; the same command goes on from the last finished shard",
     ):
-        config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
-        config |= {"class_order": f.class_order, "labels": f.labels}
-        source = create_source(ml_collections.ConfigDict(config))
+        source = source_of_flags(f)
         mesh = sharding.create_mesh(devices=jax.local_devices())
         # Not joined by jax.distributed, whose first process to leave would end the others.
         index = jax.process_index() if f.process_index is None else f.process_index
@@ -371,15 +367,7 @@ def _summary(output: Path) -> str:
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string(
-        "data_name", "folder", "As config.data.name: folder, tfds:NAME, ...", flag_values=f
-    )
-    flags.DEFINE_string(
-        "data_path", "", "As config.data.path: where the images are.", flag_values=f
-    )
-    flags.DEFINE_string("data_split", "train", "As config.data.split.", flag_values=f)
-    flags.DEFINE_string("class_order", "string", "As config.data.class_order.", flag_values=f)
-    flags.DEFINE_string("labels", "auto", "As config.data.labels.", flag_values=f)
+    define_source_flags(f)
     flags.DEFINE_string(
         "vae", "mse", f"The autoencoder: {', '.join(AUTOENCODERS)}, or a path.", flag_values=f
     )

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 from absl import app, flags
 from numpy.lib.format import dtype_to_descr, write_array, write_array_header_1_0
@@ -31,8 +30,8 @@ from tqdm import tqdm
 from mdt_jax.basics import ranges
 from mdt_jax.basics.atomic import check_writable, whole_file
 from mdt_jax.basics.names import printable
-from mdt_jax.data import Source, center_crop, create_source
-from mdt_jax.data.sources import FLAGS_OF_KEYS
+from mdt_jax.data import Source, center_crop
+from mdt_jax.data.source_flags import FLAGS_OF_KEYS, define_source_flags, source_of_flags
 from mdt_jax.evaluation.batches import read_ahead
 from mdt_jax.evaluation.descriptions import DIGEST_KEY
 from mdt_jax.evaluation.extractors import Extractor, check_finite, load_inception
@@ -197,9 +196,7 @@ def main(_: list[str]) -> None:
     """The command."""
     f = flags.FLAGS
     with command_ending(f, message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS)):
-        config = {"name": f.data_name, "path": f.data_path, "split": f.data_split}
-        config |= {"class_order": f.class_order, "labels": f.labels}
-        source = create_source(ml_collections.ConfigDict(config))
+        source = source_of_flags(f)
         choose_images(source, f.image_size, f.num_images, f.stats_images, f.seed)
         check_writable(f.output)  # all is checked before hours of work
         make_reference(
@@ -218,15 +215,7 @@ def main(_: list[str]) -> None:
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string(
-        "data_name", "folder", "As config.data.name: folder, tfds:NAME, ...", flag_values=f
-    )
-    flags.DEFINE_string(
-        "data_path", "", "As config.data.path: where the images are.", flag_values=f
-    )
-    flags.DEFINE_string("data_split", "train", "As config.data.split.", flag_values=f)
-    flags.DEFINE_string("class_order", "string", "As config.data.class_order.", flag_values=f)
-    flags.DEFINE_string("labels", "auto", "As config.data.labels.", flag_values=f)
+    define_source_flags(f)
     flags.DEFINE_integer("image_size", 256, "Pixels that images are cropped to.", flag_values=f)
     flags.DEFINE_integer(
         "num_images", 10_000, "Images kept, for precision and recall.", flag_values=f

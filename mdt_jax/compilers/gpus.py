@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mdt_jax.compilers.hardware import Accelerator, Hardware
+from mdt_jax.compilers.hardware import Accelerator, Hardware, split_groups
 from mdt_jax.parallel import sharding
 
 # JAX's allocator takes this share of a card's memory by default, and a program cannot have more.
@@ -196,16 +196,7 @@ def parse_gpus(name: str, num_nodes: int | None = None) -> Nodes:
     Raises:
       ValueError: an unknown card, more GPUs than a node has, or no node.
     """
-    text = name.strip().lower().replace("×", "x")
-    several = re.fullmatch(r"(.*?)\s*x\s*(\d+)\s*nodes?", text)
-    if several:
-        text, counted = several[1], int(several[2])
-        if num_nodes not in (None, counted):
-            raise ValueError(f"gpus {name!r} has {counted} nodes, num_nodes is {num_nodes}")
-        num_nodes = counted
-    num_nodes = 1 if num_nodes is None else num_nodes
-    if num_nodes < 1:
-        raise ValueError(f"gpus {name!r}: {num_nodes} nodes are below 1")
+    text, num_nodes = split_groups(name, "gpus", "node", num_nodes)
     found = re.fullmatch(r"([a-z][a-z0-9-]*?)(?:\s*x\s*(\d+))?", text)
     card = CARDS.get(found[1]) if found else None
     if card is None:

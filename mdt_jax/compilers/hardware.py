@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh
@@ -84,3 +85,31 @@ class Hardware(abc.ABC):
         Raises:
           ValueError: the compiler is not installed, or the sizes do not fit the chips.
         """
+
+
+def split_groups(name: str, what: str, group: str, count: int | None) -> tuple[str, int]:
+    """Takes "x 4 nodes" off the end of a name.
+
+    Args:
+      name: such as "h100x8 x 4 nodes" or "v5e:16x16 x 4 slices".
+      what: what has the name, for messages: "gpus" or "topology".
+      group: "node" or "slice".
+      count: the number of groups, instead of that ending.
+
+    Returns:
+      The rest of the name in lower case, and the number of groups, 1 where none is given.
+
+    Raises:
+      ValueError: two numbers that differ, or one below 1.
+    """
+    text = name.strip().lower().replace("×", "x")
+    several = re.fullmatch(rf"(.*?)\s*x\s*(\d+)\s*{group}s?", text)
+    if several:
+        text, counted = several[1], int(several[2])
+        if count not in (None, counted):
+            raise ValueError(f"{what} {name!r} has {counted} {group}s, num_{group}s is {count}")
+        count = counted
+    count = 1 if count is None else count
+    if count < 1:
+        raise ValueError(f"{what} {name!r}: {count} {group}s are below 1")
+    return text, count

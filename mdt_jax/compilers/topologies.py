@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mdt_jax.compilers.hardware import GIB, Accelerator, Hardware
+from mdt_jax.compilers.hardware import GIB, Accelerator, Hardware, split_groups
 from mdt_jax.parallel import sharding
 
 # For libtpu: it shall not ask Google's metadata server, not stop another process that compiles, and
@@ -127,16 +127,7 @@ def parse_topology(name: str, num_slices: int | None = None) -> Topology:
     Raises:
       ValueError: an unknown generation, size or grid; the message lists the known ones.
     """
-    text = name.strip().lower().replace("×", "x")
-    several = re.fullmatch(r"(.*?)\s*x\s*(\d+)\s*slices?", text)
-    if several:
-        text, counted = several[1], int(several[2])
-        if num_slices not in (None, counted):
-            raise ValueError(f"topology {name!r} has {counted} slices, num_slices is {num_slices}")
-        num_slices = counted
-    num_slices = 1 if num_slices is None else num_slices
-    if num_slices < 1:
-        raise ValueError(f"topology {name!r}: {num_slices} slices are below 1")
+    text, num_slices = split_groups(name, "topology", "slice", num_slices)
     grid = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", text)
     count = re.fullmatch(r"([a-z]\w*)-(\d+)", text)
     if not grid and not count:

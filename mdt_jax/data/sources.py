@@ -33,16 +33,6 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
 }
 
 
-# The keys of `data`, which messages contain, and the flags of tools that take data by flags.
-FLAGS_OF_KEYS = {
-    "data.name": "--data_name",
-    "data.path": "--data_path",
-    "data.split": "--data_split",
-    "data.class_order": "--class_order",
-    "data.labels": "--labels",
-}
-
-
 def create_source(data_config: ConfigDict) -> Source:
     """The source that the `data` part of an experiment's configuration names.
 
