@@ -132,3 +132,25 @@ def on_pixels(steps):
         return run
 
     return {count: adapt(step) for count, step in steps.items()}
+
+
+def drawn_autoencoder(shapes: Any) -> Any:
+    """Parameters of an autoencoder, every one drawn, norms, biases and statistics too.
+
+    The first convolutions' are so small that the norms after them see squares near their epsilon.
+
+    Args:
+      shapes: a tree of `jax.ShapeDtypeStruct`, as `module.init` gives it.
+    """
+    generator = np.random.default_rng(1)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = generator.standard_normal(leaf.shape).astype(np.float32)
+        noise *= 1e-3 if path[-2].key == "conv_in" else 1
+        if path[-1].key == "kernel":
+            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        if path[-1].key == "var":
+            return np.float32(0.1) + noise**2
+        return np.float32(0.1) * noise + np.float32(path[-1].key == "scale")
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import drawn_autoencoder
 
 from mdt_jax.convert import autoencoder as convert
 from mdt_jax.convert.autoencoder_settings import (
@@ -97,24 +98,12 @@ def settings_of(name: str) -> AutoencoderSettings:
 
 @functools.cache
 def random_weights(name: str) -> dict[str, np.ndarray]:
-    """Weights under diffusers' names, every one drawn, norms and biases too.
-
-    The first convolutions' are so small that the norms after them see variances near their epsilon.
-    """
+    """Weights under diffusers' names, every one drawn."""
     settings = settings_of(name)
     module = AutoencoderKL(**settings.module_settings())
     x = jnp.zeros((1, *SIDES, 3))
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    generator = rng(1)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        noise = generator.standard_normal(leaf.shape).astype(np.float32)
-        noise *= 1e-3 if path[-2].key == "conv_in" else 1
-        if path[-1].key == "kernel":
-            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
-        return np.float32(0.1) * noise + np.float32(path[-1].key == "scale")
-
-    return convert.to_torch(jax.tree_util.tree_map_with_path(draw, shapes), settings)
+    return convert.to_torch(drawn_autoencoder(shapes), settings)
 
 
 def build(name: str, weights: dict[str, np.ndarray] | None = None) -> Autoencoder:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from fixtures import drawn_autoencoder
 from jax.extend import core as jex_core
 
 from mdt_jax.convert import autoencoder_dc as convert
@@ -147,24 +148,9 @@ def shapes_of(settings: AutoencoderDCSettings) -> dict:
 
 @functools.cache
 def random_weights(name: str) -> dict[str, np.ndarray]:
-    """Weights under diffusers' names, every one drawn, norms, biases and statistics too.
-
-    The first convolutions' are so small that the norms after them see squares near their epsilon.
-    """
+    """Weights under diffusers' names, every one drawn."""
     settings = settings_of(name)
-    generator = rng(1)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        noise = generator.standard_normal(leaf.shape).astype(np.float32)
-        noise *= 1e-3 if path[-2].key == "conv_in" else 1
-        if path[-1].key == "kernel":
-            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
-        if path[-1].key == "var":
-            return np.float32(0.1) + noise**2
-        return np.float32(0.1) * noise + np.float32(path[-1].key == "scale")
-
-    drawn = jax.tree_util.tree_map_with_path(draw, shapes_of(settings))
-    return convert.to_torch(drawn, settings)
+    return convert.to_torch(drawn_autoencoder(shapes_of(settings)), settings)
 
 
 def relative_error(ours, theirs) -> float:

@@ -182,8 +182,18 @@ def test_kept_tokens_return_to_their_places_and_the_mask_token_fills_the_rest():
         (256, 0.3, -0.1, r"ratio_span -0\.1"),
         (4, 0.8, 0.0, "ratio up to 0.8 keeps none of 4"),
         (4, 0.7, 0.2, "keeps none of 4"),
+        (64, 0.1, 0.89, "keeps none of 64"),
+        (16, 0.5, 0.49, "keeps none of 16"),
     ],
 )
+@pytest.mark.filterwarnings("error")  # refused before anything is divided by 0
 def test_ratios_that_keep_nothing_are_refused(num_tokens, ratio, span, message):
     with pytest.raises(ValueError, match=message):
         kept_counts(num_tokens, ratio, span)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_span_that_is_nothing_beside_a_token_is_none():
+    for at_most in (None, 4):
+        kept = KeptTokens.of_ratio(256, 0.3, 1e-12, at_most=at_most)
+        assert (kept.counts, kept.probabilities) == ((179,), (1.0,))
