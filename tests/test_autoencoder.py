@@ -490,7 +490,7 @@ def test_a_deep_compression_autoencoder_without_a_config_is_refused(tmp_path):
 def test_without_a_config_the_log_says_the_scale_that_is_assumed(tmp_path, caplog):
     save(tmp_path, "sd")
     (tmp_path / "config.json").unlink()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         assert Autoencoder.load(tmp_path).latents.scale == 0.18215
     assert "of scale 0.18215. SDXL's has the same shapes and another scale" in caplog.text
 

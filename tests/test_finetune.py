@@ -174,7 +174,7 @@ def test_the_log_says_what_became_of_the_weights(weights, tmp_path, caplog):
     changes = {"model__num_classes": 4, "model__input_size": 12}
     changes["diffusion__variance"] = "fixed_large"
     source = weights / "mdt_v1.safetensors"
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         first_state(config_for("mdt_v1", source, **changes), tmp_path)
     lines = caplog.text.splitlines()
     assert any(f"starting from {source} (MDT)" in line for line in lines)

@@ -27,7 +27,7 @@ def until_asked(stop, seconds=10.0):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_asks_a_run_to_stop(number, caplog):
     before = signal.getsignal(number)
-    with caplog.at_level("INFO"), Stop() as stop:
+    with caplog.at_level("INFO", logger="absl"), Stop() as stop:
         stop.ready()
         assert not stop.requested()
         os.kill(os.getpid(), number)
@@ -37,7 +37,7 @@ def test_a_signal_asks_a_run_to_stop(number, caplog):
 
 
 def test_the_time_limit_asks_a_run_to_stop(caplog):
-    with caplog.at_level("INFO"), Stop(max_hours=0.2 / 3600) as stop:
+    with caplog.at_level("INFO", logger="absl"), Stop(max_hours=0.2 / 3600) as stop:
         stop.ready()
         assert not stop.requested()
         assert until_asked(stop)

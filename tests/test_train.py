@@ -353,7 +353,7 @@ def files(workdir):
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     before = files(finished.workdir)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         state = train.train(finished.config, finished.workdir)
     assert int(state.step) == 12
     assert f"{finished.workdir} is trained already: step 12 of 12" in caplog.text
@@ -418,7 +418,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 ):
     monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
-    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+    with caplog.at_level("INFO", logger="absl"), monkeypatch.context() as patch:
         before_step(patch, {5: lambda: os.kill(os.getpid(), number)})
         state = train.train(config, tmp_path)
     assert int(state.step) == 5 and sealed_steps(tmp_path) == [4, 5]
@@ -439,7 +439,7 @@ def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
     actions = dict.fromkeys([6, 7, 8], lambda: None)  # it looks at the clock once a second
     before_step(monkeypatch, actions | {5: lambda: late.append("an hour")})
     config = changed(finished.config, sample__every=0, eval_every=0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         command(monkeypatch, config, tmp_path, max_hours=1.0)
     step = sealed_steps(tmp_path)[-1]
     assert 5 <= step <= 9 and "stopping: --max_hours 1" in caplog.text

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 from PIL import Image
@@ -544,8 +543,7 @@ def test_a_list_of_class_names_that_cannot_be_one_is_refused(tmp_path, text, mes
 def test_classes_of_one_name_are_told_of(tmp_path, caplog):
     write_arrays(tmp_path, {"images": IMAGES, "labels": np.arange(4) % 3})
     (tmp_path / "class_names.txt").write_text("crane\nmaillot\ncrane\n")
-    logging.set_verbosity(logging.INFO)
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", logger="absl"):
         assert data.npy_directory(tmp_path).class_names == ("crane", "maillot", "crane")
     assert "class_names.txt: 2 classes are called crane" in caplog.text
 
@@ -562,7 +560,7 @@ def test_data_of_fewer_classes_than_the_model_are_told_of(tmp_path, caplog):
     ):
         config.model.num_classes = classes
         caplog.clear()
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="absl"):
             train.dry_run(config)
         assert (told is None) == (caplog.text == "") and (told or "") in caplog.text
     assert "set model.num_classes to 2, or data.path to" in caplog.text
