@@ -38,7 +38,9 @@ class Flag(NamedTuple):
 
 
 def tool(name: str) -> Any:
-    """The module of tools/NAME.py."""
+    """The module of mdt_jax/commands/NAME.py or of tools/NAME.py."""
+    if (ROOT / "mdt_jax" / "commands" / f"{name}.py").exists():
+        return importlib.import_module(f"mdt_jax.commands.{name}")
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     folder = str(ROOT / "tools")

@@ -16,8 +16,8 @@ first needs PyTorch, the others do not.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import runpy
 import shutil
 import sys
 import tarfile
@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":  # as conftest.py does it, so that the programs are those of the tests
     import os
@@ -80,9 +81,7 @@ def exported(workdir: Path) -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
-        _tool("convert_checkpoint").main(
-            ["to-torch", "--input", str(workdir), "--output", str(file), "--params", "raw"]
-        )
+        _convert("to-torch", "--input", str(workdir), "--output", str(file), "--params", "raw")
         return digests(load_file(file))
 
 
@@ -132,11 +131,10 @@ def digests(arrays: dict[str, np.ndarray]) -> dict[str, str]:
     }
 
 
-def _tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _convert(*arguments: str) -> None:
+    """Runs tools/convert_checkpoint.py, which is there in either commit, in this process."""
+    with mock.patch.object(sys, "argv", ["convert_checkpoint", *arguments]):
+        runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"), run_name="__main__")
 
 
 # ---- Making the files, with the code of commit 55dc9de -------------------------------------------
@@ -210,7 +208,7 @@ def _make_moved(workdir: Path, place: Path) -> None:
     torch_models.save_run(place, model, ema, optimizer, SAVED["moved"], rate=0.9)
     names = {"--model": "model000002", "--ema": "ema_0.9_000002", "--opt": "opt000002"}
     files = [part for flag, name in names.items() for part in (flag, str(place / f"{name}.pt"))]
-    _tool("convert_checkpoint").main(["to-jax", *files, "--output", str(workdir)])
+    _convert("to-jax", *files, "--output", str(workdir))
 
 
 def continue_all(data: Path, output: Path) -> None:

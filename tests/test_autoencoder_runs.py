@@ -103,7 +103,7 @@ def pictures() -> data.Source:
 def encode(vae: Path, output: Path, normalize: str) -> data.Source:
     settings = {"image_size": SIDE, "batch_size": 4, "images_per_shard": 4, "mirror": False}
     loaded = Autoencoder.load(vae)
-    assert tool().encode_latents(pictures(), loaded, output, normalize=normalize, **settings)
+    assert tool.encode_latents(pictures(), loaded, output, normalize=normalize, **settings)
     return data.latents_source(output)
 
 

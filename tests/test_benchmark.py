@@ -13,8 +13,8 @@ import pytest
 from fixtures import reference, relative_error
 
 from configs import imagenet256
-from mdt_jax import benchmarking
-from mdt_jax.benchmarking import Workload, Workloads
+from mdt_jax.commands import benchmarking
+from mdt_jax.commands.benchmarking import Workload, Workloads
 from mdt_jax.models import flops
 from tools import benchmark
 

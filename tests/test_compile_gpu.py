@@ -415,7 +415,7 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(eight_gpus, monkeypatch
 def test_the_tools_table_has_a_row_for_each_model_and_kind_of_nodes(
     eight_gpus, monkeypatch, capsys
 ):
-    from tools import compile_gpu
+    from mdt_jax.commands import compile_gpu
 
     step = a_program("step", 0.02)
     monkeypatch.setattr(TrainingJob, "compile_step", lambda job, count: step)

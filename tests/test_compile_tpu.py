@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from configs.imagenet256 import get_config  # noqa: E402
 from mdt_jax.compilers import advice, estimate, hlo, programs, report, topologies
 from mdt_jax.compilers.estimate import Estimate
 from mdt_jax.compilers.programs import Memory, Program, TrainingJob
@@ -20,9 +19,6 @@ from mdt_jax.models import create_model, flops
 from mdt_jax.models.blocks import Block
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling.sampler import SAMPLING_SCOPE
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from configs.imagenet256 import get_config  # noqa: E402
 
 # A program as the TPU compiler writes it: an outer loop of two turns, in it one of four turns that
 # counts by two to a bound of eight; a fusion with a product, a gather of weights, a copy beside the

@@ -4,10 +4,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ import mdt_jax
 from mdt_jax import config as config_lib
 from mdt_jax import train
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
+from mdt_jax.commands import convert_checkpoint
 from mdt_jax.convert.architecture import Architecture
 from mdt_jax.diffusion import guided, sample_steps
 from mdt_jax.parallel import sharding
@@ -34,7 +33,6 @@ from test_torch_models import architecture, authors_model, min_snr, state  # noq
 
 pytestmark = pytest.mark.torch
 
-TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 # What a file of a family's weights does not show.
 SHOWN = {"mdt_v1": {"decode_layers": 2}, "mdt_v2": {}, "dit": {"num_heads": 4}}
 BATCH, KEPT = 8, 11
@@ -53,18 +51,9 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@functools.cache
-def command():
-    """tools/convert_checkpoint.py's main."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def convert(direction, **options):
     """Runs the command; options are its flags."""
-    command()([direction, *(f"--{key}={value}" for key, value in options.items())])
+    convert_checkpoint.main([direction, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def host(tree):

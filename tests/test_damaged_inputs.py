@@ -16,7 +16,6 @@ import collections
 import contextlib
 import dataclasses
 import faulthandler
-import importlib.util
 import io
 import json
 import os
@@ -169,24 +168,20 @@ def read_object(folder: Path) -> None:
 
 
 def read_tar(folder: Path) -> None:
-    for record in tool("prepare_dataset").from_tar(folder / "images.tar").records():
+    from mdt_jax.commands import prepare_dataset
+
+    for record in prepare_dataset.from_tar(folder / "images.tar").records():
         assert record.data is not None
 
 
 def read_parquet(folder: Path) -> None:
-    for record in tool("prepare_dataset").from_parquet(str(folder / "a.parquet")).records():
+    from mdt_jax.commands import prepare_dataset
+
+    for record in prepare_dataset.from_parquet(str(folder / "a.parquet")).records():
         assert record.data is not None
 
 
 # What writes each input
-
-
-def tool(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def numbers(*shape: int) -> np.ndarray:

@@ -4,9 +4,7 @@ it goes on where it was interrupted."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -23,6 +21,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax import data
+from mdt_jax.commands import encode_latents as tool
 from mdt_jax.convert.autoencoder import to_torch
 from mdt_jax.convert.autoencoder_settings import settings_from_config
 from mdt_jax.data.channel_sums import ChannelSums
@@ -41,14 +40,6 @@ CONFIG = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
 }
 SIZE, COUNT = 8, 5
-
-
-@functools.cache
-def tool():
-    spec = importlib.util.spec_from_file_location("encode_latents", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +74,7 @@ def images(tmp_path_factory) -> Path:
 
 def encode(images: Path, autoencoder: Autoencoder, output: Path, **changes) -> data.Source:
     settings = {"image_size": SIZE, "batch_size": 2, "images_per_shard": 3} | changes
-    assert tool().encode_latents(data.folder_source(images), autoencoder, output, **settings)
+    assert tool.encode_latents(data.folder_source(images), autoencoder, output, **settings)
     return data.latents_source(output)
 
 
@@ -159,20 +150,18 @@ def test_measuring_goes_on_where_it_was_interrupted(images, autoencoder, tmp_pat
     settings = {"normalize": "channel", "image_size": SIZE, "batch_size": 2, "images_per_shard": 2}
     pictures = data.folder_source(images)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert tool().encode_latents(pictures, autoencoder, whole, **settings)
+    assert tool.encode_latents(pictures, autoencoder, whole, **settings)
     for index in (2, 0):  # shards by different processes, in another order, one of them twice
         share = {"process_index": index, "process_count": 3}
-        assert not tool().encode_latents(pictures, autoencoder, parts, **settings, **share)
-    assert tool().encode_latents(pictures, autoencoder, parts, **settings)
+        assert not tool.encode_latents(pictures, autoencoder, parts, **settings, **share)
+    assert tool.encode_latents(pictures, autoencoder, parts, **settings)
     assert contents(parts) == contents(whole)
     shard = next(whole.glob("latents-00001*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert tool().encode_latents(pictures, autoencoder, whole, **settings)
+    assert tool.encode_latents(pictures, autoencoder, whole, **settings)
     assert contents(parts) == contents(whole)
     with pytest.raises(ValueError, match="of normalize channel, not of normalize autoencoder; giv"):
-        tool().encode_latents(
-            pictures, autoencoder, whole, **settings | {"normalize": "autoencoder"}
-        )
+        tool.encode_latents(pictures, autoencoder, whole, **settings | {"normalize": "autoencoder"})
 
 
 def test_sums_of_parts_do_not_cancel():
@@ -195,20 +184,20 @@ def test_gray_images_are_encoded_as_rgb(autoencoder, tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 1), np.uint8)
     posteriors = []
     for name, pixels in (("gray", gray), ("rgb", gray.repeat(3, axis=3))):
-        tool().encode_latents(data.arrays(pixels), autoencoder, tmp_path / name, image_size=SIZE)
+        tool.encode_latents(data.arrays(pixels), autoencoder, tmp_path / name, image_size=SIZE)
         posteriors.append(data.latents_source(tmp_path / name)[0]["image"])
     np.testing.assert_array_equal(*posteriors)
 
 
 def count_encoded(monkeypatch) -> list[int]:
     """Grows by the number of images, mirrored ones among them, at each batch encoded."""
-    counts, posterior = [], tool()._posterior
+    counts, posterior = [], tool._posterior
 
     def counting(autoencoder, images, batch_size):
         counts.append(len(images))
         return posterior(autoencoder, images, batch_size)
 
-    monkeypatch.setattr(tool(), "_posterior", counting)
+    monkeypatch.setattr(tool, "_posterior", counting)
     return counts
 
 
@@ -238,7 +227,7 @@ def test_processes_encode_shards_of_their_own_and_the_last_ends_it(
     folder, source = tmp_path / "latents", data.folder_source(images)
     settings = {"image_size": SIZE, "batch_size": 2, "images_per_shard": 3, "process_count": 2}
     done = [
-        tool().encode_latents(source, autoencoder, folder, process_index=p, **settings)
+        tool.encode_latents(source, autoencoder, folder, process_index=p, **settings)
         for p in range(2)
     ]
     assert done == [False, True] and contents(folder) == contents(encoded)
@@ -249,11 +238,8 @@ import functools, importlib.util, os, random, signal, sys, time, types
 import jax, numpy as np
 from pathlib import Path
 from mdt_jax import data
+from mdt_jax.commands import encode_latents as tool
 from mdt_jax.models.latent_space import LatentSpace
-
-spec = importlib.util.spec_from_file_location("encode_latents", sys.argv[1])
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 class Slow:  # an autoencoder's stand-in, of which a forked process can have its own
     seconds = 0.002
@@ -290,12 +276,12 @@ def wait(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 files = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}
-whole, folder = Path(sys.argv[2]) / "whole", Path(sys.argv[2]) / "killed"
+whole, folder = Path(sys.argv[1]) / "whole", Path(sys.argv[1]) / "killed"
 began = time.perf_counter()
 assert wait(fork(whole)) == 1
 seconds = time.perf_counter() - began
-random.seed(sys.argv[3])
-print("seed", sys.argv[3])
+random.seed(sys.argv[2])
+print("seed", sys.argv[2])
 """
 
 KILLED = """
@@ -330,7 +316,7 @@ assert ends.count(1) >= 1 and set(ends) <= {0, 1}, ends
 assert files(folder) == files(whole), (sorted(files(folder)), sorted(files(whole)))
 print("shared: the same", len(files(whole)), "files")
 
-folder, Slow.seconds = Path(sys.argv[2]) / "twins", 0.2
+folder, Slow.seconds = Path(sys.argv[1]) / "twins", 0.2
 first = start(1)
 while not (folder / "latents-00001-of-00020.json").exists():
     time.sleep(0.01)
@@ -340,7 +326,7 @@ os.kill(first, signal.SIGKILL)
 
 
 def run_encoders(script: str, folder: Path) -> str:
-    command = [sys.executable, "-c", ENCODERS + script, str(TOOL), str(folder), str(time.time_ns())]
+    command = [sys.executable, "-c", ENCODERS + script, str(folder), str(time.time_ns())]
     environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     return done.stdout + done.stderr
@@ -463,10 +449,8 @@ def test_a_damaged_image_can_be_left_out(one_bad, autoencoder, tmp_path):
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert len(cache) == 2 and manifest["left_out"] == 1
     assert manifest["shards"][0]["left_out"] == [1]
-    assert (
-        tool()
-        ._summary(tmp_path / "latents")
-        .endswith("latents of 2 images in 1 files; left out, as they could not be used, 1")
+    assert tool._summary(tmp_path / "latents").endswith(
+        "latents of 2 images in 1 files; left out, as they could not be used, 1"
     )
     for i, image in enumerate([0, 2]):
         crop = data.to_unit_range(data.center_crop(whole[image]["image"], SIZE))
@@ -488,11 +472,11 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
         ((latents, autoencoder, SIZE), r"^arrays: holds latents already; give a source of images$"),
     ):
         with pytest.raises(ValueError, match=message):
-            tool().encode_latents(*case[:2], output, image_size=case[2])
+            tool.encode_latents(*case[:2], output, image_size=case[2])
     with pytest.raises(ValueError, match="^--max_bad_fraction 5 is outside 0 to 1$"):
         encode(images, autoencoder, output, max_bad_fraction=5)
     assert not output.exists()
-    monkeypatch.setattr(tool().shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(
         ValueError, match=rf"^{output}: 0.0 GB are free, the latents still to be wr"
     ):
@@ -502,7 +486,7 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
 def test_an_error_names_the_commands_own_flags_and_keeps_its_notes():
     error = ValueError("data.path DIR/data.path: not there; set data.labels or data.class_order")
     error.add_note("in the\nfirst of them")
-    assert one_line(error, tool().FLAGS_OF_KEYS) == (
+    assert one_line(error, tool.FLAGS_OF_KEYS) == (
         "--data_path DIR/data.path: not there; set --labels or --class_order in the first of them"
     )
 

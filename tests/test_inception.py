@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import zlib
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fixtures import DATA
 from flax import linen as nn
 from tensorboardX.proto import graph_pb2, types_pb2
 
+from mdt_jax.commands import convert_checkpoint
 from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert import inception as convert
 from mdt_jax.convert.architecture import UnknownWeights, identify
@@ -417,17 +417,8 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@functools.cache
-def tool():
-    path = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def command(*args) -> None:
-    tool().main([str(arg) for arg in args])
+    convert_checkpoint.main([str(arg) for arg in args])
 
 
 def refusal(*args) -> str:

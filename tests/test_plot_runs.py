@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from tools import plot_runs
+from mdt_jax.commands import plot_runs
 
 
 def run(folder, model="DiT", batch_size=8, evaluator="classifier 1a", values=(9.0, 4.0, 1.0)):

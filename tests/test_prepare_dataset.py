@@ -6,7 +6,6 @@ All comparisons are exact: reader and test decode the same bytes with the same P
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import json
 import os
@@ -27,19 +26,10 @@ from PIL import Image
 
 from mdt_jax import data, train
 from mdt_jax.checkpoints import read_meta
+from mdt_jax.commands import prepare_dataset as tool
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import prepare
 from mdt_jax.data.decoding import decode_image
-
-TOOL = Path(__file__).parents[1] / "tools" / "prepare_dataset.py"
-
-
-@functools.cache
-def tool():
-    spec = importlib.util.spec_from_file_location("prepare_dataset", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache
@@ -125,7 +115,7 @@ def write_parquet(path: Path, columns: dict, features: dict | None = None) -> Pa
 
 
 def main(data_dir: Path, *arguments) -> None:
-    tool().main([*map(str, arguments), "--data_dir", str(data_dir)])
+    tool.main([*map(str, arguments), "--data_dir", str(data_dir)])
 
 
 def refuse(capsys, data_dir: Path, *arguments) -> str:
@@ -640,9 +630,8 @@ def test_an_interrupted_preparation_leaves_nothing(capsys, data_dir, tmp_path, m
 def test_a_killed_preparation_can_simply_be_run_again(data_dir, tmp_path):
     folder = write_folder(tmp_path / "pets")
     program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(TOOL.parent)!r})
-import prepare_dataset
+import os, signal
+from mdt_jax.commands import prepare_dataset
 from mdt_jax.data import prepare
 write, written = prepare._Shards.write, []
 def write_three(shards, record):

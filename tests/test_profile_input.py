@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,11 +11,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax import data
-
-TOOL = Path(__file__).parents[1] / "tools" / "profile_input.py"
-SPEC = importlib.util.spec_from_file_location("profile_input", TOOL)
-profile_input = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(profile_input)
+from mdt_jax.commands import profile_input
 
 
 def write_images(folder, count: int):

@@ -1,7 +1,5 @@
 """Making a reference: moments of all images, a choice of them, and what evaluation makes of it."""
 
-import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,21 +11,13 @@ import pytest
 from fake_extractor import random_images
 
 from mdt_jax import data
+from mdt_jax.commands import reference_stats as tool
 from mdt_jax.evaluation import descriptions, evaluator
 from mdt_jax.evaluation.batches import ArrayImages
 from mdt_jax.sampling import images
 
 TOOL = Path(__file__).parents[1] / "tools" / "reference_stats.py"
 COUNT = 50
-
-
-@functools.cache
-def tool():
-    spec = importlib.util.spec_from_file_location("reference_stats", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reference_stats"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def source():
 
 def make(source, path, **settings):
     settings = {"image_size": 4, "num_images": 20, "batch_size": 7} | settings
-    tool().make_reference(source, fake_extractor.create(), path, **settings)
+    tool.make_reference(source, fake_extractor.create(), path, **settings)
     with np.load(path) as arrays:
         return dict(arrays)
 

@@ -4,13 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +20,7 @@ from fixtures import FAMILIES, make_trainer, reference
 
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import Checkpoints, read_meta, restore_item
+from mdt_jax.commands import convert_checkpoint, export_params
 from mdt_jax.convert.architecture import Architecture, UnknownWeights, parameter_shapes
 from mdt_jax.convert.optimizers import MOMENTS, moments_from_torch
 from mdt_jax.convert.transformers import from_torch
@@ -37,25 +36,16 @@ import torch_models  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-TOOLS = Path(__file__).parents[1] / "tools"
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 EMA = "ema_0.9999"
 
 
-@functools.cache
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def convert(*args):
-    tool("convert_checkpoint").main([str(arg) for arg in args])
+    convert_checkpoint.main([str(arg) for arg in args])
 
 
 def export(*args):
-    tool("export_params").main([str(arg) for arg in args])
+    export_params.main([str(arg) for arg in args])
 
 
 def refusal(command, *args):
@@ -751,11 +741,11 @@ def test_a_checkpoint_that_cannot_be_sealed_leaves_nothing(source, tmp_path, mon
 
 def test_a_full_disk_ends_the_commands_in_one_line(source, run, tmp_path):
     code = """
-        import resource, runpy, signal, sys
+        import resource, signal, sys
+        from mdt_jax.commands.convert_checkpoint import main
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
-        main = runpy.run_path(sys.argv[1])["main"]
-        for command in sys.argv[2:]:
+        for command in sys.argv[1:]:
             try:
                 main(command.split())
             except SystemExit as error:
@@ -767,7 +757,7 @@ def test_a_full_disk_ends_the_commands_in_one_line(source, run, tmp_path):
         f"to-torch --input {run} --output {back}",
     )
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), TOOLS / "convert_checkpoint.py", *commands],
+        [sys.executable, "-c", textwrap.dedent(code), *commands],
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

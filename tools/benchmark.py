@@ -38,9 +38,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from mdt_jax import benchmarking
 from mdt_jax.basics.atomic import whole_file
-from mdt_jax.benchmarking import Workload, Workloads
+from mdt_jax.commands import benchmarking
+from mdt_jax.commands.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.training import metrics
 from mdt_jax.training.config_flag import define_config_flag, parse_config_flags

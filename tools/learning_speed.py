@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sampling
 from mdt_jax.basics.atomic import make_folder, whole_file, whole_path
-from mdt_jax.benchmarking import processor_name
+from mdt_jax.commands.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.batches import ArrayImages

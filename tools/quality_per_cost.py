@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.basics.atomic import check_writable, whole_file
-from mdt_jax.benchmarking import processor_name
+from mdt_jax.commands.benchmarking import processor_name
 from mdt_jax.data import create_source
 from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.evaluation import classifier

@@ -1,0 +1,96 @@
+"""Compiles a run for GPUs that are not there: does it fit, what bounds it, how long might it take.
+
+    python tools/compile_gpu.py --config configs/imagenet256.py:MDTv2-XL/2 --gpus h100x8 \\
+        --config.mesh.fsdp=8 --config.model.kernels=cudnn --quick --nosampler
+    python tools/compile_gpu.py --config configs/imagenet256.py:MDTv2-XL/2 --gpus h100x8 \\
+        --num_nodes 4 --config.batch_size=1024 --config.mesh.fsdp=8 --advise
+    python tools/compile_gpu.py --gpus h200 --calibrate
+    python tools/compile_gpu.py --all --quick --nosampler
+
+The training step (one program for each number of kept tokens) and the sampler's are what
+`mdt_jax.train` and `mdt_jax.sample` run; the compiler is the one in JAX's CUDA plugin
+(pip install "mdt_jax[gpu-compiler]"). No data, no GPU and no driver are needed; that it finds no
+driver is all that the plugin complains of. Compiling XL/2 takes minutes, --all an hour or two.
+
+--gpus takes a card and the number in a node: h100x8, h100 (one), a100x8, a100-40gbx8, h200x8,
+b200x8, gb200x4; --num_nodes takes the number of such nodes.
+
+The time is told twice: a floor (FLOPs over the peak, bytes over bandwidths, all transfers beside
+other work) and an estimate (XLA's table for lone products, transfers as they are scheduled). The
+module mdt_jax.compilers.gpu_estimate says what each part rests on; no GPU has confirmed any of it.
+A lone 8192³ product stands beside the MFU; where it is not 0.70 to 0.95 of the peak the line says
+UNCALIBRATED. "elementwise" is the bytes of everything but products, cuDNN's attention and
+transfers. Memory is the compiler's, without cuDNN's workspace. A program fits if it takes no more
+than 92% of a card; above 75% the report says how to let JAX take that much. The last line is the
+whole report as JSON. Exit status: 0 if all was compiled, whether it fits or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from mdt_jax.compilers import command, gpus
+from mdt_jax.compilers.command import compile_all, imagenet_config, report_on
+from mdt_jax.compilers.gpu_report import GpuReport
+from mdt_jax.compilers.hardware import Hardware
+from mdt_jax.parallel.command import command_ending, ending_quietly
+from mdt_jax.training.config_flag import parse_config_flags
+
+ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2", "MDT-XL/2", "DiT-XL/2")
+ALL_GPUS = ("h100x1", "h100x8", "h100x8 x 4 nodes", "h200x8", "a100x8")
+
+# Each flag: absl's function that defines it, name, default, help.
+FLAGS = (
+    (flags.DEFINE_string, "gpus", None, "Such as h100x8: a card, and how many a node has."),
+    (flags.DEFINE_integer, "num_nodes", None, "Nodes of that size, joined by the network."),
+    (flags.DEFINE_bool, "all", False, "A table of models over several nodes."),
+    (flags.DEFINE_integer, "unroll", 1, "scan_unroll of --all."),
+    (flags.DEFINE_string, "kernels", "cudnn", "model.kernels of --all."),
+    (flags.DEFINE_list, "models", list(ALL_MODELS), "The models of --all."),
+    (flags.DEFINE_list, "all_gpus", list(ALL_GPUS), "The nodes of --all."),
+)
+
+
+def run_compilation(arguments: Any) -> Any:
+    """Does what the flags ask for; returns the result, printed last as JSON, as plain values."""
+    gpus.check_compiler()
+    if arguments.all:
+        return compile_all(
+            arguments,
+            map(gpus.parse_gpus, arguments.all_gpus),
+            lambda model, nodes: _config(model, nodes, arguments),
+            GpuReport,
+        )
+    if not arguments.gpus:
+        raise ValueError("--gpus is missing: such as h100x8, h100, a100x8, h200x8 or b200x8")
+    return report_on(arguments, gpus.parse_gpus(arguments.gpus, arguments.num_nodes), GpuReport)
+
+
+def _config(model: str, nodes: Hardware, arguments: Any) -> ConfigDict:
+    config = imagenet_config(model, nodes, arguments.unroll)
+    config.model.kernels = arguments.kernels
+    return config
+
+
+def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """The command's flags; `argv` is the command line, the process's by default."""
+    command.define_flags(f, FLAGS, argv)
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    with command_ending(flags.FLAGS):
+        print(json.dumps(run_compilation(flags.FLAGS)))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # it traces; the compiler for CUDA compiles
+    define_flags(flags.FLAGS)
+    with ending_quietly():
+        app.run(main, flags_parser=parse_config_flags)
