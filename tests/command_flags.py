@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from mdt_jax import digits_report, evaluate, sampling, train
+from mdt_jax import digits_report, sampling
 from mdt_jax.checkpoints import listing
+from mdt_jax.evaluate import command as evaluate_command
+from mdt_jax.evaluate import flags as evaluate_flags
 from mdt_jax.evaluation import extractors
 from mdt_jax.parallel import flag_parsing, sharding
 from mdt_jax.parallel.command import one_line
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
+from mdt_jax.train import flags as train_flags
 from mdt_jax.training.config_flag import parse_config_flags
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +113,9 @@ def commands() -> dict[str, Command]:
     """Every command and tool by name."""
     found = {
         "train": Command(
-            (f"--config={CONFIG}",), train.define_flags, _with_config(train.define_flags, True)
+            (f"--config={CONFIG}",),
+            train_flags.define_flags,
+            _with_config(train_flags.define_flags, required=True),
         ),
         "sample": Command(
             ("--workdir=w",),
@@ -119,8 +124,8 @@ def commands() -> dict[str, Command]:
         ),
         "evaluate": Command(
             ("--workdir=w", "--reference=r", "--inception=i"),
-            evaluate.define_flags,
-            _absl(evaluate.define_flags, evaluate.evaluate_samples),
+            evaluate_flags.define_flags,
+            _absl(evaluate_flags.define_flags, evaluate_command.evaluate_samples),
         ),
         "digits_report": Command(
             ("--workdir=w",),
@@ -161,7 +166,7 @@ def stop_at_work(monkeypatch) -> None:
         raise Accepted
 
     monkeypatch.setattr(sampling, "load", accept)
-    monkeypatch.setattr(importlib.import_module("mdt_jax.evaluate"), "_check_files", accept)
+    monkeypatch.setattr(evaluate_command, "_check_files", accept)
     monkeypatch.setattr(extractors, "load_inception", accept)
     for parser in (flag_parsing.ArgumentParser, flag_parsing.AbslArgumentParser):
 

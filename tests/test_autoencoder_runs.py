@@ -1,7 +1,6 @@
 """A run on each kind of autoencoder's latents, from images to samples, and refusals on the way."""
 
 import functools
-import importlib
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from test_encode_latents import tool
 from test_sample import command
@@ -17,6 +17,8 @@ from mdt_jax import checkpoints, data, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.convert import autoencoder, autoencoder_dc
 from mdt_jax.convert.autoencoder_settings import settings_from_config
+from mdt_jax.evaluate import command as evaluate_command
+from mdt_jax.evaluate import flags as evaluate_flags
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.autoencoder_dc import AutoencoderDC
 from mdt_jax.sampling import images
@@ -26,7 +28,6 @@ from mdt_jax.training.run import Run
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.autoencoder import Autoencoder
 
-evaluate = importlib.import_module("mdt_jax.evaluate")
 SIDE = 16
 PLAIN = {
     "_class_name": "AutoencoderKL",
@@ -154,10 +155,15 @@ def test_the_checkpoint_and_exported_weights_say_what_the_latents_are(made, tmp_
 
 
 def test_an_evaluation_decodes_them(made):
-    f = evaluate.flags.FlagValues()
-    evaluate.define_flags(f)
+    f = flags.FlagValues()
+    evaluate_flags.define_flags(f)
     f(["evaluate", f"--vae={made / 'vae'}", "--num_samples=2", "--steps=2"])
-    assert np.load(evaluate.make_samples(f, str(made / "run")))["arr_0"].shape == (2, SIDE, SIDE, 3)
+    assert np.load(evaluate_command.make_samples(f, str(made / "run")))["arr_0"].shape == (
+        2,
+        SIDE,
+        SIDE,
+        3,
+    )
 
 
 def test_a_hole_is_painted_in_the_models_latents(made, tmp_path):
@@ -226,15 +232,15 @@ def test_another_autoencoder_is_refused_wherever_it_meets_the_latents(run, case,
     painted = (f"--inpaint={tmp_path / 'photo.png'}", f"--mask={tmp_path / 'photo.png'}")
     judged = config_for(run / "cache", 4)
     judged.eval.vae = str(other)
-    f = evaluate.flags.FlagValues()
-    evaluate.define_flags(f)
+    f = flags.FlagValues()
+    evaluate_flags.define_flags(f)
     f(["evaluate", f"--vae={other}", "--num_samples=2"])
     tuned, continued = config_for(cache, 4), config_for(cache, 4)
     tuned.init_from, continued.num_steps = str(run / "run"), 2
     places = {
         "sample": (lambda: command(*sampled), f"--vae {other}"),
         "inpaint": (lambda: command(*sampled, *painted), f"--vae {other}"),
-        "evaluate": (lambda: evaluate.make_samples(f, str(run / "run")), f"--vae {other}"),
+        "evaluate": (lambda: evaluate_command.make_samples(f, str(run / "run")), f"--vae {other}"),
         "grids and judgements": (
             lambda: run_evaluation.load_decoder(Run(judged, tmp_path), source),
             f"eval.vae {other}",

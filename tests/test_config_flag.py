@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 
 from mdt_jax import config as config_lib
-from mdt_jax import train
 from mdt_jax.basics.ranges import RANGES
+from mdt_jax.train.flags import define_flags
 from mdt_jax.training.config_flag import parse_config_flags
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def parse(*arguments, config=DIGITS):
     f = flags.FlagValues()
     sys.modules.pop("config_config", None)  # as ml_collections calls the file that it read last
     argv = ["train", *([f"--config={config}"] if config is not None else []), *arguments]
-    train.define_flags(f, argv)
+    define_flags(f, argv)
     parse_config_flags(argv, f, required=True)
     return f.config
 

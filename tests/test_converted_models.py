@@ -16,12 +16,12 @@ from fixtures import FAMILIES, on_pixels, reference, relative_error
 
 import mdt_jax
 from mdt_jax import config as config_lib
-from mdt_jax import train
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.commands import convert_checkpoint
 from mdt_jax.convert.architecture import Architecture
 from mdt_jax.diffusion import guided, sample_steps
 from mdt_jax.parallel import sharding
+from mdt_jax.train import loop
 from mdt_jax.training.optimizers import AdanState
 from mdt_jax.training.step import Draws
 from mdt_jax.weights import pretrained
@@ -181,7 +181,7 @@ def compiled_steps(name):
     """What `Run.compile_steps` gives for a fixture's model and recipe, with the draws injected."""
     config = pretrained.create_config(architecture(name))
     config.batch_size, config.masking.ratio_span, config.ema_rates = BATCH, 0.0, (RATE,)
-    run = train.Run(config, "")
+    run = loop.Run(config, "")
     (count,) = run.kept_tokens.programs
     assert count == (KEPT if run.model.supports_masking else None)
     step = dataclasses.replace(run.trainer, draw_fn=injected_draws(name)).jit_step(count)
@@ -237,7 +237,7 @@ def go_on(name, files, workdir):
     """
     rate = {"ema_rate": RATE} if name == "dit" else {}  # not in the name of DiT's file
     convert("to-jax", output=workdir, **files, **SHOWN[name], **rate)
-    run, d, losses = train.Run(config_of(workdir), workdir), draws(name), []
+    run, d, losses = loop.Run(config_of(workdir), workdir), draws(name), []
     (step,) = compiled_steps(name).values()
     with contextlib.closing(Checkpoints(workdir)) as store:
         state, _ = run.restore(store)
@@ -354,7 +354,7 @@ def test_a_moved_run_is_refused_as_another(settings, said, torch_run, tmp_path):
     config.update_from_flattened_dict(settings)
     refused = pytest.raises((ValueError, CheckpointError), match=said)
     with contextlib.closing(Checkpoints(tmp_path)) as store, refused as error:
-        train.Run(config, tmp_path).restore(store)
+        loop.Run(config, tmp_path).restore(store)
     assert "\n" not in str(error.value)
 
 
@@ -375,7 +375,7 @@ def trainable(torch_run, tmp_path, monkeypatch):
     config.num_steps = 5
     config.log_every = 1
     steps = on_pixels(compiled_steps("dit"))
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: steps)
     return types.SimpleNamespace(config=config, workdir=workdir)
 
 
@@ -385,7 +385,7 @@ def logged_steps(workdir):
 
 
 def test_converted_weights_start_parameters_and_average(trainable, torch_run):
-    run = train.Run(trainable.config, trainable.workdir)
+    run = loop.Run(trainable.config, trainable.workdir)
     with contextlib.closing(Checkpoints(trainable.workdir)) as store:
         state, _ = run.restore(store)
     _, params = mdt_jax.load(torch_run("dit").files["ema"], num_heads=4)
@@ -397,13 +397,13 @@ def test_converted_weights_start_parameters_and_average(trainable, torch_run):
 def test_converted_weights_and_init_from_do_not_go_together(trainable):
     trainable.config.init_from = "other.pt"
     with pytest.raises(ValueError, match=r"holds converted weights .*init_from other\.pt"):
-        train.train(trainable.config, trainable.workdir)
+        loop.train(trainable.config, trainable.workdir)
 
 
 def test_a_converted_step_stays_and_is_gone_back_to(trainable):
     """However many checkpoints follow, and when the only one that follows is damaged."""
     config, workdir = trainable.config, trainable.workdir
-    run = train.Run(config, workdir)
+    run = loop.Run(config, workdir)
     with contextlib.closing(Checkpoints(workdir, keep_last=1, async_save=False)) as store:
         state, meta = run.restore(store)
         first = int(state.step)
@@ -433,20 +433,20 @@ def test_an_unconditional_model_is_trained_on_with_no_label_dropout(tmp_path):
     config = config_of(tmp_path / "run")
     config.label_dropout = 0.0  # as configs/lsun_bedroom256.py has it
     with contextlib.closing(Checkpoints(tmp_path / "run")) as store:
-        state, _ = train.Run(config, tmp_path / "run").restore(store)
+        state, _ = loop.Run(config, tmp_path / "run").restore(store)
     assert state.params["label_embed"].shape == (1, 16)
 
 
 def test_converted_weights_train_on_and_resume(trainable):
     config, workdir = trainable.config, trainable.workdir
-    assert int(train.train(config, workdir).step) == 5
+    assert int(loop.train(config, workdir).step) == 5
     config.num_steps = 6
-    assert int(train.train(config, workdir).step) == 6
+    assert int(loop.train(config, workdir).step) == 6
     assert logged_steps(workdir) == [4, 5, 6]
     # From its own first checkpoint on it is a run like any other.
     config.seed = 1
     with pytest.raises(ValueError, match="seed: 0, now 1"):
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_converted_weights_train_on_and_resume(trainable):
 def test_converted_weights_of_another_network_are_refused(settings, said, trainable):
     trainable.config.update_from_flattened_dict(settings)
     with pytest.raises(ValueError, match="another --workdir") as error:
-        train.train(trainable.config, trainable.workdir)
+        loop.train(trainable.config, trainable.workdir)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -475,7 +475,7 @@ def test_bfloat16_weights_are_trained_in_float32_and_given_back_as_they_were(tmp
     torch.save(half, path)
     convert("to-jax", input=path, output=workdir)
     with contextlib.closing(Checkpoints(workdir)) as store:
-        trained, _ = train.Run(config_of(workdir), workdir).restore(store)
+        trained, _ = loop.Run(config_of(workdir), workdir).restore(store)
     expected = jax.tree.map(
         lambda x: np.float32(x.astype(jnp.bfloat16)), reference("mdt_v2").tree("param/")
     )

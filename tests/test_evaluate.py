@@ -1,6 +1,5 @@
 """The evaluate command: from files, folders and runs to a table and JSON; refusals in one line."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -17,9 +16,10 @@ from PIL import Image
 from test_sample import save_run
 
 from mdt_jax import checkpoints
+from mdt_jax.evaluate import command
+from mdt_jax.evaluate.flags import define_flags
 from mdt_jax.evaluation import extractors
 
-command = importlib.import_module("mdt_jax.evaluate")
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +44,7 @@ def files(tmp_path):
 
 def parse(**settings):
     found = flags.FlagValues()
-    command.define_flags(found)
+    define_flags(found)
     found(["evaluate", *(f"--{name}={value}" for name, value in settings.items())])
     return found
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from fixtures import FAMILIES, on_pixels, reference, start
 
-from mdt_jax import train
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
 from mdt_jax.convert.adapt import resize_position_table, resize_relative_bias
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
+from mdt_jax.train import loop
 from mdt_jax.training import transfer
 from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.weights import files as weight_files
@@ -69,7 +69,7 @@ def config_for(name, init_from="", data="", **changes):
 
 def first_state(config, workdir):
     """The run of a config, and the state it starts with."""
-    run = train.Run(config, workdir)
+    run = loop.Run(config, workdir)
     with contextlib.closing(Checkpoints(workdir)) as store:
         state, meta = run.restore(store)
     assert meta == {} and int(state.step) == 0
@@ -96,7 +96,7 @@ def flat(params):
 @functools.cache
 def compiled_steps():
     """DiT's steps; they do not depend on the weights that a run starts from."""
-    return train.Run(config_for("dit"), "").compile_steps()
+    return loop.Run(config_for("dit"), "").compile_steps()
 
 
 def one_step(run, state):
@@ -113,7 +113,7 @@ def one_step(run, state):
 @functools.cache
 def step_from_the_source():
     """`one_step` of a trainer that starts from the fixture's parameters without `init_from`."""
-    run = train.Run(config_for("dit"), "")
+    run = loop.Run(config_for("dit"), "")
     return one_step(run, start(run.trainer, reference("dit").tree("param/")))
 
 
@@ -207,7 +207,7 @@ def test_another_resolution_trains(weights, tmp_path):
     np.save(data / "latents.npy", rng.uniform(0.1, 1, (BATCH, 12, 12, 8)).astype(np.float32))
     np.save(data / "labels.npy", np.arange(BATCH))
     config = config_for("dit", weights / "dit.safetensors", data, model__input_size=12)
-    trained = train.train(config, tmp_path / "run")  # stops at a loss that is not finite
+    trained = loop.train(config, tmp_path / "run")  # stops at a loss that is not finite
     assert int(trained.step) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.params))
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_started_from_is_refused_before_compiling(what, weights, 
     config = config_for("mdt_v1", weights / source, data, **changes)
     refusals = (ValueError, CheckpointError)
     with no_compilation(), pytest.raises(refusals, match=message) as error:
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -278,7 +278,7 @@ def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypat
         return dataclasses.replace(read(*args, **hints), latents=ours)
 
     monkeypatch.setattr(pretrained, "read_pretrained", read_of_ours)
-    run = train.Run(config_for("dit", weights / "dit.safetensors"), tmp_path)
+    run = loop.Run(config_for("dit", weights / "dit.safetensors"), tmp_path)
     with contextlib.closing(Checkpoints(tmp_path)) as store:
         message = r"the encoder b{12}, but init_from .*dit.safetensors has .* the encoder a{12};"
         with pytest.raises(ValueError, match=message):
@@ -292,17 +292,17 @@ def test_latents_of_another_autoencoder_are_refused(weights, tmp_path, monkeypat
 
 def test_a_finetuned_run_goes_on_without_its_source(weights, data, tmp_path, monkeypatch):
     steps = on_pixels(compiled_steps())
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: steps)
     source = shutil.copy(weights / "dit.safetensors", tmp_path / "source.safetensors")
     config, workdir = config_for("dit", source, data), tmp_path / "run"
-    assert int(train.train(config, workdir).step) == 1
+    assert int(loop.train(config, workdir).step) == 1
     (tmp_path / "source.safetensors").unlink()
     config.num_steps = 2
-    assert int(train.train(config, workdir).step) == 2
+    assert int(loop.train(config, workdir).step) == 2
 
     config.init_from = str(weights / "dit")
     with pytest.raises(ValueError, match=f"init_from: {source}, now .*another --workdir"):
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -153,7 +153,7 @@ def test_a_run_that_stopped_early_is_to_be_run_again(said, status, expected):
 
 
 def test_training_says_what_until_done_looks_for():
-    files = ("train.py", "parallel/preemption.py")
+    files = ("train/loop.py", "parallel/preemption.py")
     training = "".join((ROOT / "mdt_jax" / f).read_text() for f in files)
     (pattern,) = re.findall(r"grep -qE '(.*)'", (LAUNCH / "until_done.sh").read_text())
     for words in pattern.split("|"):

@@ -24,12 +24,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import data, train
+from mdt_jax import data
 from mdt_jax.checkpoints import read_meta
 from mdt_jax.commands import prepare_dataset as tool
 from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.data import prepare
 from mdt_jax.data.decoding import decode_image
+from mdt_jax.train import loop
 
 
 @functools.cache
@@ -694,7 +695,7 @@ def test_a_model_trains_on_a_tar_of_tars(imagenet, tmp_path):
     config.data.update(name="tfds:synsets", path=str(imagenet), crop="random")
     config.update(num_steps=2, batch_size=8, log_every=1)
     config.sample.every = 0
-    state = train.train(config, tmp_path / "run")
+    state = loop.train(config, tmp_path / "run")
     assert int(state.step) == 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines) and len(lines) == 2

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jobs import finish, start_job
 
-from mdt_jax import checkpoints, train
+from mdt_jax import checkpoints
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.config import to_json
 from mdt_jax.parallel import sharding
+from mdt_jax.train import loop
 from mdt_jax.training import metrics
 from mdt_jax.training.run import Run
 from mdt_jax.training.step import Trainer
@@ -101,7 +102,7 @@ def train_in(config_path, workdir, fault=""):
             patch.setattr(sharding, "batch_parts", lambda mesh: ((0,), parts(mesh)[1]))
         if fault == "gradient":
             patch.setattr(Trainer, "loss", loss_without_the_last_processes)
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 def logged(workdir):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as config_lib
-from mdt_jax import train
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import device_memory
+from mdt_jax.train import loop
 from mdt_jax.training import metrics
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.profiling import StepProfiler
@@ -35,7 +35,7 @@ def traced(tmp_path_factory):
     config.sample.update(every=0, guided_channels=None)
     config.profile_steps = (3, 4)
     compiled, steps, programs = [], [], {}
-    compile_steps, add = Run.compile_steps, train.StepLog.add
+    compile_steps, add = Run.compile_steps, loop.StepLog.add
 
     def keep(run, source):
         programs.update(compile_steps(run, source))
@@ -53,8 +53,8 @@ def traced(tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "compile_steps", keep)
-        patch.setattr(train.StepLog, "add", mark)
-        train.train(config, folder / "run")
+        patch.setattr(loop.StepLog, "add", mark)
+        loop.train(config, folder / "run")
     jax.monitoring.unregister_event_duration_listener(listen)
     jax.config.update("jax_disable_most_optimizations", False)
     (program,) = programs.values()

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 import mdt_jax
 from mdt_jax import config as config_lib
-from mdt_jax import evaluate, sampling
+from mdt_jax import sampling
+from mdt_jax.evaluate import flags as evaluate_flags
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.sampling import SAMPLER_OPTIONS, SamplerOptions
 
@@ -70,7 +71,7 @@ def test_flags_give_options():
         sample_flags.given_options(parse("--cfg_interval=a,1"))
 
 
-@pytest.mark.parametrize("define", [sample_flags.define_flags, evaluate.define_flags])
+@pytest.mark.parametrize("define", [sample_flags.define_flags, evaluate_flags.define_flags])
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

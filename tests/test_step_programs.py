@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_train import bits, changed, load_config, logged, tiny_config  # noqa: F401 - a fixture
 
-from mdt_jax import checkpoints, train
+from mdt_jax import checkpoints
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.models.masking import KeptTokens
 from mdt_jax.parallel.command import UserError
+from mdt_jax.train import loop
 from mdt_jax.training import programs, transfer
 from mdt_jax.training.programs import StepPrograms, leaving_compilations
 from mdt_jax.training.run import Run
@@ -115,7 +116,7 @@ def whole(config, tmp_path_factory):
 
         patch.setattr(Run, "compile_steps", compile_all)
         workdir = tmp_path_factory.mktemp("whole")
-        train.train(config, workdir)
+        loop.train(config, workdir)
     return workdir, compiled
 
 
@@ -134,7 +135,7 @@ def test_a_run_whose_steps_come_late_has_the_bits_of_one_whose_steps_were_there(
         return StepPrograms(compile_step, run.kept_tokens.in_order(run.config.seed, run._first))
 
     monkeypatch.setattr(Run, "compile_steps", compile_slowly)
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     run = Run(config, "")
     drawn = [run.kept(step) for step in range(config.num_steps)]
     assert waited[: len(set(drawn))] == list(dict.fromkeys(drawn))  # in the order of their use
@@ -160,19 +161,19 @@ def test_a_run_ends_with_the_message_of_a_step_that_cannot_be_compiled(
     monkeypatch.setattr(Run, "compile_steps", compile_steps)
     message = f"the step that keeps {second} tokens could not be compiled: RESOURCE_EXHAUSTED: 3 G"
     with pytest.raises(UserError, match=message):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_a_run_that_waits_for_a_step_can_be_stopped(config, whole, tmp_path, monkeypatch):
     _, compiled = whole
     never, started = threading.Event(), threading.Event()
-    add = train.StepLog.add
+    add = loop.StepLog.add
 
     def add_and_tell(log, *arguments):
         started.set()  # before, a stop would end the process
         return add(log, *arguments)
 
-    monkeypatch.setattr(train.StepLog, "add", add_and_tell)
+    monkeypatch.setattr(loop.StepLog, "add", add_and_tell)
     order = Run(config, "").kept_tokens.in_order(config.seed, 0)
 
     def compile_steps(run, _):
@@ -189,7 +190,7 @@ def test_a_run_that_waits_for_a_step_can_be_stopped(config, whole, tmp_path, mon
     began = time.monotonic()
     run = Run(config, "")
     last = next(step for step in range(10) if run.kept(step) != order[0])
-    assert int(train.train(config, tmp_path).step) == last and time.monotonic() - began < 50
+    assert int(loop.train(config, tmp_path).step) == last and time.monotonic() - began < 50
     assert checkpoints.read_meta(tmp_path)[0] == last
     never.set()
 
@@ -207,7 +208,7 @@ def test_a_checkpoint_decides_which_counts_are_drawn(config, whole, tmp_path, mo
     monkeypatch.setattr(Run, "save", save_other)
     monkeypatch.setattr(Run, "compile_steps", lambda run, _: compiled)
     short = changed(config, num_steps=1)
-    train.train(short, tmp_path)
+    loop.train(short, tmp_path)
     run = Run(config, tmp_path)
     with contextlib.closing(Checkpoints(tmp_path)) as store:
         run.restore(store)

@@ -23,12 +23,15 @@ import numpy as np
 import pytest
 from jobs import xla_flags
 
-from mdt_jax import checkpoints, data, sampling, train
+from mdt_jax import checkpoints, data, sampling
 from mdt_jax.config import default_config, to_json
 from mdt_jax.parallel import distributed, sharding
 from mdt_jax.sampling import images
+from mdt_jax.train import command as command_module
+from mdt_jax.train import loop
 from mdt_jax.training import checks, metrics, run_evaluation
 from mdt_jax.training.actions import tolerate_full_disk
+from mdt_jax.training.config_flag import parse_config_flags
 from mdt_jax.training.step import draw_latents
 from mdt_jax.training.step_log import NonFiniteLoss
 
@@ -204,14 +207,14 @@ def finished(tiny_config, tmp_path_factory):
     config.sample.update(every=6, steps=2, num_samples=8)
     config.eval_every, config.eval.num_samples, config.eval.batch_size = 6, 12, 8
     workdir, steps = tmp_path_factory.mktemp("finished"), {}
-    compile_steps = train.Run.compile_steps
+    compile_steps = loop.Run.compile_steps
 
     def keep_steps(run, source):
         steps.update(compile_steps(run, source))
         return steps
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "compile_steps", keep_steps)
+        patch.setattr(loop.Run, "compile_steps", keep_steps)
         compiled = compiled_after_first_step(patch, config, workdir)
     return types.SimpleNamespace(config=config, workdir=workdir, steps=steps, compiled=compiled)
 
@@ -219,7 +222,7 @@ def finished(tiny_config, tmp_path_factory):
 def compiled_after_first_step(patch, config, workdir):
     """Trains, and returns what was compiled when the first step had been handed over."""
     heard, first_step = [], []
-    add = train.StepLog.add
+    add = loop.StepLog.add
 
     def mark(log, step, *metrics):
         first_step.append(step)
@@ -229,10 +232,10 @@ def compiled_after_first_step(patch, config, workdir):
         if first_step and "backend_compile" in event:
             heard.append(fun_name)
 
-    patch.setattr(train.StepLog, "add", mark)
+    patch.setattr(loop.StepLog, "add", mark)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        train.train(config, workdir)
+        loop.train(config, workdir)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     return heard
@@ -240,7 +243,7 @@ def compiled_after_first_step(patch, config, workdir):
 
 def test_nothing_compiles_after_the_first_step(finished):
     assert len(finished.steps) == 2
-    run = train.Run(finished.config, "")
+    run = loop.Run(finished.config, "")
     assert {run.kept(step) for step in range(12)} == set(finished.steps)  # both were used
     assert finished.compiled == []
 
@@ -256,10 +259,10 @@ def test_what_is_not_compiled_before_the_first_step_is_heard(finished, tmp_path,
             warm_up(sampler, params)
 
     warm_up = sampling.CompiledSampler.warm_up
-    monkeypatch.setattr(train.Run, "compile_steps", compile_only_first)
+    monkeypatch.setattr(loop.Run, "compile_steps", compile_only_first)
     monkeypatch.setattr(sampling.CompiledSampler, "warm_up", warm_up_when_used)
     config = changed(finished.config, num_steps=6, eval_every=0)
-    run = train.Run(config, "")
+    run = loop.Run(config, "")
     counts = run.kept_tokens.counts
     assert run.kept(0) == counts[0] and counts[1] in map(run.kept, range(6))
     heard = compiled_after_first_step(monkeypatch, config, tmp_path)
@@ -324,18 +327,18 @@ class Judge(run_evaluation.RunEvaluator):
 def test_a_judgement_that_was_cut_short_is_made_up_for_when_the_run_goes_on(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
-    monkeypatch.setattr(train, "RunEvaluator", Judge)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(command_module, "RunEvaluator", Judge)
     config = changed(finished.config, sample__every=0, checkpoint_every=20)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train.train(config, whole)
+    loop.train(config, whole)
     monkeypatch.setattr(Judge, "stopped", [6, 12])
     for reached, judged in ((6, []), (12, [6]), (12, [6, 12])):
-        assert int(train.train(config, stopped).step) == reached
+        assert int(loop.train(config, stopped).step) == reached
         assert sorted(metrics.steps_with(stopped / "metrics.jsonl", "eval_fid")) == judged
     assert logged(stopped) == logged(whole)
     before = files(stopped)
-    train.train(config, stopped)
+    loop.train(config, stopped)
     assert files(stopped) == before
 
 
@@ -354,7 +357,7 @@ def files(workdir):
 def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     before = files(finished.workdir)
     with caplog.at_level("INFO", logger="absl"):
-        state = train.train(finished.config, finished.workdir)
+        state = loop.train(finished.config, finished.workdir)
     assert int(state.step) == 12
     assert f"{finished.workdir} is trained already: step 12 of 12" in caplog.text
     assert files(finished.workdir) == before
@@ -363,8 +366,8 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(finished, caplog):
 @pytest.mark.smoke
 def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished.workdir, tmp_path / "longer")
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
-    state = train.train(
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
+    state = loop.train(
         changed(finished.config, num_steps=15, sample__every=0, eval_every=0), workdir
     )
     assert int(state.step) == 15
@@ -386,22 +389,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
         return step
 
     steps = {count: poisoned(step) for count, step in finished.steps.items()}
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     with pytest.raises(NonFiniteLoss) as error:
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert "loss is nan at step 6; step 4 is saved" in str(error.value)
     assert sealed_steps(tmp_path) == [4]
 
     # A checkpoint due at the very step whose loss is not finite is not written either.
     with pytest.raises(NonFiniteLoss, match="at step 6; step 4 is saved"):
-        train.train(changed(config, checkpoint_every=2), tmp_path)
+        loop.train(changed(config, checkpoint_every=2), tmp_path)
     assert sealed_steps(tmp_path) == [4]
 
 
 def before_step(monkeypatch, actions):
     """Calls what `actions` has for a step once its metrics are there, and waits a moment."""
-    add = train.StepLog.add
+    add = loop.StepLog.add
 
     def act(log, step, *metrics):
         if step in actions:
@@ -409,21 +412,21 @@ def before_step(monkeypatch, actions):
             time.sleep(1)
         add(log, step, *metrics)
 
-    monkeypatch.setattr(train.StepLog, "add", act)
+    monkeypatch.setattr(loop.StepLog, "add", act)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     number, finished, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     with caplog.at_level("INFO", logger="absl"), monkeypatch.context() as patch:
         before_step(patch, {5: lambda: os.kill(os.getpid(), number)})
-        state = train.train(config, tmp_path)
+        state = loop.train(config, tmp_path)
     assert int(state.step) == 5 and sealed_steps(tmp_path) == [4, 5]
     assert "stopped at step 5, saved; the same command resumes" in caplog.text
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     items = ["state", *(f"ema_{rate}" for rate in config.ema_rates)]
     assert bits(tmp_path, items) == bits(finished.workdir, items)
     assert logged(tmp_path) == [line for line in logged(finished.workdir) if "loss" in line]
@@ -432,7 +435,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
     finished, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
     late = []
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(late))
     monkeypatch.setattr("mdt_jax.parallel.preemption.time", clock)
@@ -482,12 +485,12 @@ disk_may_be_full = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableEx
 
 @disk_may_be_full
 def test_a_run_outlives_a_full_disk(finished, tmp_path, monkeypatch, caplog, file_size_limit):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     actions = {4: lambda: file_size_limit(2**14), 7: file_size_limit}
     actions |= dict.fromkeys([5, 6], lambda: None)  # the save fails meanwhile
     before_step(monkeypatch, actions)
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [8, 12]
     assert "checkpoints/4 failed" in caplog.text and "training goes on" in caplog.text
     items = ["state"]
@@ -498,7 +501,7 @@ def test_a_run_outlives_a_full_disk(finished, tmp_path, monkeypatch, caplog, fil
 def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
     finished, tmp_path, monkeypatch, file_size_limit
 ):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
 
     def fill_the_disk():
@@ -507,14 +510,14 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_keeps_the_others(
 
     before_step(monkeypatch, {11: fill_the_disk})
     with pytest.raises(checkpoints.SaveError, match="checkpoints/12 failed.*File too large"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert sealed_steps(tmp_path) == [4, 8]
 
 
 def test_a_workdir_that_is_removed_while_its_run_trains_ends_it_at_the_next_line(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: finished.steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
     config = changed(finished.config, sample__every=0, eval_every=0)
     steps = []
 
@@ -525,7 +528,7 @@ def test_a_workdir_that_is_removed_while_its_run_trains_ends_it_at_the_next_line
 
     before_step(monkeypatch, {9: remove})
     with pytest.raises(checkpoints.CheckpointError, match="run was removed while this run trained"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert steps == [9] and not (tmp_path / "run").exists()
 
 
@@ -551,17 +554,17 @@ def test_a_grid_that_finds_no_room_ends_only_a_job_of_several_processes(
 def test_a_workdir_on_a_bucket_is_refused(workdir, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"workdir {workdir} is a URL: mount it"):
-        train.train(finished.config, workdir)
+        loop.train(finished.config, workdir)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_ends_at_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
     def diverged(state, batch):
-        state, values = finished.steps[train.Run(finished.config, "").kept(0)](state, batch)
+        state, values = finished.steps[loop.Run(finished.config, "").kept(0)](state, batch)
         return state, values | {"grad_norm": np.float32(np.inf)}
 
     steps = dict.fromkeys(finished.steps, diverged)
-    monkeypatch.setattr(train.Run, "compile_steps", lambda run, _: steps)
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: steps)
     with pytest.raises(SystemExit, match="^error: grad_norm is inf at step 1; there is no checkpo"):
         command(monkeypatch, changed(finished.config, sample__every=0, eval_every=0), tmp_path)
 
@@ -576,7 +579,7 @@ KEPT = {  # tokens: (input_size, patch_size)
 def test_a_run_draws_the_references_numbers_of_kept_tokens(tiny_config, tokens):
     size, patch = KEPT[tokens]
     config = changed(load_config(tiny_config), model__input_size=size, model__patch_size=patch)
-    run = train.Run(changed(config, masking__ratio_span=0.2), "")
+    run = loop.Run(changed(config, masking__ratio_span=0.2), "")
     drawn = np.array([run.kept(step) for step in range(10_000)])
     for count, p in zip(run.kept_tokens.counts, run.kept_tokens.probabilities, strict=True):
         sigma = np.sqrt(p * (1 - p) / len(drawn))
@@ -617,7 +620,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(what, tiny_confi
     settings, message = REFUSED[what]
     workdir = tmp_path / "run"
     with pytest.raises(ValueError, match=message) as error:
-        train.train(changed(load_config(tiny_config), **settings), workdir)
+        loop.train(changed(load_config(tiny_config), **settings), workdir)
     assert "\n" not in str(error.value)
     assert not workdir.exists()
 
@@ -634,7 +637,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(what, tiny_confi
 def test_the_workdir_of_another_run_is_refused(settings, message, finished):
     before = files(finished.workdir)
     with pytest.raises(ValueError, match="another --workdir") as error:
-        train.train(changed(finished.config, **settings), finished.workdir)
+        loop.train(changed(finished.config, **settings), finished.workdir)
     assert message in str(error.value) and str(finished.workdir) in str(error.value)
     assert files(finished.workdir) == before
 
@@ -653,20 +656,20 @@ def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
     parsed = types.SimpleNamespace(
         config=config, workdir=workdir, dry_run=dry_run, max_hours=max_hours
     )
-    monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=parsed))
-    train.main([])
+    monkeypatch.setattr(command_module, "flags", types.SimpleNamespace(FLAGS=parsed))
+    command_module.main([])
 
 
 def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .*digits\.py"):
-        train.parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
+        parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
 
 
 def test_a_config_that_is_a_url_is_named_as_it_was_given():
     for flags in (["--config=https://x.y/c.py:A"], ["--config", "https://x.y/c.py:A"]):
         with pytest.raises(SystemExit, match=r"--config https://x\.y/c\.py:A is a URL: download"):
-            train.parse_config_flags(["train", *flags])
+            parse_config_flags(["train", *flags])
 
 
 def test_the_command_wants_a_workdir(tiny_config):
@@ -718,7 +721,7 @@ def test_a_config_can_be_trained_and_says_how(name, monkeypatch, capsys):
 
 
 def test_a_run_on_latents_draws_them_from_its_posteriors(tiny_config):
-    run = train.Run(load_config(tiny_config), "")
+    run = loop.Run(load_config(tiny_config), "")
     rng = np.random.default_rng(0)
     posteriors = rng.normal(size=(8, 8, 8, 2)).astype(np.float32)
     labels = np.arange(8, dtype=np.int32) % 4
@@ -755,8 +758,8 @@ def test_going_on_with_other_classes_or_another_autoencoder_is_refused(caplog):
 
 def test_utilisation_is_logged_where_the_peak_is_known(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda device_kind, dtype: 1e12)
-    run = train.Run(finished.config, tmp_path)
-    log = train.StepLog(run, 3, checkpoints.Checkpoints(tmp_path))
+    run = loop.Run(finished.config, tmp_path)
+    log = loop.StepLog(run, 3, checkpoints.Checkpoints(tmp_path))
     log.add(4, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
     log.settle()
     log.close()

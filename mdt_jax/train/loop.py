@@ -1,22 +1,17 @@
-"""Trains a model: `python -m mdt_jax.train --config configs/digits.py --workdir runs/digits`.
-
-The same command resumes the run. `--config.KEY=VALUE` changes a setting. `--dry_run` shows what
-would be trained, and stops. SIGTERM, SIGUSR1 and `--max_hours` save a checkpoint and end the run.
-"""
+"""A run from its start, or its newest checkpoint, to its last step."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
@@ -24,18 +19,12 @@ from mdt_jax.basics import ranges
 from mdt_jax.basics.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
-from mdt_jax.data.missing import MissingData
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
-from mdt_jax.parallel.compilation_cache import use_compilation_cache
-from mdt_jax.parallel.distributed import initialize_distributed
-from mdt_jax.parallel.flag_parsing import define_flag
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
-from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
 from mdt_jax.training.profiling import StepProfiler
-from mdt_jax.training.programs import StepPrograms, closing, leaving_compilations
+from mdt_jax.training.programs import StepPrograms, closing
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
@@ -218,60 +207,3 @@ def _batches(
     )
     with batches, prefetch_to_device(batches, sharding.batch_sharding(run.mesh)) as on_device:
         yield batches, on_device
-
-
-def dry_run(config: ConfigDict) -> str:
-    """The text that `--dry_run` prints: the run, and its data if they are there.
-
-    Raises:
-      ValueError, OSError: settings cannot work, or the data are there and cannot be used.
-    """
-    ranges.check_config(config)
-    data, source = "", None
-    try:
-        source = create_source(config.data)
-    except MissingData as error:  # data that are damaged are an error
-        data = f"not there: {one_line(error)}"
-    if config.model.num_classes == -1:
-        config = config_lib.with_classes(config, source.class_names if source else ())
-    run = Run(config, "")
-    if source:
-        checks.check_data(config, source)
-        run_evaluation.check_evaluation(config, source)
-        steps = len(source) / config.batch_size
-        data = f"{source.describe()}, {steps:,.1f} steps an epoch"
-    return f"{run.describe()}\ndata           {data}"
-
-
-def main(_: list[str]) -> None:
-    """The command; errors that a user can mend end it with one line and exit status 1."""
-    with leaving_compilations(), command_ending(flags.FLAGS):
-        initialize_distributed()
-        use_compilation_cache()
-        _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
-
-
-def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
-    if flags.FLAGS.dry_run:
-        print(dry_run(config))
-    elif not workdir:
-        raise ValueError("--workdir is missing: the folder for checkpoints, metrics and samples")
-    else:
-        train(config, workdir, flags.FLAGS.max_hours)
-
-
-def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
-    """The command's flags; `argv` is the command line, the process's by default."""
-    define_config_flag(f, argv)
-    text = "Where checkpoints, metrics and samples go."
-    flags.DEFINE_string("workdir", None, text, flag_values=f)
-    text = "Show parameters, memory and data, and stop."
-    flags.DEFINE_bool("dry_run", False, text, flag_values=f)
-    define_flag(flags.DEFINE_float, "max_hours", None, "Save and end after so many hours.", f)
-
-
-if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=functools.partial(parse_config_flags, required=True))

@@ -1,19 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them.
-
-    python -m mdt_jax.evaluate --reference REF.npz --samples S.npz --inception DIR \\
-        --output report.json
-
-`--samples` is an npz in ADM's layout, several joined by commas, a folder of npz files or of images,
-or a run's workdir. With a workdir (there or as `--workdir`), or with PyTorch weights as
-`--checkpoint`, it samples first, 50,000 images unless `--num_samples` says otherwise, with the
-flags of `mdt_jax.sample`; the same command again goes on with samples that were interrupted, and
-evaluates those that are there. Latents are decoded with `--vae ema` by default.
-
-Prints a table, and writes the same and more as JSON: each class's precision, power spectra, what
-could not be computed and why. Further metrics, not ADM's: precision by class of the sample and
-within the class's own reference images, and the distance between radially averaged power spectra
-(`evaluation/spectrum.py`). Several processes share the images.
-"""
+"""The command `python -m mdt_jax.evaluate`, from its flags to the report."""
 
 from __future__ import annotations
 
@@ -27,49 +12,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from mdt_jax import checkpoints
 from mdt_jax.basics.atomic import check_writable, whole_file
 from mdt_jax.basics.names import printable
+from mdt_jax.evaluate.flags import EVALUATE_FLAGS, SAMPLING_FLAGS
 from mdt_jax.evaluation import descriptions, evaluator, extractors
 from mdt_jax.evaluation.batches import image_size, open_images, share
 from mdt_jax.evaluation.descriptions import ImageSetDescription
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
+from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
-from mdt_jax.parallel.flag_parsing import define_flag, parse_flags
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.weights.pretrained import PIXEL_CHANNELS, latents_of_run
 
-# Flags of `mdt_jax.sample` that have no meaning here.
-_NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
 # Flags that decide where and how fast samples are made, but not which.
 _RUNNING = ("workdir", "checkpoint", "mesh_fsdp", "mesh_tensor", "vae_batch_size", "step")
-SAMPLING_FLAGS = tuple(flag for flag in sample_flags.SAMPLE_FLAGS if flag[1] not in _NOT_SAMPLING)
-EVALUATE_FLAGS = (
-    (flags.DEFINE_string, "reference", None, "An npz in ADM's layout, or images as --samples."),
-    (flags.DEFINE_string, "samples", None, "Npz (several: A,B), folder of them or images, run."),
-    (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
-    (flags.DEFINE_string, "output", None, "Where the JSON goes; nowhere by default."),
-    (flags.DEFINE_integer, "feature_batch_size", 64, "Images through Inception at a time."),
-    (
-        flags.DEFINE_integer,
-        "split_size",
-        descriptions.SPLIT_SIZE,
-        "Images in a split.",
-    ),
-    (flags.DEFINE_integer, "neighbours", 3, "k of precision and recall."),
-    (flags.DEFINE_bool, "recompute_reference", False, "Pass over stored mu and sigma."),
-)
-
-
-def define_flags(f: flags.FlagValues) -> None:
-    """The command's flags."""
-    for define, name, default, text in (*EVALUATE_FLAGS, *SAMPLING_FLAGS):
-        define_flag(define, name, default, text, f, none_is_a_value=sample_flags.takes_none(name))
 
 
 def evaluate_samples(f: flags.FlagValues) -> dict[str, Any]:
@@ -237,9 +198,3 @@ def main(_: list[str]) -> None:
         evaluate_samples(f)
     if jax.process_count() > 1:
         leave()
-
-
-if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_flags)

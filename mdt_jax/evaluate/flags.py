@@ -1,0 +1,34 @@
+"""The flags of `python -m mdt_jax.evaluate`, most of which are those of `mdt_jax.sample`."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from mdt_jax.evaluation import descriptions
+from mdt_jax.parallel.flag_parsing import define_flag
+from mdt_jax.sample import flags as sample_flags
+
+# Flags of `mdt_jax.sample` that have no meaning here.
+_NOT_SAMPLING = ("inpaint", "mask", "resamples", "masked_share", "output", "keep_parts")
+SAMPLING_FLAGS = tuple(flag for flag in sample_flags.SAMPLE_FLAGS if flag[1] not in _NOT_SAMPLING)
+EVALUATE_FLAGS = (
+    (flags.DEFINE_string, "reference", None, "An npz in ADM's layout, or images as --samples."),
+    (flags.DEFINE_string, "samples", None, "Npz (several: A,B), folder of them or images, run."),
+    (flags.DEFINE_string, "inception", None, "Weights of Inception-v3: a folder or a file."),
+    (flags.DEFINE_string, "output", None, "Where the JSON goes; nowhere by default."),
+    (flags.DEFINE_integer, "feature_batch_size", 64, "Images through Inception at a time."),
+    (
+        flags.DEFINE_integer,
+        "split_size",
+        descriptions.SPLIT_SIZE,
+        "Images in a split.",
+    ),
+    (flags.DEFINE_integer, "neighbours", 3, "k of precision and recall."),
+    (flags.DEFINE_bool, "recompute_reference", False, "Pass over stored mu and sigma."),
+)
+
+
+def define_flags(f: flags.FlagValues) -> None:
+    """The command's flags."""
+    for define, name, default, text in (*EVALUATE_FLAGS, *SAMPLING_FLAGS):
+        define_flag(define, name, default, text, f, none_is_a_value=sample_flags.takes_none(name))

@@ -1,0 +1,20 @@
+"""The flags of `python -m mdt_jax.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from mdt_jax.parallel.flag_parsing import define_flag
+from mdt_jax.training.config_flag import define_config_flag
+
+
+def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
+    """The command's flags; `argv` is the command line, the process's by default."""
+    define_config_flag(f, argv)
+    text = "Where checkpoints, metrics and samples go."
+    flags.DEFINE_string("workdir", None, text, flag_values=f)
+    text = "Show parameters, memory and data, and stop."
+    flags.DEFINE_bool("dry_run", False, text, flag_values=f)
+    define_flag(flags.DEFINE_float, "max_hours", None, "Save and end after so many hours.", f)
