@@ -42,7 +42,8 @@ import numpy as np
 import mdt_jax
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import Checkpoints
-from mdt_jax.train import Run, train
+from mdt_jax.train import train
+from mdt_jax.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 ARCHIVE, ARRAYS = "old_workdirs.tar.xz", "old_workdirs.npz"

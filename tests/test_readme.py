@@ -6,7 +6,7 @@ from pathlib import Path
 from configs import digits
 from mdt_jax import config as config_lib
 from mdt_jax.checkpoints import Checkpoints
-from mdt_jax.train import Run
+from mdt_jax.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

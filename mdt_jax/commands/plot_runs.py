@@ -90,11 +90,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _position(path: Path, line: dict[str, Any], config: dict[str, Any], x: str) -> float:
     if x == "steps":
-        return line["step"]
+        return float(line["step"])
     if x == "images":
         if "batch_size" not in config:
             raise ValueError(f"{path}: no config.json beside it, whose batch_size --x images needs")
-        return line["step"] * config["batch_size"]
+        return float(line["step"] * config["batch_size"])
     if "train_seconds" not in line:
         raise ValueError(f"{path}: no train_seconds at step {line['step']}; use --x steps")
     return float(line["train_seconds"])
