@@ -473,8 +473,8 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
     ):
         with pytest.raises(ValueError, match=message):
             tool.encode_latents(*case[:2], output, image_size=case[2])
-    with pytest.raises(ValueError, match="^--max_bad_fraction 5 is outside 0 to 1$"):
-        encode(images, autoencoder, output, max_bad_fraction=5)
+    with pytest.raises(ValueError, match=r"^--max_bad_fraction 5\.0 is outside 0 to 1$"):
+        encode(images, autoencoder, output, max_bad_fraction=5.0)
     assert not output.exists()
     monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(
