@@ -328,7 +328,7 @@ def test_a_judgement_that_was_cut_short_is_made_up_for_when_the_run_goes_on(
     finished, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
-    monkeypatch.setattr(command_module, "RunEvaluator", Judge)
+    monkeypatch.setattr(loop, "RunEvaluator", Judge)
     config = changed(finished.config, sample__every=0, checkpoint_every=20)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     loop.train(config, whole)
