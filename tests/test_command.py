@@ -16,14 +16,13 @@ from absl import logging
 
 import mdt_jax
 from mdt_jax import checkpoints
+from mdt_jax.basics.places import refuse_url, refuse_urls
 from mdt_jax.checkpoints import CheckpointError
 from mdt_jax.evaluation.batches import open_images
 from mdt_jax.parallel.command import (
     command_ending,
     ending_quietly,
     one_line,
-    refuse_url,
-    refuse_urls,
 )
 from mdt_jax.sampling.inpainting import read_image, read_mask
 from mdt_jax.training.step_log import NonFiniteLoss
@@ -262,10 +261,12 @@ def test_an_error_of_the_system_names_the_file_and_the_way_out(code, said):
 URLS = {
     "https://x.y/z.pt": "download the file (curl -LO https://x.y/z.pt), and give its path",
     "http://x.y/z": "download the file",
-    "gs://bucket/run": "mount it (gcsfuse), and give the path",
-    "s3://bucket/run": "mount it (mount-s3), and give the path",
-    "GS://bucket/run": "mount it (gcsfuse), and give the path",
-    "abfs://bucket/run": "mount it, and give the path",
+    "gs://bucket/run": "mount the bucket (gcsfuse), and give the path",
+    "s3://bucket/run": "mount the bucket (mount-s3), and give the path",
+    "GS://bucket/run": "mount the bucket (gcsfuse), and give the path",
+    "abfs://bucket/run": "mount the container (blobfuse2), and give the path",
+    "sftp://host/run": "mount the folder (sshfs), and give the path",
+    "hdfs://host/run": "mount it, and give the path",
     "HTTPS://x.y/z.pt": "download the file",
     "file:///tmp/a.pt": "give the path alone",
 }
@@ -296,12 +297,24 @@ def test_a_url_of_a_folder_is_not_to_be_downloaded_as_a_file(name):
         refuse_url("https://x.y/run", name)
 
 
-@pytest.mark.parametrize(
-    "path", ["hf://OWNER/REPO/FILE", "configs/digits.py:MDTv2", "a:b", "runs/a", "", "tfds:mnist"]
-)
+@pytest.mark.parametrize("path", ["configs/digits.py:MDTv2", "a:b", "runs/a", "", "tfds:mnist"])
 def test_what_is_no_url_is_let_through(path):
     refuse_urls({"path": path, "more": [path, 3, None], "config": {"a": path}})
     refuse_url(Path(path), "--path")
+
+
+HUB = "hf://OWNER/REPO/FILE"
+
+
+@pytest.mark.parametrize("name", ["--checkpoint", "--vae", "config.init_from", "eval.inception"])
+def test_weights_are_taken_from_the_hub(name):
+    refuse_url(HUB, name)
+
+
+@pytest.mark.parametrize("name", ["--workdir", "--output", "data.path", "--samples", "the images"])
+def test_nothing_else_is_taken_from_the_hub(name):
+    with pytest.raises(ValueError, match=f"^{name} {HUB} is a URL: download it .hf download OWN"):
+        refuse_url(HUB, name)
 
 
 @pytest.mark.parametrize(

@@ -458,7 +458,10 @@ def test_tfds_data_without_uint8_images_are_refused(tfds_folder, tmp_path, image
             {"name": "folder", "path": "x", "labels": "all"},
             "data.labels is 'all'; known are 'auto'",
         ),
-        ({"name": "latents", "path": "gs://bucket/latents"}, "gs://bucket/latents is a URL: copy"),
+        (
+            {"name": "latents", "path": "gs://bucket/latents"},
+            "^data.path gs://bucket/latents is a URL: mount the bucket .gcsfuse",
+        ),
     ],
 )
 def test_a_configuration_that_names_no_data_is_refused(config, message):

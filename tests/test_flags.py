@@ -1,5 +1,6 @@
 """Any value of any flag of any command: taken, or refused in one line that names the flag."""
 
+import contextlib
 import math
 import re
 
@@ -8,7 +9,9 @@ from command_flags import Accepted, commands, flags_of, stop_at_work
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from mdt_jax.basics import ranges
 from mdt_jax.basics.ranges import RANGES
+from mdt_jax.parallel.flag_parsing import NONE, PLACES
 
 COMMANDS = commands()
 ODD = ["", " ", ",", "abc", "None", "nan", "inf", "-inf", "1e400", "1e6", "2.5", "0x10", "1_000",
@@ -60,3 +63,81 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_a_line_that_names_it(name,
 
     try_one()
     assert min(told.values()) > 0 or len(own) < 2, told
+
+
+# Flags that name a place, beside `PLACES`.
+MORE_PLACES = ("data_path", "vae")
+URLS = {"gs://bucket/x": "mount the bucket (gcsfuse)",
+        "s3://bucket/x": "mount the bucket (mount-s3)",
+        "https://x.y/z.pt": "download the file", "file:///x": "give the path alone"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_that_is_a_place_says_what_to_do_about_a_url(name, monkeypatch):
+    command = COMMANDS[name]
+    own = [flag for flag in flags_of(command, monkeypatch) if flag.name in (*PLACES, *MORE_PLACES)]
+    stop_at_work(monkeypatch)
+    monkeypatch.chdir("/")
+    for flag in own:
+        for url, way_out in URLS.items():
+            with pytest.raises(SystemExit) as end:
+                command.run((*command.needed, f"--{flag.name}={url}"))
+            said = str(end.value.code)
+            assert said.startswith(f"error: --{flag.name} {url} is a URL: {way_out[:5]}"), said
+            tool = way_out.partition("(")[2].strip(")")
+            assert tool in said, said
+
+
+@pytest.mark.parametrize("key", ["data.path", "init_from", "eval.inception", "eval.reference",
+                                 "eval.vae"])  # fmt: skip
+def test_every_setting_that_is_a_place_says_what_to_do_about_a_url(key):
+    command = COMMANDS["train"]
+    for url, way_out in URLS.items():
+        with pytest.raises(SystemExit) as end:
+            command.run((*command.needed, f"--config.{key}={url}"))
+        assert (
+            str(end.value.code)
+            == f"error: --config.{key} {url} is a URL: {way_out}"
+            + (str(end.value.code).partition(way_out)[2])
+        )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_is_taken_as_a_config_takes_it(name, monkeypatch):
+    command = COMMANDS[name]
+    own = [f for f in flags_of(command, monkeypatch) if f.kind in (int, float)]
+    stop_at_work(monkeypatch)
+    monkeypatch.chdir("/")
+    parsed, check = [], ranges.check_flags
+    monkeypatch.setattr(
+        ranges, "check_flags", lambda values: (parsed.append(dict(values)), check(values))
+    )
+
+    def run(*arguments):
+        parsed.clear()
+        with contextlib.suppress(Accepted):
+            command.run((*command.needed, *arguments))
+        return parsed[0]
+
+    defaults = run()
+    for flag in own:
+        range_ = RANGES[f"--{flag.name}"]
+        value = 10 if range_.fault([10] if range_.counts else 10) == "" else range_.low
+        value = 0.5 if range_.above and value == range_.low else value
+        for text in (str(float(value)), f"{value / 10}e1"):
+            found = run(f"--{flag.name}={text}")[flag.name]
+            (found,) = found if isinstance(found, list) else (found,)
+            assert found == value and type(found) is flag.kind, (flag, text, found)
+        refused = ["abc"]
+        if flag.kind is int:
+            refused.append("1.5")
+        if defaults.get(flag.name) is not None:
+            refused.append("None")
+        else:
+            assert run(f"--{flag.name}=None")[flag.name] in (None, NONE), flag
+        for text in refused:
+            with pytest.raises(SystemExit) as end:
+                run(f"--{flag.name}={text}")
+            said = str(end.value.code)
+            assert said.startswith("error: ") and "\n" not in said, said
+            assert f"--{flag.name}" in said and text in said, said

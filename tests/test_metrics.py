@@ -157,7 +157,9 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
 
 
 def test_a_url_is_refused_and_not_taken_for_a_directory():
-    with pytest.raises(ValueError, match="gs://bucket/run.*gcsfuse"):
+    with pytest.raises(
+        ValueError, match="^workdir gs://bucket/run is a URL: mount the .* .gcsfuse"
+    ):
         MetricsWriter("gs://bucket/run", total_steps=10)
 
 

@@ -1,8 +1,14 @@
 """Paths that users give, and small files beside their data: what cannot be read is said so."""
 
+import ast
+import contextlib
+import functools
 import os
+import signal
 import socket
+import types
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,11 +16,39 @@ import pytest
 
 from mdt_jax import config as config_lib
 from mdt_jax import data
-from mdt_jax.basics import names
+from mdt_jax.basics import places
+from mdt_jax.checkpoints import CheckpointError, seal
+from mdt_jax.checkpoints.lock import WorkdirLock
+from mdt_jax.data import feature_files, latent_writing, npy
 from mdt_jax.data.cache_json import read_json
+from mdt_jax.data.decoding import decode_image
+from mdt_jax.data.idx import read_idx
+from mdt_jax.evaluation import classifier
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.command import USER_ERRORS, one_line
 from mdt_jax.sample import flags
-from mdt_jax.weights import pretrained
+from mdt_jax.sample import settings as sample_settings
+from mdt_jax.sampling import images
+from mdt_jax.sampling.parts import PARTS_MANIFEST, Parts
+from mdt_jax.training import metrics
+from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import inception, pretrained
+
+
+@contextlib.contextmanager
+def deadline(seconds):
+    """A context that ends with AssertionError, which no reader takes for its own, in time."""
+
+    def ring(*_):
+        raise AssertionError(f"waited for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def link_to_itself(path):
@@ -40,21 +74,21 @@ KINDS = {
 @pytest.mark.parametrize("what", KINDS)
 def test_what_is_no_file_is_named(tmp_path, what):
     KINDS[what](tmp_path / "a")
-    assert names.wrong_kind(tmp_path / "a") == f"{tmp_path}/a: is no file but {what}"
+    assert places.wrong_kind(tmp_path / "a") == f"{tmp_path}/a: is no file but {what}"
 
 
 @pytest.mark.parametrize("what", [what for what in KINDS if "link" not in what])
 def test_a_small_file_that_is_none_is_not_opened(tmp_path, what):
     KINDS[what](tmp_path / "a")
     with pytest.raises(ValueError, match=f"is no file but {what}"):
-        names.read_text(tmp_path / "a")
+        places.read_text(tmp_path / "a")
     with pytest.raises(ValueError, match=f"a: is damaged .*is no file but {what}"):
         read_json(tmp_path / "a")
 
 
 def test_a_mark_in_front_is_no_text(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
-    assert names.read_text(tmp_path / "a") == "grün"
+    assert places.read_text(tmp_path / "a") == "grün"
 
 
 @pytest.mark.parametrize("name", ["folder", "npy", "latents", "fashion_mnist", "tfds:cifar10"])
@@ -148,3 +182,118 @@ def test_a_number_beyond_the_dtype_is_refused_without_a_warning():
             pretrained.place_parameters({"a": {"kernel": np.array([1, 1e300])}}, like)
         placed = pretrained.place_parameters({"a": {"kernel": np.array([1, np.inf])}}, like)
     assert np.isinf(placed["a"]["kernel"][1])
+
+
+# ---- Files that are read by name, and are none --------------------------------------------------
+
+
+def step_of_a_run(folder):
+    """A folder of a checkpoint in a workdir, and its workdir."""
+    step = folder / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    return step
+
+
+def read_manifest(make, folder):
+    make(step_of_a_run(folder) / "manifest.json")
+    (problem,) = seal.find_problems(folder / "checkpoints" / "3")
+    raise ValueError(problem)
+
+
+def read_manifest_for_samples(make, folder):
+    make(step_of_a_run(folder) / "manifest.json")
+    f = types.SimpleNamespace(workdir=str(folder), checkpoint=None)
+    sample_settings.weights_digest(f, types.SimpleNamespace(step=3))
+
+
+def read_parts(make, folder):
+    make(folder / PARTS_MANIFEST)
+    parts = Parts.__new__(Parts)
+    parts.folder = folder
+    parts._found()
+
+
+def read_tfds(make, folder, name="info/1.0.0", file="dataset_info.json"):
+    inside = folder / name
+    inside.mkdir(parents=True)
+    (inside / "dataset_info.json").write_text("{}")
+    (inside / file).unlink(missing_ok=True)
+    make(inside / file)
+    data.tfds_source("info", data_dir=folder)
+
+
+def made(name, read):
+    """Reads a place that is none, called `name`."""
+
+    def attempt(make, folder):
+        make(folder / name)
+        read(folder / name)
+
+    return attempt
+
+
+READ = {
+    "an IDX file": made("train-labels", read_idx),
+    "an npy file": made("a.npy", lambda path: npy.MemoryMap(path).array),
+    "features": made("0.npy", feature_files._read),
+    "the weights of a classifier": made("c.npy", lambda path: classifier._read(path, 3)),
+    "the lines of a run": made("metrics.jsonl", metrics.read_lines),
+    "the lines of a run that goes on": made(
+        "metrics.jsonl", lambda path: metrics.MetricsWriter(path.parent, total_steps=3)
+    ),
+    "a lock": made(".lock", lambda path: WorkdirLock(path.parent)),
+    "a file of a checkpoint": made("a", seal.fingerprint),
+    "a manifest": read_manifest,
+    "a manifest, for samples": read_manifest_for_samples,
+    "the settings of parts": read_parts,
+    "a grid": made("a.png", images.read_metadata),
+    "a shard of latents": made("a.bin", latent_writing._digest),
+    "a description of a data set": read_tfds,
+    "features of a data set": functools.partial(read_tfds, file="features.json"),
+    "class names of a data set": functools.partial(read_tfds, file="label.labels.txt"),
+    "a shard of a data set": functools.partial(read_tfds, file="x-train.array_record-0-of-1"),
+    "a data set itself": functools.partial(read_tfds, name=""),
+    "weights": made("a.pt", weight_files.read_weights),
+    "an Inception graph": made("a.pb", lambda path: inception.load_network(path)),
+    "a picture": made("a.png", lambda path: decode_image(path, str(path), 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a socket", "a device"])
+@pytest.mark.parametrize("read", READ)
+def test_what_is_read_by_name_and_is_no_file_is_never_waited_for(read, what, tmp_path):
+    with deadline(30), pytest.raises((*USER_ERRORS, CheckpointError)) as error:
+        READ[read](KINDS[what], tmp_path)
+    said = one_line(error.value)
+    assert what in said or "is no file" in said or "no such file" in said, said
+
+
+# Where a file of a known kind is opened by a library, or none that a person gives.
+OWN = {
+    "basics/places.py": "the opener",
+    "basics/atomic.py": "the file that it has just written",
+    "benchmarking.py": "of the system",
+    "parallel/compilation_cache.py": "of the system",
+    "compilers/kernels.py": "of its own child",
+    "evaluation/classifier.py": "checked before",
+    "sampling/images.py": "opened before",
+    "sampling/parts.py": "checked before",
+}
+
+
+def opened(path):
+    """The lines of a module that open a file by its path otherwise than `places` does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            if call in ("open", "np.load", "io.open") or call.endswith(
+                (".read_text", ".read_bytes")
+            ):
+                yield f"{path.name}:{node.lineno} {call}"
+
+
+def test_every_other_file_goes_through_one_opener():
+    package = Path(places.__file__).parents[1]
+    found = {str(p.relative_to(package)): [*opened(p)] for p in package.rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines and name not in OWN} == {}
+    assert [name for name in OWN if not found[name]] == []

@@ -423,7 +423,9 @@ def test_drawing_labels_and_painting_do_not_go_together(command):
 
 
 def test_an_output_on_a_bucket_is_refused(command):
-    with pytest.raises(ValueError, match="--output gs://bucket/out is a URL: mount the bucket"):
+    with pytest.raises(
+        ValueError, match="--output gs://bucket/out is a URL: mount the .* .gcsfuse"
+    ):
         command("--output=gs://bucket/out")
 
 

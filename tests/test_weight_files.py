@@ -397,13 +397,30 @@ def test_what_is_there_instead_of_a_file_is_named(make, said, ending, tmp_path):
     assert said in refusal(weight_files.read_weights, tmp_path / f"a{ending}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "make"),
-    [("sparse_coo", lambda t: t.to_sparse()), ("meta", lambda t: t.to("meta"))],
-)
-def test_a_tensor_without_plain_numbers_is_named(kind, make, tmp_path):
-    path = save(tmp_path / "a.pt", {"v": torch.ones(2, 2), "w": make(torch.ones(2, 2))})
+WITHOUT_NUMBERS = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": torch.Tensor.to_sparse_csr,
+    "meta": lambda tensor: tensor.to("meta"),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_NUMBERS)
+def test_a_tensor_without_plain_numbers_is_named(kind, tmp_path):
+    tensor = WITHOUT_NUMBERS[kind](torch.ones(2, 2))
+    path = save(tmp_path / "a.pt", {"v": torch.ones(2, 2), "w": tensor})
     assert f"w is a {kind} tensor" in refusal(weight_files.read_weights, path)
+    path = save(tmp_path / "b.pt", {"state": {0: {"exp_avg": [torch.ones(2), tensor]}}})
+    assert f"b.pt: state.0.exp_avg.1 is a {kind} tensor" in refusal(weight_files.read_object, path)
+    assert f"c.pt: it is a {kind} tensor" in refusal(
+        weight_files.read_object, save(tmp_path / "c.pt", tensor)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_a_type_that_no_array_has_is_named_in_an_objects_place(dtype, tmp_path):
+    path = save(tmp_path / "a.pt", {"state": {0: {"step": torch.ones(2).to(dtype)}}})
+    assert "a.pt: state.0.step is of type" in refusal(weight_files.read_object, path)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

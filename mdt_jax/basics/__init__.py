@@ -1,1 +1,1 @@
-"""What all else stands on: files written whole, names as they are shown, ranges of numbers."""
+"""What all else stands on: files written whole, names as shown, places, ranges of numbers."""

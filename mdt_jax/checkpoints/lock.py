@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import logging
 
 from mdt_jax.basics.atomic import is_at
+from mdt_jax.basics.places import open_file
 
 LOCK_FILE = ".lock"  # Says who holds the lock. The file may stay; the lock on it counts.
 _POLL_SECONDS = 0.5
@@ -39,8 +40,9 @@ class WorkdirLock:
 
         Raises:
           WorkdirInUse: it is locked; says by which host and process.
+          ValueError: the file of the lock is no file.
         """
-        self._file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - see release
+        self._file = open_file(folder / LOCK_FILE, "a+", encoding="utf-8")
         try:
             self._lock(folder, patience, flag)
         except BaseException:

@@ -11,7 +11,8 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from mdt_jax.basics.atomic import whole_file
-from mdt_jax.parallel.command import UserError, refuse_url
+from mdt_jax.basics.places import open_file, read_bytes, refuse_url
+from mdt_jax.parallel.command import UserError
 
 SEAL_FILE = "manifest.json"
 PART = "checksums.{}.json"  # One process's share of the manifest, until that is written.
@@ -69,7 +70,7 @@ def step_files(directory: Path) -> list[str]:
 
 def fingerprint(path: Path) -> dict:
     """Size and digest of a file, as an entry of a manifest."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()
         return {"bytes": file.tell(), "blake2b": digest}
 
@@ -96,7 +97,7 @@ def find_problems(
     """
     prefix = f"{item}/" if item else ""
     try:
-        manifest = json.loads((directory / SEAL_FILE).read_bytes())["files"]
+        manifest = json.loads(read_bytes(directory / SEAL_FILE))["files"]
         expected = {
             name: (known["bytes"], known["blake2b"])
             for name, known in manifest.items()
@@ -111,7 +112,7 @@ def find_problems(
         size, digest = expected[name]
         try:
             actual = fingerprint(directory / name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problems.append(f"file {name} cannot be read: {error!r}")
             continue
         if actual["bytes"] != size:

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
 from mdt_jax.basics.atomic import make_folder, reason_of
+from mdt_jax.basics.places import read_bytes
 from mdt_jax.checkpoints.items import META, read_item, read_step_meta, silence_orbax, tree_handler
 from mdt_jax.checkpoints.lock import WorkdirInUse, WorkdirLock
 from mdt_jax.checkpoints.seal import (
@@ -313,7 +314,7 @@ class Checkpoints:
         if self._process == 0:
             files: dict[str, Any] = {}
             for process in range(self._n_processes):
-                files |= json.loads(Path(part.format(process)).read_bytes())
+                files |= json.loads(read_bytes(part.format(process)))
                 os.unlink(part.format(process))
             if sorted(files) != step_files(directory):
                 raise CheckpointError(f"processes saw different files in {directory}")

@@ -36,7 +36,8 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from mdt_jax.basics import ranges
-from mdt_jax.basics.names import expand, printable
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import expand
 from mdt_jax.data import (
     BadImage,
     Source,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.basics.atomic import whole_file
-from mdt_jax.basics.names import read_text
+from mdt_jax.basics.places import read_text
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training.metrics import METRICS_FILE, read_lines

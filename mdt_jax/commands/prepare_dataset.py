@@ -40,7 +40,8 @@ from pathlib import Path, PurePosixPath
 
 from absl import logging
 
-from mdt_jax.basics.names import expand, printable
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import expand
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.folders import CLASS_ORDERS, LABELS, are_splits, read_folder
 from mdt_jax.data.parquet import from_parquet

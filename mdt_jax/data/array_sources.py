@@ -12,7 +12,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Integer, UInt8
 
-from mdt_jax.basics.names import expand, printable, read_text, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import expand, read_text, wrong_kind
 from mdt_jax.data.feature_files import FEATURES, LABELS, FeatureFiles, feature_folders
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.npy import MemoryMap

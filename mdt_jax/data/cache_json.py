@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mdt_jax.basics.names import printable, read_text
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import read_text
 
 CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from mdt_jax.basics.names import printable, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import open_file
 from mdt_jax.data.npy import read_header
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 
@@ -143,9 +144,7 @@ def _number(name: str) -> tuple[int, str]:
 
 def _read(path: Path) -> np.ndarray:
     """A small .npy file, whole."""
-    if not path.is_file():
-        raise ValueError(wrong_kind(path))
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             header = read_header(file)
         except ValueError as error:

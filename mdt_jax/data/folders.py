@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mdt_jax.basics.names import expand, printable, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import expand, wrong_kind
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.basics.names import expand
+from mdt_jax.basics.places import expand, open_file
 from mdt_jax.data.array_sources import arrays
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source
@@ -42,10 +42,10 @@ def read_idx(path: str | Path) -> np.ndarray:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not an IDX file, or more or fewer bytes than its header says.
+      ValueError: no file, not an IDX file, or more or fewer bytes than its header says.
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         size = path.stat().st_size

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
 
-from mdt_jax.basics.names import expand, printable, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import expand, wrong_kind
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,

@@ -29,6 +29,7 @@ from typing import IO, Any
 import numpy as np
 
 from mdt_jax.basics.atomic import is_at, make_folder, whole_file, whole_path
+from mdt_jax.basics.places import open_file
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,
@@ -253,7 +254,7 @@ def _lock_file(path: Path, lock: Callable[[IO[str]], bool]) -> Iterator[bool]:
     """
     patience = 3
     while True:
-        with open(path, "a") as file:
+        with open_file(path, "a") as file:
             try:
                 held = lock(file)
             except FileExistsError:  # the other process may be just leaving
@@ -419,7 +420,7 @@ def _plain(description: CacheDescription) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.basics.names import printable, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import open_file, wrong_kind
 
 
 class NpyHeader(NamedTuple):
@@ -77,7 +78,7 @@ class MemoryMap:
         if not self.path.is_file():
             raise ValueError(f"{wrong_kind(self.path)}; write one with np.save")
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 header = read_header(file)
                 start, end = file.tell(), os.fstat(file.fileno()).st_size
             if start + header.num_bytes > end:

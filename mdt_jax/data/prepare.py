@@ -22,7 +22,8 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from mdt_jax.basics.names import check_class_names, expand, printable
+from mdt_jax.basics.names import check_class_names, printable
+from mdt_jax.basics.places import expand
 from mdt_jax.data.decoding import BadImage, decode_image
 
 # Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.

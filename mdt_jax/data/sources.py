@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.data.array_sources import digits, npy_directory
 from mdt_jax.data.folders import folder_source
 from mdt_jax.data.idx import fashion_mnist
@@ -61,11 +62,7 @@ def create_source(data_config: ConfigDict) -> Source:
     _check_use(data_config, "class_order", "string")
     _check_use(data_config, "labels", "auto")
     name, path = data_config.name, data_config.get("path") or ""
-    if "://" in path:
-        raise ValueError(
-            f"data.path {path} is a URL: copy the data to this host's disk, or mount the bucket, "
-            "and give the path"
-        )
+    refuse_url(path, "data.path")
     key = f"{name.partition(':')[0]}:NAME" if ":" in name else name
     if key not in SOURCES:
         *others, last = map(repr, SOURCES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mdt_jax.basics.names import expand, printable, read_text, wrong_kind
+from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import check_is_file, expand, read_text
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source, short_digest
@@ -106,6 +108,20 @@ def _undescribed(name: str, folder: str | Path) -> ValueError:
     )
 
 
+def _check_files(folder: Path, within: bool) -> None:
+    """Refuses, with ValueError, a prepared dataset in which something is no file.
+
+    TFDS would wait for ever for what a pipe says.
+
+    Args:
+      folder: the dataset's, or that of its configs and versions.
+      within: whether it is the latter.
+    """
+    folders = [info.parent for info in folder.rglob("dataset_info.json")] if within else [folder]
+    for file in (file for folder in folders for file in folder.iterdir() if not file.is_dir()):
+        check_is_file(file)
+
+
 def _find_prepared(name: str, folder: Path) -> Any:
     """TFDS's builder of a dataset on disk, which is inside `folder` or is `folder` itself.
 
@@ -117,9 +133,8 @@ def _find_prepared(name: str, folder: Path) -> Any:
     from tensorflow_datasets.core import read_only_builder, registered
 
     itself = (folder / "dataset_info.json").exists()
-    for file in (folder / "dataset_info.json", folder / "features.json"):
-        if itself and file.exists() and not file.is_file():
-            raise ValueError(wrong_kind(file))
+    if itself or name:
+        _check_files(folder if itself else folder / re.split("[/:]", name)[0], within=not itself)
     try:
         if itself:
             builder = read_only_builder.builder_from_directory(folder)

@@ -80,6 +80,16 @@ def option(
     )
 
 
+def _count_or_text(text: str) -> str:
+    """A whole number as a respacing has it, 1e2 as 100; any other text as it is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    plain = number.is_integer() and not text.strip().isdigit()
+    return str(int(number)) if plain else text
+
+
 def _interval(texts: list[str]) -> list[float]:
     if [text.lower() for text in texts] == ["none"]:  # as config.sample has it
         return [0.0, 1.0]
@@ -113,6 +123,7 @@ class SamplerOptions:
         "Steps, or a respacing (ddim50, 10,15,20, logsnr20).",
         kind=int | str,
         define=flags.DEFINE_string,
+        read=_count_or_text,
     )
     cfg_scale: float = option(1.0, "Guidance scale, 1 for none; the run's by default.", config=3.8)
     cfg_power: float | None = option(

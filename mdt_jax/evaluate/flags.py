@@ -5,7 +5,6 @@ from __future__ import annotations
 from absl import flags
 
 from mdt_jax.evaluation import descriptions
-from mdt_jax.parallel.flag_parsing import define_flag
 from mdt_jax.sample import flags as sample_flags
 
 # Flags of `mdt_jax.sample` that have no meaning here.
@@ -30,5 +29,4 @@ EVALUATE_FLAGS = (
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
-    for define, name, default, text in (*EVALUATE_FLAGS, *SAMPLING_FLAGS):
-        define_flag(define, name, default, text, f, none_is_a_value=sample_flags.takes_none(name))
+    sample_flags.define_all(f, (*EVALUATE_FLAGS, *SAMPLING_FLAGS))

@@ -16,10 +16,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.data.folders import IMAGE_SUFFIXES, read_folder
 from mdt_jax.evaluation.npz import NpzMember, npz_members, read_npz
-from mdt_jax.parallel.command import refuse_url
 
 
 @runtime_checkable

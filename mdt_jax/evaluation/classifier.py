@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.places import check_is_file
 from mdt_jax.evaluation.extractors import Features, digest
 from mdt_jax.evaluation.processes import gather_arrays
 from mdt_jax.parallel.distributed import by_first_process
@@ -150,6 +151,7 @@ def load_or_train(
 
 
 def _read(path: Path, count: int) -> Float32[np.ndarray, "{count}"]:
+    check_is_file(path)
     try:
         flat = np.load(path)
     except (ValueError, EOFError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from mdt_jax.basics.names import printable
+from mdt_jax.basics.places import refuse_urls
 from mdt_jax.parallel.distributed import UNREAD, ending_together
 
 # What a person can do about the errors of the operating system, which say it in a word or two.
@@ -33,10 +34,6 @@ WAYS_OUT = {
     errno.ELOOP: "its symbolic links lead in a circle",
     errno.EMFILE: "raise the number of files that may be open (ulimit -n)",
 }
-# Also one whose slashes `pathlib` made one; hf://OWNER/REPO/FILE is a place that is read.
-_URL = re.compile(r"(?!hf:)([A-Za-z][A-Za-z0-9+.-]*):/{1,3}(?=[^/])")
-# Settings that are folders, which no download gives.
-_FOLDERS = re.compile(r"workdir|checkpoints|_dir\b|imagenet|--folder|--lmdb")
 
 
 class UserError(RuntimeError):
@@ -139,56 +136,6 @@ def ending_quietly() -> Iterator[None]:
         if _drop_what_cannot_be_written() and not end.code:
             sys.exit(UNREAD)
         raise
-
-
-def refuse_urls(settings: Any, name: str = "--") -> None:
-    """Refuses a setting that is a URL: only files and `hf://OWNER/REPO/FILE` are read and written.
-
-    Args:
-      settings: a command's flags or a config, by name; lists and mappings in it are looked into.
-      name: what stands before a setting's name in the message.
-
-    Raises:
-      ValueError: the first that is a URL; says what to do.
-    """
-    for key, value in settings.items():
-        if isinstance(value, str):
-            for text in value.split(","):  # several files of one flag
-                refuse_url(text, f"{name}{key}")
-        elif isinstance(value, list | tuple):
-            for entry in value:
-                refuse_url(entry, f"{name}{key}")
-        elif hasattr(value, "items"):
-            refuse_urls(value, f"{name}{key}.")
-
-
-def refuse_url(path: Any, name: str) -> None:
-    """Refuses a path that is a URL, with ValueError; see `refuse_urls`.
-
-    Args:
-      path: a path. One through `pathlib`, which makes one slash of two, is known too.
-      name: what the message calls it, such as "--workdir".
-    """
-    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
-    if not _is_url(text):
-        return
-    scheme = _URL.match(text)[1].lower()
-    if "://" not in text:
-        text = text.replace(":/", "://", 1)
-    if scheme in ("http", "https", "ftp") and _FOLDERS.search(name):
-        way_out = "download the files in it, and give their folder"
-    elif scheme in ("http", "https", "ftp"):
-        way_out = f"download the file (curl -LO {text}), and give its path"
-    elif scheme == "file":
-        way_out = "give the path alone"
-    else:
-        with_what = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(scheme, "")
-        way_out = f"mount it{with_what}, and give the path"
-    raise ValueError(f"{name} {text} is a URL: {way_out}".strip())
-
-
-def _is_url(value: Any) -> bool:
-    return isinstance(value, str) and bool(_URL.match(value))
 
 
 def _end_bars() -> None:

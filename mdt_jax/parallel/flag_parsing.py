@@ -13,9 +13,10 @@ from absl import flags
 from absl.flags import argparse_flags
 
 from mdt_jax.basics import ranges
+from mdt_jax.basics.places import refuse_urls
 from mdt_jax.parallel.command import command_ending
 
-flags.disclaim_key_flags()  # those of `define_flag` are the command's, whose --help lists them
+flags.disclaim_key_flags()  # the flags here are the command's, whose --help lists them
 
 # Flags that name a file or a folder. An empty one comes of an unset variable of a shell.
 PLACES = (
@@ -26,7 +27,7 @@ PLACES = (
 
 
 def check_flags(values: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, numbers outside their ranges (`basics.ranges`) and empty places.
+    """Refuses, with ValueError, numbers outside their ranges, empty places, and URLs.
 
     Args:
       values: the flags' values by name, without dashes.
@@ -34,6 +35,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in PLACES and value == "":
             raise ValueError(f"--{name} is empty; give a path, or leave it out")
+    refuse_urls(values)
     ranges.check_flags(values)
 
 
@@ -81,35 +83,42 @@ class NumberParser(flags.FloatParser):
 NONE = "none"
 
 
-def define_flag(
-    define: Callable,
-    name: str,
-    default: Any,
-    text: str,
-    f: flags.FlagValues,
-    none_is_a_value: bool = False,
-) -> None:
-    """Defines a flag of absl, whose number can be written as those of --config: 1e6, None.
+def _refuse_none(name: str) -> NoReturn:
+    raise ValueError(f"None is no value of it; it takes {ranges.range_of(f'--{name}')}")
+
+
+def _parser_of(flag: flags.Flag, keeps_none: bool = False) -> flags.ArgumentParser:
+    """A parser for a numeric flag of absl: the number as --config takes it, or None.
 
     Args:
-      define: absl's function that would define it. Other flags than numbers are left to it.
-      name, default, text, f: the flag, its default and help, and the flags that it joins.
-      none_is_a_value: whether None is told from a flag that is not given, and kept as `NONE`. Else
-        None stands for a flag that is not given, if that has no default.
+      flag: the flag.
+      keeps_none: whether None is told from a flag that is not given, and kept as `NONE`. Else None
+        stands for a flag that is not given, if that has no default.
     """
-    kinds = {flags.DEFINE_integer: WholeParser, flags.DEFINE_float: NumberParser}
-    if define not in kinds:
-        define(name, default, help=text, flag_values=f)
-        return
+    kind = WholeParser if isinstance(flag.parser, flags.IntegerParser) else NumberParser
 
-    class Parser(kinds[define]):
+    class Parser(kind):
         def parse(self, argument: Any) -> Any:
-            value = super().parse(argument)
-            if value is None and default is not None:
-                raise ValueError(f"None is no value of it; it takes {ranges.range_of(f'--{name}')}")
-            return NONE if value is None and none_is_a_value else value
+            if not says_none(argument):
+                return super().parse(argument)
+            if flag.default is not None:
+                _refuse_none(flag.name)
+            return NONE if keeps_none else None
 
-    flags.DEFINE(Parser(), name, default, text, f, flags.ArgumentSerializer())
+    return Parser(flag.parser.lower_bound, flag.parser.upper_bound)
+
+
+def keep_none(flag: flags.Flag) -> None:
+    """Has a numeric flag of absl tell None, which it keeps as `NONE`, from not being given."""
+    flag.parser = _parser_of(flag, keeps_none=True)
+
+
+def take_numbers(f: flags.FlagValues) -> None:
+    """Has every numeric flag of absl that has a range take numbers as --config does: 1e6, None."""
+    for name in f:
+        plain = type(f[name].parser) in (flags.IntegerParser, flags.FloatParser)
+        if plain and f"--{name}" in ranges.RANGES:
+            f[name].parser = _parser_of(f[name])
 
 
 def flag_values(f: flags.FlagValues) -> dict[str, Any]:
@@ -135,6 +144,7 @@ def parse_flags(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> list[
     Returns:
       The arguments that are no flags, the program's name first.
     """
+    take_numbers(f)
     with command_ending():
         try:
             rest = f(argv)
@@ -144,13 +154,33 @@ def parse_flags(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> list[
     return rest
 
 
+def _number_of_argparse(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """A type of argparse: a number as --config takes it, or None."""
+
+    def number(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+    return number
+
+
 class _InRanges:
-    """A parser whose numbers have the ranges of `basics.ranges`, and whose errors are one line."""
+    """A parser whose numbers are as those of --config, and whose errors are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _number_of_argparse(WholeParser().convert))
+        self.register("type", float, _number_of_argparse(NumberParser().convert))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse has it, whose `parse_args` calls it."""
         parsed, rest = super().parse_known_args(args, namespace)
         try:
+            for action in self._actions:
+                if action.type in (int, float):
+                    _check_none(action, getattr(parsed, action.dest, action.default))
             check_flags(vars(parsed))
         except ValueError as error:
             self.error(str(error))
@@ -159,6 +189,16 @@ class _InRanges:
     def error(self, message: str) -> NoReturn:
         """Ends the command."""
         sys.exit(f"error: {' '.join(message.split())}")
+
+
+def _check_none(action: argparse.Action, value: Any) -> None:
+    """Refuses, with ValueError, None for a number that cannot be left out, or in a list of them."""
+    needed = action.default is not None or action.required
+    if (value is None and needed) or (isinstance(value, list) and None in value):
+        try:
+            _refuse_none(action.dest)
+        except ValueError as error:
+            raise ValueError(f"--{action.dest}=None: {error}") from None
 
 
 class ArgumentParser(_InRanges, argparse.ArgumentParser):

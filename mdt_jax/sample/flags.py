@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from mdt_jax.basics import ranges
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models.latent_space import AUTOENCODERS
-from mdt_jax.parallel.flag_parsing import NONE, check_flags, define_flag, flag_values
+from mdt_jax.parallel.flag_parsing import NONE, check_flags, flag_values, keep_none, says_none
 
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
 
+_NUMBERS = (flags.DEFINE_integer, flags.DEFINE_float)
 _LABEL_ORDER = functools.partial(flags.DEFINE_enum, enum_values=["in_turn", "random"])
 # Each flag: absl's function that defines it, name, default, help.
 SAMPLE_FLAGS = (
@@ -59,8 +62,20 @@ SAMPLE_FLAGS = (
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
-    for define, name, default, text in SAMPLE_FLAGS:
-        define_flag(define, name, default, text, f, none_is_a_value=takes_none(name))
+    define_all(f, SAMPLE_FLAGS)
+
+
+def define_all(f: flags.FlagValues, table: Iterable[tuple[Callable, str, Any, str]]) -> None:
+    """Defines the flags of a table as `SAMPLE_FLAGS` is, some of which are the samplers' options.
+
+    Args:
+      f: the flags.
+      table: of each flag absl's function that defines it, its name, default and help.
+    """
+    for define, name, default, text in table:
+        define(name, default, help=text, flag_values=f)
+        if takes_none(name) and SAMPLER_OPTIONS[name].define in _NUMBERS:
+            keep_none(f[name])
 
 
 def takes_none(name: str) -> bool:
@@ -89,7 +104,7 @@ def given_options(f: flags.FlagValues) -> dict[str, Any]:
     options = {
         name: None if value == NONE and takes_none(name) else SAMPLER_OPTIONS[name].read(value)
         for name, value in values.items()
-        if value not in (None, [])
+        if value not in (None, []) and not (name == "steps" and says_none(value))
     }
     for name, value in options.items():
         if ranges.is_numeric(value):
@@ -101,8 +116,7 @@ def given_options(f: flags.FlagValues) -> dict[str, Any]:
 
 def output_files(output: str | Path) -> tuple[Path, Path]:
     """OUTPUT.npz and OUTPUT.png, of an --output with either ending or none; no URL or folder."""
-    if "://" in str(output):
-        raise ValueError(f"--output {output} is a URL: mount the bucket, and give the path")
+    refuse_url(output, "--output")
     stem = str(output).removesuffix(".png").removesuffix(".npz")
     if os.path.basename(stem).strip() in ("", ".", ".."):
         raise ValueError(

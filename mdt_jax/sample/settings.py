@@ -13,6 +13,7 @@ from absl import flags
 
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
+from mdt_jax.basics.places import open_file
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
@@ -67,7 +68,7 @@ def weights_digest(f: flags.FlagValues, model: sampling.DiffusionModel) -> str:
         path = weight_files.fetch(source)
     else:
         path = Path(source) / "checkpoints" / str(model.step) / "manifest.json"
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.places import open_file
 
 _NOT_FINITE = "the model's output is not finite; sample an earlier checkpoint, or in float32"
 
@@ -251,9 +252,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
       The metadata that was given to it; empty for a file without, written by another program.
 
     Raises:
-      ValueError: the file is neither PNG nor NPZ.
+      ValueError: it is no file, or neither PNG nor NPZ.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(4)
     if start == b"\x89PNG":
         with Image.open(path) as image:

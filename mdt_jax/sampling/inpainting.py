@@ -47,11 +47,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdt_jax import sampling
 from mdt_jax.basics import ranges
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.data.decoding import decode_image
 from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import refuse_url
 from mdt_jax.sampling.options import given_labels
 
 # The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,

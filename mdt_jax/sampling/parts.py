@@ -29,6 +29,7 @@ from absl import logging
 from jaxtyping import Integer, Shaped
 
 from mdt_jax.basics.atomic import is_full_disk, make_folder, whole_file
+from mdt_jax.basics.places import open_file, read_bytes
 from mdt_jax.checkpoints.lock import LOCK_FILE, WorkdirInUse, WorkdirLock
 from mdt_jax.parallel.distributed import by_first_process
 from mdt_jax.sampling.images import stream_npz
@@ -183,7 +184,7 @@ class Parts:
 
     def is_joined(self, path: Path, count: int) -> bool:
         """Whether a file holds `count` samples of these settings, joined before."""
-        if not zipfile.is_zipfile(path):
+        if not path.is_file() or not zipfile.is_zipfile(path):
             return False
         with np.load(path) as arrays:
             return (
@@ -250,7 +251,7 @@ class Parts:
         """The manifest that is there, None without one."""
         path = self.folder / PARTS_MANIFEST
         try:
-            return dict(json.loads(path.read_bytes()))
+            return dict(json.loads(read_bytes(path)))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
@@ -294,7 +295,7 @@ class Parts:
     def _read(self, first: int) -> Iterator[bytes]:
         """A part's samples in pieces; ValueError at the end if they are not what was written."""
         digest = self._hash(first)
-        with open(self._path(first), "rb") as file:
+        with open_file(self._path(first)) as file:
             left = max(os.fstat(file.fileno()).st_size - _DIGEST_BYTES, 0)
             while piece := file.read(min(left, _PIECE_BYTES)):
                 left -= len(piece)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from mdt_jax.parallel.flag_parsing import define_flag
 from mdt_jax.training.config_flag import define_config_flag
 
 
@@ -17,4 +16,5 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
     flags.DEFINE_string("workdir", None, text, flag_values=f)
     text = "Show parameters, memory and data, and stop."
     flags.DEFINE_bool("dry_run", False, text, flag_values=f)
-    define_flag(flags.DEFINE_float, "max_hours", None, "Save and end after so many hours.", f)
+    text = "Save and end after so many hours."
+    flags.DEFINE_float("max_hours", None, text, flag_values=f)

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from mdt_jax.basics import ranges
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.config import default_config
-from mdt_jax.parallel.command import command_ending, refuse_url
+from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.flag_parsing import (
     NumberParser,
     WholeParser,
@@ -27,6 +28,7 @@ from mdt_jax.parallel.flag_parsing import (
     flag_message,
     flag_values,
     says_none,
+    take_numbers,
 )
 
 # Flags with which a command does nothing that needs a config.
@@ -117,6 +119,7 @@ def parse_config_flags(
     """
     with command_ending():
         place = _find_config(argv, required)
+        take_numbers(f)
         try:
             rest = f(argv)
         except Exception as error:

@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mdt_jax.basics.atomic import is_at, is_full_disk, whole_file
+from mdt_jax.basics.places import open_file, read_bytes, refuse_url
 
 Number = float | int
 METRICS_FILE = "metrics.jsonl"  # in the workdir
@@ -64,14 +65,11 @@ class MetricsWriter:
           start_message: the beginning of the line logged here.
 
         Raises:
-          ValueError: `resume_step` is outside 0..total_steps, or `workdir` is a URL.
+          ValueError: `resume_step` is outside 0..total_steps, `workdir` is a URL, or the metrics
+            there are no file.
         """
         workdir = os.fspath(workdir)
-        if "://" in workdir:
-            raise ValueError(
-                f"workdir {workdir!r} is a URL, and metrics.jsonl is appended to, which object "
-                "stores cannot do: mount the bucket (gcsfuse) and give the mounted path"
-            )
+        refuse_url(workdir, "workdir")
         if not 0 <= resume_step <= total_steps:
             raise ValueError(
                 f"resume_step {resume_step} is outside 0..total_steps ({total_steps}): the "
@@ -186,7 +184,7 @@ class MetricsWriter:
 
 def _appended(path: str) -> Any:
     """A file to append to, whose writes reach the operating system at once."""
-    return open(path, "ab", buffering=0)
+    return open_file(path, "ab", buffering=0)
 
 
 def _let_events_go(events: SummaryWriter) -> None:
@@ -218,9 +216,10 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
 
     Raises:
       OSError: the file is not there, or cannot be read.
+      ValueError: it is no file.
     """
     lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open_file(path, "r", encoding="utf-8", errors="replace") as file:
         for text in file:
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
@@ -246,8 +245,7 @@ def _keep_until(path: str, last_step: int) -> tuple[int, int]:
       The number of lines kept and dropped; (0, 0) when there is no file.
     """
     try:
-        with open(path, "rb") as file:
-            before = file.read()
+        before = read_bytes(path)
     except FileNotFoundError:
         return 0, 0
     lines = before.removesuffix(b"\n").split(b"\n") if before else []

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from mdt_jax.basics.places import refuse_url
 from mdt_jax.convert import autoencoder as convert_kl
 from mdt_jax.convert import autoencoder_dc as convert_dc
 from mdt_jax.convert.autoencoder_settings import check_stable_diffusions, settings_from_config
@@ -28,7 +29,6 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.autoencoder_dc import AutoencoderDC
 from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
-from mdt_jax.parallel.command import refuse_url
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from mdt_jax.basics.places import read_text
 from mdt_jax.convert.architecture import Architecture, UnknownWeights
 from mdt_jax.convert.trees import Shape
 from mdt_jax.models.registry import FAMILIES
@@ -159,9 +160,9 @@ def check_diffusers(path: Path, settings: Mapping[str, Any], shapes: Mapping[str
                 f"config.json beside it says {key} {settings[key]}, it has {value}"
             )
     scheduler = path.parent.parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
+    if scheduler.exists():
         try:
-            arguments = dict(json.loads(scheduler.read_text()))
+            arguments = dict(json.loads(read_text(scheduler)))
         except (ValueError, TypeError) as error:
             raise UnknownWeights(f"{scheduler} is not JSON settings: {error}") from error
         arguments["flow_matching"] = "Flow" in str(arguments.get("_class_name"))

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from mdt_jax.basics.atomic import is_full_disk, reason_of, whole_path
-from mdt_jax.basics.names import what_is_there
-from mdt_jax.parallel.command import WAYS_OUT, refuse_url
+from mdt_jax.basics.places import open_file, read_text, refuse_url, what_is_there
+from mdt_jax.parallel.command import WAYS_OUT
 from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.names import Part
 
@@ -105,7 +105,7 @@ def fetch(source: str | Path) -> Path:
         raise WeightsError(
             f"{path} is {what}; give a .pt or .safetensors file, or hf://OWNER/REPO/FILE"
         )
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise WeightsError(f"{path} is a pointer of Git LFS, not a file: run git lfs pull")
     return path
@@ -127,10 +127,10 @@ def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
             beside = fetch(str(source).rpartition("/")[0] + "/config.json")
         except NoSuchFile:
             return {}
-    if not beside.is_file():
+    if not beside.exists():
         return {}
     try:
-        settings = json.loads(beside.read_text())
+        settings = json.loads(read_text(beside))
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{beside} is not JSON: {error}") from error
     if not isinstance(settings, dict):
@@ -238,24 +238,30 @@ def read_object(source: str | Path) -> Any:
     """The object in a pickle, such as an optimiser's state, with tensors as memory-mapped arrays.
 
     Raises:
-      WeightsError: it is not a pickle, is truncated, or could run code.
+      WeightsError: it is not a pickle, is truncated, could run code, or holds a tensor that has
+        no plain numbers (sparse, quantized, without memory).
     """
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: convert(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(convert, value))
-        return _to_numpy(value) if hasattr(value, "detach") else value
+    path = fetch(source)
 
-    return convert(_unpickle(fetch(source)))
+    def convert(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(entry, f"{name}.{key}") for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(convert(entry, f"{name}.{i}") for i, entry in enumerate(value))
+        if not hasattr(value, "detach"):
+            return value
+        _numpy_dtype(path, name.removeprefix("."), value)  # which refuses what has no numbers
+        return _to_numpy(value)
+
+    return convert(_unpickle(path), "")
 
 
 def _unpickle(path: Path) -> Any:
     torch = _import_torch(path)
     import pickle
 
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(24)
     if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip; a pickle alone before PyTorch 1.6
         holds = f"starts with {start!r}" if start else "is empty"
@@ -417,10 +423,14 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
     layout = str(getattr(tensor, "layout", "")).removeprefix("torch.")
     kind = "meta" if getattr(tensor, "is_meta", False) else layout
-    if kind not in ("strided", "") or getattr(tensor, "is_quantized", False):
+    if getattr(tensor, "is_nested", False):
+        kind = "nested"
+    elif getattr(tensor, "is_quantized", False):
+        kind = "quantized"
+    if kind not in ("strided", ""):
         raise WeightsError(
-            f"{path}: {name} is a {kind if kind != 'strided' else 'quantized'} tensor, which has "
-            "no plain numbers; save the state_dict() of a network that is in memory, dense"
+            f"{path}: {name or 'it'} is a {kind} tensor, which has no plain numbers; save the "
+            "state_dict() of a network that is in memory, dense"
         )
     kind = str(tensor.dtype).removeprefix("torch.")
     for dtype in _DTYPES.values():

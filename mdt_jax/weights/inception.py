@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mdt_jax.basics.places import read_bytes, refuse_url
 from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert.inception import BLOCK, from_flat, from_graph, from_torch, is_inception
 from mdt_jax.models.inception import InceptionV3
-from mdt_jax.parallel.command import refuse_url
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 
@@ -131,7 +131,7 @@ def _advice() -> str:
 def _constants(path: Path) -> dict[str, np.ndarray]:
     """The constants of a graph's file."""
     try:
-        found = graph_def.constants(path.read_bytes())
+        found = graph_def.constants(read_bytes(path))
     except ValueError as error:
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes): {error}; fetch {GRAPH_FILE} again"
