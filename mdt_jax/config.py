@@ -11,25 +11,38 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
+from mdt_jax.basics import ranges
 from mdt_jax.diffusion import GaussianDiffusion, NoiseSchedule
 from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer, create_model
 from mdt_jax.models.latent_space import AUTOENCODERS, STABLE_DIFFUSION
+from mdt_jax.models.registry import FAMILIES, family_class
 
-# Settings that decide what a run's parameters mean: changing one needs another workdir.
-IDENTITY = (
-    "seed", "init_from", "model", "diffusion", "masking", "label_dropout", "ema_rates", "data",
-)  # fmt: skip
-# Exceptions among those: they only say how something is computed or read.
-FREE = ("model.dtype", "model.kernels", "model.remat", "model.scan_unroll", "data.num_workers",
-        "data.read_ahead", "data.path", "data.on_bad_image", "data.max_bad_fraction")  # fmt: skip
+
+class Settings(ConfigDict):
+    """A config, or a section of one: whole numbers can be written as one likes, 256 or 1e6.
+
+    So can those inside a sequence (`ranges.WHOLE_SEQUENCES`). A fraction, such as 1.5, is a
+    TypeError where the number stands alone; `ranges.check_config` refuses it in a sequence.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """As ConfigDict has it, through which every other way of setting goes."""
+        kind = self.get_type(key) if key in self else None
+        if kind in (int, int | str):
+            value = ranges.as_whole(value)
+            if self.is_type_safe and isinstance(value, float):
+                raise TypeError(f"{key} {value}: it takes a whole number, such as 256 or 1e6")
+        elif key in ranges.WHOLE_SEQUENCES and isinstance(value, list | tuple):
+            value = tuple(map(ranges.as_whole, value))
+        super().__setitem__(key, value)
 
 
 def default_config() -> ConfigDict:
     """Every setting of `mdt_jax.train` with its default; setting an unknown key is an error."""
     # Types of settings that are None by default. A shared placeholder would be one value for all.
     integer, number = lambda: config_dict.placeholder(int), lambda: config_dict.placeholder(float)
-    config = ConfigDict()
+    config = Settings()
     config.seed = 0  # seeds the parameters, the order of the data and every draw of training
     config.num_steps = 400_000  # length of the run
     config.batch_size = 256  # over all devices and processes
@@ -41,7 +54,7 @@ def default_config() -> ConfigDict:
     # workdir. Classes, resolution and (v1) decoder depth may differ. "": random weights.
     config.init_from = ""
 
-    config.model = ConfigDict()
+    config.model = Settings()
     config.model.name = "MDTv2-XL/2"  # or a family ("MDT", "MDTv2", "DiT") with the sizes below
     config.model.input_size = 32  # side of the latents (an eighth of the image's) or images
     config.model.in_channels = 4  # 4: latents; 3 or 1: colour or grey images
@@ -60,12 +73,12 @@ def default_config() -> ConfigDict:
     config.model.remat = "none"  # "dots", "full": recompute activations, to need less memory
     config.model.scan_unroll = 1  # layers compiled one by one: more are faster, and compile slower
 
-    config.masking = ConfigDict()  # MDT's masked pass; DiT has none
+    config.masking = Settings()  # MDT's masked pass; DiT has none
     config.masking.ratio = 0.3  # share of the tokens that is masked
     config.masking.ratio_span = 0.2  # each step draws from [ratio, ratio + ratio_span)
     config.masking.masked_pass = True  # False: full passes alone, to see what masking does
 
-    config.diffusion = ConfigDict()
+    config.diffusion = Settings()
     config.diffusion.schedule = "linear"  # noise by timestep; or "squared_cosine"
     config.diffusion.num_timesteps = 1000
     config.diffusion.prediction = "epsilon"  # the model's output; or "x0", "velocity"
@@ -74,7 +87,7 @@ def default_config() -> ConfigDict:
     config.diffusion.min_snr = number()  # γ of min-SNR weighting; None: plain MSE
     config.diffusion.timestep_sampler = "uniform"  # or "loss_second_moment": by recent losses
 
-    config.optimizer = ConfigDict()
+    config.optimizer = Settings()
     config.optimizer.name = "adan"  # or "adamw", "adam"
     config.optimizer.learning_rate = 3e-4  # the highest of the schedule
     config.optimizer.weight_decay = 0.0
@@ -82,18 +95,18 @@ def default_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = number()  # global norm of the gradient; None: no clipping
 
-    config.schedule = ConfigDict()  # the learning rate by step
+    config.schedule = Settings()  # the learning rate by step
     config.schedule.name = "constant"  # or "linear", "cosine" (both to 0), "step"
     config.schedule.warmup_steps = 0  # steps of linear growth from 0
     config.schedule.boundaries = ()  # "step": the steps at which the rate is multiplied by factor
     config.schedule.factor = 0.1
 
-    config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
+    config.mesh = Settings()  # devices along each axis; -1: all that are left
     config.mesh.data = -1  # splits the batch
     config.mesh.fsdp = 1  # splits the batch and the parameters
     config.mesh.tensor = 1  # splits heads and hidden units
 
-    config.data = ConfigDict()
+    config.data = Settings()
     # "digits", "fashion_mnist", "folder", "latents", "npy" or "tfds:NAME".
     config.data.name = "digits"
     # digits: or "heldout", "all"; fashion_mnist: or "test"; tfds: any split of the data set
@@ -116,7 +129,7 @@ def default_config() -> ConfigDict:
     config.keep_last = 3  # checkpoints kept
     config.keep_every = integer()  # checkpoints at its multiples are kept for ever; None: none are
 
-    config.sample = ConfigDict()  # sampling while training, and the defaults of mdt_jax.sample
+    config.sample = Settings()  # sampling while training, and the defaults of mdt_jax.sample
     config.sample.every = 5_000  # steps between grids of EMA samples; 0: none
     config.sample.num_samples = 16  # samples in a grid
     # sampler, steps, cfg_scale and the other options of a sampler: see diffusion/options.py.
@@ -127,7 +140,7 @@ def default_config() -> ConfigDict:
         config.sample[name] = option.config if plain else reference
 
     config.eval_every = 0  # steps between judgements of EMA samples (and at the end); 0: none
-    config.eval = ConfigDict()  # how samples are judged
+    config.eval = Settings()  # how samples are judged
     config.eval.num_samples = 5_000  # classes in turn; published FIDs are of 50,000
     config.eval.batch_size = 256  # samples at a time, over all devices
     config.eval.seed = 0  # seed of the noise, the same at every judgement
@@ -237,10 +250,24 @@ def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
     return config
 
 
+def has_decoder(config: ConfigDict) -> bool:
+    """Whether the blocks of a config's model end in a decoder, as MDT's and MDTv2's do."""
+    family = config.model.name.partition("-")[0]
+    return family not in FAMILIES or hasattr(family_class(family), "decoder_depth")
+
+
+def has_masked_pass(config: ConfigDict) -> bool:
+    """Whether a config's model has MDT's masked pass."""
+    family = config.model.name.partition("-")[0]
+    return family not in FAMILIES or family_class(family).supports_masking
+
+
 def create_network(config: ConfigDict) -> LatentTransformer:
     """The network of a config; raises ValueError for settings that do not fit each other."""
     settings = {k: v for k, v in config.model.items() if v is not None}
     name, dtype = settings.pop("name"), settings.pop("dtype")
+    if not has_decoder(config):
+        settings.pop("decoder_depth", None)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
@@ -278,29 +305,3 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     with config.unlocked():
         config.update(values)
     return config
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Changed settings that make another run, in words: "key: old, now new".
-
-    They are those of `IDENTITY` that are not in `FREE`.
-
-    Args:
-      old: `to_json` of one config.
-      new: `to_json` of the other.
-    """
-
-    def flatten(value: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}").items()
-        }
-
-    found = []
-    for part in IDENTITY:
-        before, now = flatten(old.get(part), part), flatten(new.get(part), part)
-        for key in sorted(before.keys() | now.keys()):
-            if key not in FREE and before.get(key) != now.get(key):
-                found.append(f"{key}: {before.get(key)}, now {now.get(key)}")
-    return found

@@ -121,12 +121,23 @@ def tiny_config() -> ConfigDict:
     return config
 
 
-def with_setting(config: ConfigDict, key: str, value: Any) -> ConfigDict:
-    """The config with one setting changed, past its own check of types."""
-    section, _, name = key.rpartition(".")
-    holder = config[section] if section else config
-    if holder.get_type(name) is float and type(value) is int:
-        value = float(value)
-    with holder.ignore_type():
-        holder[name] = value
+def with_settings(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """The config with some settings changed, past its own check of types."""
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        holder = config[section] if section else config
+        if holder.get_type(name) is float and type(value) is int:
+            value = float(value)
+        with holder.ignore_type():
+            holder[name] = value
     return config
+
+
+def changed(drawn_keys: list[str]) -> st.SearchStrategy:
+    """A value for each of some settings, by key."""
+    return st.fixed_dictionaries({key: values(key) for key in drawn_keys})
+
+
+# One setting with any value, and two.
+DRAWN = st.sampled_from(keys()).flatmap(lambda key: changed([key]))
+PAIRS = st.lists(st.sampled_from(keys()), min_size=2, max_size=2, unique=True).flatmap(changed)

@@ -1,5 +1,6 @@
 """--config and its keys as flags: None, 1e6, and one line for each thing that can be wrong."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,11 +9,16 @@ import pytest
 from absl import flags
 
 from mdt_jax import config as config_lib
+from mdt_jax.basics import ranges
 from mdt_jax.basics.ranges import RANGES
 from mdt_jax.train.flags import define_flags
+from mdt_jax.training import checks
 from mdt_jax.training.config_flag import parse_config_flags
 
 ROOT = Path(__file__).parents[1]
+BEGIN = (
+    "from mdt_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+)
 DIGITS = "configs/digits.py"
 
 
@@ -94,6 +100,69 @@ def test_whole_numbers_of_a_sequence_can_be_written_as_one_likes():
     assert all(type(number) is int for number in (*found.schedule.boundaries, *found.profile_steps))
 
 
+WHOLE = [key for key, range_ in RANGES.items() if range_.whole and not key.startswith("--")]
+
+
+def whole_values(key):
+    """A value of a whole number or a sequence of them, as people write it, and what it is."""
+    low = max(RANGES[key].low, 4)
+    return ((float(low), low + 1.0), (low, low + 1)) if RANGES[key].counts else (float(low), low)
+
+
+def in_a_file(tmp_path, key, value):
+    path = tmp_path / "mine.py"
+    path.write_text(BEGIN + f"    config.{key} = {value!r}\n    return config\n")
+    return path
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_every_whole_number_can_be_written_as_one_likes_in_a_file_and_as_a_flag(key, tmp_path):
+    written, value = whole_values(key)
+    for config in (
+        parse(config=in_a_file(tmp_path, key, written)),
+        parse(f"--config.{key}={written}"),
+        config_lib.from_json(_nested(key, json.loads(json.dumps(written)))),
+    ):
+        found = lookup(config, key)
+        assert found == value
+        assert {type(one) for one in (found if isinstance(found, tuple) else (found,))} == {int}
+
+
+def _nested(key, value):
+    """A setting as a config's JSON has it."""
+    section, _, name = key.rpartition(".")
+    return {section: {name: value}} if section else {name: value}
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_a_fraction_for_a_whole_number_is_refused_in_a_file_and_as_a_flag(key, tmp_path):
+    value = (1.5, 3) if RANGES[key].counts else 1.5
+    for said in (
+        refusal(config=in_a_file(tmp_path, key, value)),
+        refusal(f"--config.{key}={value}"),
+    ):
+        assert key.rpartition(".")[2] in said and "1.5" in said, said
+
+
+def test_a_sequence_of_one_whole_number_in_a_file_is_whole(tmp_path):
+    found = parse(config=in_a_file(tmp_path, "schedule.boundaries", (1e5,))).schedule.boundaries
+    assert found == (100_000,) and type(found[0]) is int
+    found = parse("--config.schedule.boundaries=(1e5,)").schedule.boundaries
+    assert found == (100_000,) and type(found[0]) is int
+
+
+def test_the_names_of_sequences_of_whole_numbers_are_of_those_alone():
+    names = [key.rpartition(".")[2] for key in RANGES if not key.startswith("--")]
+    assert {"boundaries", "profile_steps"} == ranges.WHOLE_SEQUENCES
+    assert all(names.count(name) == 1 for name in ranges.WHOLE_SEQUENCES)
+
+
+def test_a_schedule_of_another_name_needs_no_other_setting():
+    config = parse("--config.schedule.name=constant", config="configs/imagenet256_step_decay.py")
+    assert (config.schedule.name, config.schedule.boundaries) == ("constant", (100_000, 125_000))
+    checks.check_schedule(config)
+
+
 TEXTS = ["init_from", "data.path", "eval.inception", "eval.reference", "eval.vae"]
 
 
@@ -173,9 +242,6 @@ def test_a_config_that_is_no_file_is_named_with_those_that_there_are(place):
     assert refusal(config=place).startswith(f"--config {place} is not there; there are configs/d")
 
 
-BEGIN = (
-    "from mdt_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
-)
 BROKEN = {  # the rest of the file, and what is said of it
     "an unknown key": ("    config.batchsize = 3\n    return config\n", "line 4: AttributeError: "),
     "an unknown item": ("    config['modell']['depth'] = 3\n", "line 4: KeyError: "),

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from settings_drawn import keys, small_config, tiny_config, values, with_setting
+from settings_drawn import DRAWN, PAIRS, small_config, tiny_config, with_settings
 
 from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
@@ -23,7 +23,6 @@ from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.run import Run
 from mdt_jax.training.step import Trainer
 
-DRAWN = st.sampled_from(keys()).flatmap(lambda key: st.tuples(st.just(key), values(key)))
 # The same draws in every run; a failing one is told as it was drawn.
 DRAWS = settings(
     deadline=None,
@@ -72,16 +71,26 @@ def prepare(config):
     return run, source
 
 
-def refusal(config, key, value):
-    """The line that refuses a setting, empty if it is taken; fails where it does not name it."""
+def refusal(make, changes):
+    """The line that refuses changed settings, empty if they are taken.
+
+    Fails where it does not name one of them; if each of two would be taken alone, both.
+
+    Args:
+      make: makes the config that is changed.
+      changes: the values by key.
+    """
     try:
-        prepare(with_setting(config, key, value))
+        prepare(with_settings(make(), changes))
     except USER_ERRORS as error:
         said = one_line(error)
         assert "\n" not in str(error), said
         # By its key, or the last part of it in words.
-        name = key.rpartition(".")[2]
-        assert name in said or name.replace("_", " ") in said, (key, value, said)
+        names = {key: key.rpartition(".")[2] for key in changes}
+        named = [k for k, name in names.items() if name in said or name.replace("_", " ") in said]
+        assert named, (changes, said)
+        if len(named) < len(changes) and len(changes) > 1:
+            assert any(refusal(make, {key: changes[key]}) for key in changes), (changes, said)
         return said
     return ""
 
@@ -89,7 +98,15 @@ def refusal(config, key, value):
 @settings(DRAWS, max_examples=2000)
 @given(DRAWN)
 def test_any_value_of_any_setting_is_taken_or_refused_in_a_line_that_names_it(traced_once, drawn):
-    refusal(small_config(), *drawn)
+    refusal(small_config, drawn)
+
+
+@settings(DRAWS, max_examples=500)
+@given(PAIRS)
+def test_two_settings_that_only_together_cannot_be_are_refused_in_a_line_that_names_both(
+    traced_once, drawn
+):
+    refusal(small_config, drawn)
 
 
 STEPS = {"name": "step", "boundaries": (5, 9)}
@@ -97,10 +114,6 @@ NEVER = {
     "no boundaries": (
         STEPS | {"boundaries": ()},
         "schedule.name 'step' has no schedule.boundaries",
-    ),
-    "of another schedule": (
-        STEPS | {"name": "constant"},
-        r"schedule.boundaries \(5, 9\) are of no use to schedule.name 'constant'; set sch",
     ),
     "in the warm-up": (
         STEPS | {"warmup_steps": 6},
@@ -123,35 +136,10 @@ def test_a_schedule_whose_steps_can_never_be_taken_is_refused(what):
 
 @pytest.mark.parametrize("key", checks.DIFFUSION_CHOICES)
 def test_an_unknown_choice_of_the_diffusion_is_refused_by_its_key(key):
-    config = with_setting(small_config(), f"diffusion.{key}", "sine")
+    config = with_settings(small_config(), {f"diffusion.{key}": "sine"})
     known = ", ".join(checks.DIFFUSION_CHOICES[key])
     with pytest.raises(ValueError, match=rf"^diffusion.{key} 'sine' is unknown; known: {known}$"):
         checks.check_settings(config, sharding.create_mesh())
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"num_steps": 9}, []),
-        (
-            {"num_steps": 8},
-            ["schedule.boundaries (5, 9): the run ends before, at num_steps 8"],
-        ),
-        (
-            {"num_steps": 9, "profile_steps": (8, 12)},
-            ["profile_steps (8, 12): the run ends"],
-        ),
-    ],
-)
-def test_steps_that_a_shorter_run_never_reaches_are_told_of(changes, told, monkeypatch):
-    said = []
-    monkeypatch.setattr(checks.logging, "warning", lambda form, *rest: said.append(form % rest))
-    config = small_config()
-    config.schedule.update(STEPS)
-    config.update(changes)
-    checks.warn_of_steps_beyond(config)
-    assert len(said) == len(told)
-    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
 
 
 # What decides the programs of a run. Runs that differ in the rest are the same two steps.
@@ -196,29 +184,33 @@ def train_two_steps(run, source, programs):
 PROGRAMS = {}
 
 
-def trains(key, value):
-    """Whether a setting is taken; fails if two steps with it do not end in finite numbers."""
-    if refusal(tiny_config(), key, value):
+def trains(changes):
+    """Whether settings are taken; fails if two steps with them do not end in finite numbers."""
+    if refusal(tiny_config, changes):
         return False
-    run, source = prepare(with_setting(tiny_config(), key, value))
+    run, source = prepare(with_settings(tiny_config(), changes))
     losses, state = train_two_steps(run, source, PROGRAMS)
-    assert np.isfinite(losses).all(), (key, value, losses)
+    assert np.isfinite(losses).all(), (changes, losses)
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.ema))
     bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
-    assert bad == [], (key, value, bad)
+    assert bad == [], (changes, bad)
     return True
 
 
+# One setting in three draws of four, two in the fourth.
+ONE_OR_TWO = st.integers(0, 3).flatmap(lambda number: DRAWN if number else PAIRS)
+
+
 @settings(DRAWS, max_examples=50)
-@given(DRAWN)
-def test_a_setting_that_is_taken_trains_to_finite_numbers(one_device, traced_once, drawn):
-    trains(*drawn)
+@given(ONE_OR_TWO)
+def test_settings_that_are_taken_train_to_finite_numbers(one_device, traced_once, drawn):
+    trains(drawn)
 
 
 @pytest.mark.slow
 @settings(DRAWS, max_examples=500)
-@given(DRAWN)
+@given(ONE_OR_TWO)
 def test_hundreds_of_settings_that_are_taken_train_to_finite_numbers(
     one_device, traced_once, drawn
 ):
-    trains(*drawn)
+    trains(drawn)

@@ -377,6 +377,27 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch)
     assert step == 15 and meta["position"] == 15 * finished.config.batch_size
 
 
+def test_a_run_goes_on_with_other_settings_that_are_told_or_allowed(
+    finished, tmp_path, monkeypatch, caplog
+):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "other")
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
+    quiet = changed(finished.config, sample__every=0, eval_every=0)
+    other = changed(quiet, num_steps=13, optimizer__weight_decay=0.1, data__flip=False)
+    with pytest.raises(ValueError, match=r"\(data.flip: True, now False\); .*=data.flip$"):
+        loop.train(other, workdir)
+    for config, said in (
+        (other, "data.flip False (was True), num_steps 13 (was 12), optimizer.weight_decay 0.1"),
+        (changed(other, num_steps=14), "num_steps 14 (was 13). If"),
+    ):
+        caplog.clear()
+        loop.train(config, workdir, allowed_changes=["data.flip"])
+        told = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+        assert len(told) == 1 and said in told[0]
+    step, meta = checkpoints.read_meta(workdir)
+    assert (step, meta["config"]["data"]["flip"], meta["position"]) == (14, False, 14 * 8)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch):
     """Poison at step 6: checkpoints are due at 4 and 8; the loss of 6 is seen one step late."""
 
@@ -636,7 +657,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(what, tiny_confi
     [
         ({"seed": 1}, "seed: 0, now 1"),
         ({"model__depth": 4}, "model.depth: 2, now 4"),
-        ({"ema_rates": (0.9999, 0.99)}, "ema_rates: [0.9999], now [0.9999, 0.99]"),
+        ({"ema_rates": (0.9999, 0.99)}, "ema_rates: (0.9999,), now (0.9999, 0.99)"),
         ({"data__flip": False}, "data.flip: True, now False"),
     ],
 )

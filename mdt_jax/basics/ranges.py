@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -301,6 +302,21 @@ RANGES |= {flag: dataclasses.replace(RANGES[key], none="", text="") for flag, ke
 for _key in ("--mesh_fsdp", "--mesh_tensor"):
     RANGES[_key] = dataclasses.replace(RANGES[_key], also=None)
 RANGES["--workers"] = dataclasses.replace(RANGES["--workers"], counts=_MANY, example="0 2")
+# The last parts of the config's keys whose values are sequences of whole numbers.
+WHOLE_SEQUENCES = {
+    key.rpartition(".")[2]
+    for key, range_ in RANGES.items()
+    if range_.whole and range_.counts and not key.startswith("--")
+}
+
+
+def as_whole(value: Any) -> Any:
+    """A number that is whole as an int, such as 1e6 or NumPy's; any other value as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return value
 
 
 def range_of(name: str) -> Range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Collection
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -17,11 +17,16 @@ from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.train.loop import train
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.programs import leaving_compilations
+from mdt_jax.training.remarks import log_remarks
 from mdt_jax.training.run import Run
 
 
-def dry_run(config: ConfigDict) -> str:
+def dry_run(config: ConfigDict, given: Collection[str] = ()) -> str:
     """The text that `--dry_run` prints: the run, and its data if they are there.
+
+    Args:
+      config: the settings.
+      given: as for `train`.
 
     Raises:
       ValueError, OSError: settings cannot work, or the data are there and cannot be used.
@@ -40,6 +45,7 @@ def dry_run(config: ConfigDict) -> str:
         run_evaluation.check_evaluation(config, source)
         steps = len(source) / config.batch_size
         data = f"{source.describe()}, {steps:,.1f} steps an epoch"
+    log_remarks(config, given)
     return f"{run.describe()}\ndata           {data}"
 
 
@@ -48,13 +54,14 @@ def main(_: list[str]) -> None:
     with leaving_compilations(), command_ending(flags.FLAGS):
         initialize_distributed()
         use_compilation_cache()
-        _run_command(flags.FLAGS.config, flags.FLAGS.workdir)
+        _run_command(flags.FLAGS)
 
 
-def _run_command(config: ConfigDict, workdir: str | Path | None) -> None:
-    if flags.FLAGS.dry_run:
-        print(dry_run(config))
-    elif not workdir:
+def _run_command(f: flags.FlagValues) -> None:
+    given = f["config"].override_values
+    if f.dry_run:
+        print(dry_run(f.config, given))
+    elif not f.workdir:
         raise ValueError("--workdir is missing: the folder for checkpoints, metrics and samples")
     else:
-        train(config, workdir, flags.FLAGS.max_hours)
+        train(f.config, f.workdir, f.max_hours, f.allow_changes, given)

@@ -18,3 +18,5 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
     flags.DEFINE_bool("dry_run", False, text, flag_values=f)
     text = "Save and end after so many hours."
     flags.DEFINE_float("max_hours", None, text, flag_values=f)
+    text = "Settings with which the run may go on though they were others, such as data.flip."
+    flags.DEFINE_list("allow_changes", [], text, flag_values=f)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.programs import StepPrograms, closing
+from mdt_jax.training.remarks import log_remarks
 from mdt_jax.training.run import Run
 from mdt_jax.training.run_evaluation import RunEvaluator
 from mdt_jax.training.step import TrainState
@@ -36,7 +37,13 @@ _ASK_SECONDS = 0.3  # between questions whether to stop, while a step is being c
 Steps = Any
 
 
-def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = None) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    max_hours: float | None = None,
+    allowed_changes: Collection[str] = (),
+    given: Collection[str] = (),
+) -> TrainState:
     """Starts or resumes a run, trains it to config.num_steps and returns the final state.
 
     If asked to stop before (see `mdt_jax.parallel.preemption`), it saves the state and returns it.
@@ -47,6 +54,9 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
       config: the settings.
       workdir: the folder of checkpoints, metrics and samples.
       max_hours: hours after which to stop; None for no limit.
+      allowed_changes: keys of settings that may be others than a run in the workdir has, beside
+        those that always may (`training.resumption`).
+      given: keys that a person gave on the command line, to be told if they are of no use.
 
     Raises:
       ValueError: settings cannot work, the workdir is of another run, or processes differ.
@@ -57,12 +67,12 @@ def train(config: ConfigDict, workdir: str | Path, max_hours: float | None = Non
     ranges.check_config(config)
     with Stop(max_hours) as stop:
         config = checks.with_classes_of_data(config)
-        run = Run(config, workdir)
+        run = Run(config, workdir, allowed_changes)
         source = create_source(config.data)
         checks.check_data(config, source)
         checks.check_processes_agree(config, source)
-        checks.warn_of_steps_beyond(config)
         run_evaluation.check_evaluation(config, source)
+        log_remarks(config, given)
         logging.info("%s", "\n" + run.describe())
         logging.info("data           %s", source.describe())
         logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")

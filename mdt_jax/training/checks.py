@@ -186,32 +186,11 @@ def check_schedule(config: ConfigDict) -> None:
             "schedule.name 'step' has no schedule.boundaries, the steps at which the rate falls; "
             "give them, such as (100000, 125000), or schedule.name 'constant'"
         )
-    if s.name != "step" and s.boundaries:
-        raise ValueError(
-            f"schedule.boundaries {tuple(s.boundaries)} are of no use to schedule.name {s.name!r}; "
-            "set schedule.name to 'step', or schedule.boundaries to ()"
-        )
-    if s.boundaries and s.boundaries[0] < s.warmup_steps:
+    if s.name == "step" and s.boundaries[0] < s.warmup_steps:
         raise ValueError(
             f"schedule.boundaries {tuple(s.boundaries)} begin before the end of the warm-up, "
             f"schedule.warmup_steps {s.warmup_steps}; set the first to {s.warmup_steps} or more"
         )
-
-
-def warn_of_steps_beyond(config: ConfigDict) -> None:
-    """Tells of steps at which something is to happen, and which the run ends before."""
-    for key, steps in (
-        ("schedule.boundaries", config.schedule.boundaries),
-        ("profile_steps", config.profile_steps),
-    ):
-        if beyond := [step for step in steps if step > config.num_steps]:
-            logging.warning(
-                "%s %s: the run ends before, at num_steps %d, and never reaches %s",
-                key,
-                tuple(steps),
-                config.num_steps,
-                ", ".join(map(str, beyond)),
-            )
 
 
 def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

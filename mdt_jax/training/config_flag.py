@@ -238,9 +238,9 @@ def _check_is_config(config: Any, place: str) -> None:
 
 
 def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
-    """Sets what flags' texts stand for: None, and whole numbers of sequences, such as 1e5.
+    """Sets what a flag's None stands for.
 
-    None is the default of a text that is empty by default, and of data.split. Refuses it, with
+    It is the default of a text that is empty by default, and of data.split. Refuses it, with
     ValueError, where it is no value.
 
     Args:
@@ -258,16 +258,9 @@ def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
         if (own[name] == "" or key == "data.split") and says_none(value):
             holder[name] = own[name]
             continue
-        if isinstance(value, tuple) and key in ranges.RANGES and ranges.RANGES[key].whole:
-            holder[name] = tuple(map(_whole, value))
         optional = bool(ranges.RANGES[key].none) if key in ranges.RANGES else own[name] is None
         if value is None and not optional:
             takes = ranges.RANGES.get(key, "true or false")
             raise ValueError(f"--config.{key}=None: None is no value of it; it takes {takes}")
         if optional and says_none(value):
             holder[name] = None
-
-
-def _whole(value: Any) -> Any:
-    """A number as a whole one, if it is: 1e5."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value

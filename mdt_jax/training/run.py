@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.models.masking import KeptTokens
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import mfu
-from mdt_jax.training import checks, optimizers
+from mdt_jax.training import checks, optimizers, resumption
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.training.optimizers import learning_rate_of
@@ -70,9 +70,23 @@ class Run:
         know; None for pixels, and before `restore`.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str | Path):
+    def __init__(
+        self, config: ConfigDict, workdir: str | Path, allowed_changes: Collection[str] = ()
+    ):
+        """
+        Args:
+          config: the settings.
+          workdir: the run's folder.
+          allowed_changes: settings that may be others than the run there was saved with
+            (`training.resumption`).
+
+        Raises:
+          ValueError: settings that cannot work.
+        """
         ranges.check_config(config)
+        resumption.check_allowed(allowed_changes)
         self.config, self.workdir = config, Path(workdir)
+        self._allowed = frozenset(allowed_changes)
         self.mesh = sharding.create_mesh(**config.mesh)
         self.trainer = create_trainer(config, self.mesh)
         self.model = self.trainer.model
@@ -181,6 +195,8 @@ class Run:
             if (before := self._saved_items(store)) == items:
                 raise
             state, meta = self._restore_items(store, before)
+        if "weights" not in meta:
+            resumption.tell_changes(self._changes(meta), self.workdir, int(state.step))
         began = self._kept_tokens_of(meta)
         if began != self.kept_tokens:
             logging.info("kept tokens    %s, with which the run began", began)
@@ -191,6 +207,8 @@ class Run:
     def _kept_tokens_of(self, meta: dict[str, Any]) -> KeptTokens:
         """The numbers of kept tokens that a checkpoint's run began with; else the config's."""
         if "weights" in meta or not self.kept_tokens.counts:
+            return self.kept_tokens
+        if any(change.key.startswith("masking.") for change in self._changes(meta)):
             return self.kept_tokens
         if "kept_tokens" in meta:
             return KeptTokens.from_json(meta["kept_tokens"])
@@ -245,44 +263,42 @@ class Run:
 
     def _check_same_run(self, meta: dict[str, Any]) -> None:
         """Refuses, with ValueError, to go on with a checkpoint of another run."""
-        # A config of today has defaults for settings newer than the run, which are no difference.
+        if "weights" not in meta:
+            resumption.check_changes(self._changes(meta), self.workdir, self._allowed)
+            return
+        # Of converted weights only their network and process are known.
         saved = config_lib.from_json(meta["config"])
-        if "weights" in meta:  # converted weights: only their network and process are known
-            changed = self._other_model(saved)
-            rates = [str(rate) for rate in saved.ema_rates]
-            if "state" in meta["weights"]["items"]:
-                self._warn_of_other_optimizer(saved)
-                changed += self._other_moments(saved)
-                if rates != self.rates:
-                    changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
-            if self.config.init_from:
-                raise ValueError(
-                    f"{self.workdir} holds converted weights ({meta['weights']['source']}), so "
-                    f"init_from {self.config.init_from} has no use there; give one of the two"
-                )
-        else:
-            changed = config_lib.differences(
-                config_lib.to_json(saved), config_lib.to_json(self.config)
+        changed = self._other_model(saved)
+        rates = [str(rate) for rate in saved.ema_rates]
+        if "state" in meta["weights"]["items"]:
+            self._warn_of_other_optimizer(saved)
+            before, now = saved.optimizer.name, self.config.optimizer.name
+            if optimizers.MOMENTS.get(before) != optimizers.MOMENTS[now]:
+                changed.append(f"optimizer.name: {before}, now {now}")
+            if rates != self.rates:
+                changed.append(f"ema_rates: {', '.join(rates)}, now {', '.join(self.rates)}")
+        if self.config.init_from:
+            raise ValueError(
+                f"{self.workdir} holds converted weights ({meta['weights']['source']}), so "
+                f"init_from {self.config.init_from} has no use there; give one of the two"
             )
-            changed += self._other_moments(saved)
         if changed:
             raise ValueError(
                 f"{self.workdir} holds a run with other settings ({'; '.join(changed)}); "
                 "give this one another --workdir"
             )
 
+    def _changes(self, meta: dict[str, Any]) -> list[resumption.Change]:
+        """The settings that are others than a checkpoint's."""
+        # A config of today has defaults for settings newer than the run, which are no difference.
+        saved = config_lib.from_json(meta["config"])
+        return resumption.changes(saved, self.config)
+
     def _warn_of_other_optimizer(self, saved: ConfigDict) -> None:
         """Warns where a moved run's optimiser had other settings than the config, which is used."""
         for key, before in saved.optimizer.items():
             if (now := self.config.optimizer[key]) != before and None not in (now, before):
                 logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
-
-    def _other_moments(self, saved: ConfigDict) -> list[str]:
-        """The optimiser's change since a saved config, if its state is of another form now."""
-        before, now = saved.optimizer.name, self.config.optimizer.name
-        if optimizers.MOMENTS.get(before) == optimizers.MOMENTS[now]:
-            return []
-        return [f"optimizer.name: {before}, now {now}"]
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
         """Changes of network and process since a saved config, as "key: old, now new"."""

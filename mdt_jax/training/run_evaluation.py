@@ -359,4 +359,4 @@ def _options(model: sampling.DiffusionModel, config: ConfigDict) -> sampling.Sam
     try:
         return sampling.resolve_options(model, **sampling.judging_options(config))
     except ValueError as error:
-        raise ValueError(f"eval: {error}") from error
+        raise ValueError(f"eval.{error}") from error
