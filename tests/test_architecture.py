@@ -21,7 +21,7 @@ from mdt_jax.convert.architecture import (
 )
 from mdt_jax.models import create_model, model_names
 from mdt_jax.models.positions import sincos_position_table
-from mdt_jax.weights import pretrained
+from mdt_jax.weights import descriptions, pretrained
 
 
 def make(family, **changes):
@@ -34,7 +34,7 @@ def make(family, **changes):
 
 def published(name, **changes):
     """The architecture of a published name at 32 × 32 × 4 latents of 1000 classes."""
-    a = pretrained.architecture_of(create_model(name))
+    a = descriptions.architecture_of(create_model(name))
     return dataclasses.replace(a, **changes)
 
 
@@ -84,9 +84,9 @@ def test_buffers_may_be_missing_and_names_in_any_order(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_config_of_an_architecture_makes_that_network(variant):
-    config = pretrained.create_config(VARIANTS[variant])
+    config = descriptions.create_config(VARIANTS[variant])
     config_lib.from_json(json.loads(json.dumps(config_lib.to_json(config))))
-    assert pretrained.architecture_of(config_lib.create_network(config)) == VARIANTS[variant]
+    assert descriptions.architecture_of(config_lib.create_network(config)) == VARIANTS[variant]
 
 
 @pytest.mark.torch
@@ -108,7 +108,7 @@ def test_published_sizes_get_their_names(name):
     # DiT's widths tell its heads; an S/2 of the second version may have 6 decoder blocks.
     found = identify(state_dict_shapes(a), num_classes=1000)
     assert found == a and found.name == name
-    assert pretrained.architecture_of(create_model(name, **found.settings())) == a
+    assert descriptions.architecture_of(create_model(name, **found.settings())) == a
 
 
 def test_what_is_of_no_published_size_has_its_familys_name():
@@ -438,4 +438,4 @@ def test_an_unconditional_model_has_its_null_row_whatever_it_was_told():
     a = make("MDT", num_classes=0)
     for null_class in (True, False):
         settings = a.settings() | {"null_class": null_class}
-        assert pretrained.architecture_of(create_model(a.family, **settings)) == a
+        assert descriptions.architecture_of(create_model(a.family, **settings)) == a

@@ -24,7 +24,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.train import loop
 from mdt_jax.training.optimizers import AdanState
 from mdt_jax.training.step import Draws
-from mdt_jax.weights import pretrained
+from mdt_jax.weights import descriptions
 
 torch = pytest.importorskip("torch")
 import torch_models  # noqa: E402
@@ -101,7 +101,7 @@ def test_every_way_in_gives_the_same_bits(name, weights):
     for source in ("authors.pt", "authors.safetensors", "from_pt", "from_safetensors"):
         shown = SHOWN[name] if "." in source else {}
         model, params = mdt_jax.load(weights(name) / source, **shown)
-        assert pretrained.architecture_of(model.network) == architecture(name)
+        assert descriptions.architecture_of(model.network) == architecture(name)
         assert same_bits(params, expected), source
 
 
@@ -179,7 +179,7 @@ def config_of(workdir):
 @functools.cache
 def compiled_steps(name):
     """What `Run.compile_steps` gives for a fixture's model and recipe, with the draws injected."""
-    config = pretrained.create_config(architecture(name))
+    config = descriptions.create_config(architecture(name))
     config.batch_size, config.masking.ratio_span, config.ema_rates = BATCH, 0.0, (RATE,)
     run = loop.Run(config, "")
     (count,) = run.kept_tokens.programs

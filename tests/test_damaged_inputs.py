@@ -316,7 +316,7 @@ def make_model(ending: str) -> Callable[[Path], None]:
             files.write_weights(folder / "plain.safetensors", weights)
             _, found = pretrained.open_weights(folder / "plain.safetensors")
             (folder / "plain.safetensors").unlink()
-            about = pretrained.file_metadata(pretrained.create_config(found), tuple("abcd"), 7)
+            about = descriptions.file_metadata(descriptions.create_config(found), tuple("abcd"), 7)
         files.write_weights(folder / f"model.{ending}", weights, about)
 
     return make

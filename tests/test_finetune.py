@@ -17,8 +17,8 @@ from mdt_jax.parallel import sharding
 from mdt_jax.train import loop
 from mdt_jax.training import transfer
 from mdt_jax.training.finetune import initial_parameters
+from mdt_jax.weights import descriptions, pretrained
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import pretrained
 
 BATCH = 8
 
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 
 def config_for(name, init_from="", data="", **changes):
     """A config of a fixture's network, or of one with other settings ("model__depth")."""
-    config = pretrained.create_config(pretrained.architecture_of(reference(name).model()))
+    config = descriptions.create_config(descriptions.architecture_of(reference(name).model()))
     config.update(batch_size=BATCH, log_every=1, num_steps=1, init_from=str(init_from))
     config.masking.ratio_span = 0.0  # one number of kept tokens, so one step to compile
     config.data.update(name="npy", path=str(data))

@@ -27,8 +27,8 @@ from mdt_jax.convert.transformers import from_torch
 from mdt_jax.parallel import sharding
 from mdt_jax.training import metrics, transfer
 from mdt_jax.training.step import TrainState
+from mdt_jax.weights import descriptions, pretrained
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import pretrained
 from mdt_jax.weights.files import WeightsError
 
 torch = pytest.importorskip("torch")
@@ -219,7 +219,7 @@ def test_a_written_safetensors_file_says_what_shapes_do_not(fixture_run, tmp_pat
 
 def test_a_written_safetensors_file_keeps_process_step_and_names(tmp_path, caplog):
     """All that would silently change what is sampled from the weights."""
-    config = pretrained.create_config(architecture("MDTv2"))
+    config = descriptions.create_config(architecture("MDTv2"))
     config.diffusion.update(schedule="squared_cosine", prediction="velocity")
     config.sample.update(cfg_scale=2.0, cfg_power=None, clip=True)
     names = tuple(f"class {i}" for i in range(config.model.num_classes))
@@ -241,7 +241,7 @@ def test_a_written_safetensors_file_keeps_process_step_and_names(tmp_path, caplo
 def test_garbled_metadata_is_refused_by_its_file(garbled, tmp_path):
     weights = dict(torch_models.build(architecture("MDT")).state_dict())
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    weight_files.write_weights(tmp_path / "a.safetensors", arrays, {pretrained.METADATA: garbled})
+    weight_files.write_weights(tmp_path / "a.safetensors", arrays, {descriptions.METADATA: garbled})
     with pytest.raises(
         WeightsError, match=r"a\.safetensors: its metadata 'mdt_jax' cannot be read"
     ):
@@ -333,7 +333,7 @@ def test_raw_parameters_of_an_exported_run_are_refused(exported, tmp_path):
 
 def saved_run(folder, a, mesh):
     """A training run's checkpoint at step 3, and its EMA and raw parameters as JAX arrays."""
-    config = pretrained.create_config(a)
+    config = descriptions.create_config(a)
     abstract = sharding.abstract_parameters(mesh, config_lib.create_network(config))
     rng = np.random.default_rng(0)
 
@@ -387,7 +387,7 @@ def test_a_runs_parameters_come_back_onto_their_mesh(tmp_path, a, axes, params, 
     ],
 )
 def test_a_files_name_tells_step_and_rate(name, step, rate):
-    assert pretrained.step_of(name) == step and pretrained.ema_rate_of(name) == rate
+    assert descriptions.step_of(name) == step and descriptions.ema_rate_of(name) == rate
 
 
 # ---- Optimisers --------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_parameters_in_several_groups_keep_their_order():
 def test_an_optimisers_state_is_found_where_scripts_keep_it(content, tmp_path):
     a = architecture("DiT")
     shapes = parameter_shapes(a)
-    model = pretrained.Pretrained("x.pt", a, pretrained.create_config(a), {}, step=9)
+    model = pretrained.Pretrained("x.pt", a, descriptions.create_config(a), {}, step=9)
     moments = {"exp_avg": torch.ones(next(iter(shapes.values()))), "step": torch.tensor(7.0)}
     state = {"state": {0: moments | {"exp_avg_sq": moments["exp_avg"] * 2}}}
     state["param_groups"] = [{"params": list(range(len(shapes))), "lr": 1e-4}]

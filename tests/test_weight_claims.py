@@ -12,7 +12,7 @@ import pytest
 from test_weight_names import TINY, save
 
 from mdt_jax.convert.architecture import UnknownWeights
-from mdt_jax.weights import claims, pretrained
+from mdt_jax.weights import claims, descriptions, pretrained
 from mdt_jax.weights import files as weight_files
 
 torch = pytest.importorskip("torch")
@@ -256,7 +256,7 @@ def test_diffusers_settings_of_another_model_are_refused(settings, scheduler, sa
 def test_our_own_files_whose_metadata_and_arrays_differ_are_refused(change, said, tmp_path):
     weights = read(tmp_path / "a.pt", network())
     arrays = {name: tensor.numpy() for name, tensor in network().items()}
-    metadata = pretrained.file_metadata(weights.config, (), 7)
+    metadata = descriptions.file_metadata(weights.config, (), 7)
     own = json.loads(metadata["mdt_jax"])
     part, key, value = change
     (own["config"]["model"] if part == "config" else own["architecture"])[key] = value
@@ -283,4 +283,4 @@ def test_our_own_files_whose_metadata_and_arrays_differ_are_refused(change, said
     ],
 )
 def test_published_files_are_known_by_their_whole_name(source, known):
-    assert bool(pretrained._PUBLISHED.fullmatch(source)) == known
+    assert bool(descriptions._PUBLISHED.fullmatch(source)) == known

@@ -44,7 +44,7 @@ from mdt_jax.commands.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.training import metrics
 from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
-from mdt_jax.weights import pretrained
+from mdt_jax.weights import descriptions
 from mdt_jax.weights.autoencoder import Autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def time_beside_torch(f: flags.FlagValues) -> list[dict[str, Any]]:
         calls, first = {"ours": ours.call}, {"ours": ours.compile_seconds}
         for kind in ("eager", "compiled"):
             reference = benchmark_torch.Reference(
-                pretrained.architecture_of(model),
+                descriptions.architecture_of(model),
                 device,
                 np.dtype(model.dtype).name == "bfloat16",
                 compiled=kind == "compiled",

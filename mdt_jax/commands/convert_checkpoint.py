@@ -30,8 +30,8 @@ from mdt_jax.convert.architecture import parameter_shapes
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.training import transfer
+from mdt_jax.weights import descriptions, inception, pretrained
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import inception, pretrained
 
 # Sizes that weights do not show, each a flag with its help.
 HINTS = {
@@ -61,7 +61,7 @@ def run_to_jax(args: argparse.Namespace) -> None:
     if args.step is not None:
         model = dataclasses.replace(model, step=args.step)
     moments = transfer.read_moments(args.opt, model) if args.opt else None
-    rate = pretrained.ema_rate_of(args.ema or main) if args.ema_rate is None else args.ema_rate
+    rate = descriptions.ema_rate_of(args.ema or main) if args.ema_rate is None else args.ema_rate
     rate = 0.9999 if rate is None else rate
     folder = transfer.to_workdir(
         args.output, model, ema=ema, ema_rate=rate, moments=moments, step=args.step

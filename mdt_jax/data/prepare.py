@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdt_jax.basics.names import check_class_names, printable
-from mdt_jax.basics.places import expand
+from mdt_jax.basics.places import expand, open_file, read_bytes
 from mdt_jax.data.decoding import BadImage, decode_image
 
 # Formats that TFDS's decoders without TensorFlow, OpenCV's and Pillow's, read alike.
@@ -194,7 +194,7 @@ def _checked(
     def check(record: InputImage) -> tuple[bytes, bool]:
         data = record.data
         try:
-            data = data if isinstance(data, bytes) else data.read_bytes()
+            data = data if isinstance(data, bytes) else read_bytes(data)
         except OSError as error:
             place = printable(record.place)
             raise BadImage(f"{place}: cannot be read ({error.strerror})") from error
@@ -232,7 +232,7 @@ def _aside(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f"{folder.name}.partial")
     made = [parent for parent in (partial, *partial.parents) if not parent.exists()]
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
+    with open_file(partial / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

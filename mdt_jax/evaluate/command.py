@@ -27,7 +27,7 @@ from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
-from mdt_jax.weights.pretrained import PIXEL_CHANNELS, latents_of_run
+from mdt_jax.weights.descriptions import PIXEL_CHANNELS, latents_of_run
 
 # Flags that decide where and how fast samples are made, but not which.
 _RUNNING = ("workdir", "checkpoint", "mesh_fsdp", "mesh_tensor", "vae_batch_size", "step")

@@ -18,7 +18,7 @@ from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.sample.drawing import chosen_labels, draw_samples
 from mdt_jax.sample.flags import check_sample_flags, given_options, output_files
 from mdt_jax.sample.painting import paint_picture
-from mdt_jax.weights import pretrained
+from mdt_jax.weights import descriptions, pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
 
 # This command's flags for the keys of a config that messages may name.
@@ -63,8 +63,8 @@ def check_model(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> tuple[int, int]
     if f.workdir:
         step, meta = checkpoints.read_meta(f.workdir, f.step)
         config, names = config_lib.from_json(meta["config"]), meta["class_names"]
-        pretrained.average_item(f.workdir, config, f.ema_rate)
-        latents = pretrained.latents_of_run(meta)
+        descriptions.average_item(f.workdir, config, f.ema_rate)
+        latents = descriptions.latents_of_run(meta)
     else:
         sizes = ("decode_layers", "num_heads", "num_classes", "input_size")
         found = pretrained.read_pretrained(f.checkpoint, **{name: f[name].value for name in sizes})

@@ -14,8 +14,8 @@ from absl import flags
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.basics.places import open_file
+from mdt_jax.weights import descriptions
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
 
 
@@ -56,7 +56,7 @@ def sample_settings(
         "vae_batch_size": f.vae_batch_size if decoder else None,
         "vae_tile_size": f.vae_tile_size if decoder else None,
         "dtype": np.dtype(network.dtype).name,
-        **dataclasses.asdict(pretrained.architecture_of(network)),
+        **dataclasses.asdict(descriptions.architecture_of(network)),
         "weights": weights,
     }
 

@@ -19,8 +19,8 @@ from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
+from mdt_jax.weights import descriptions, pretrained
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import pretrained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,8 +154,8 @@ def load(
         return model, pretrained.place_parameters(found.params, abstract)
     step, meta = checkpoints.read_meta(path, step)
     config = config_lib.from_json(meta["config"])
-    item = pretrained.average_item(path, config, ema_rate)
-    latents = pretrained.latents_of_run(meta)
+    item = descriptions.average_item(path, config, ema_rate)
+    latents = descriptions.latents_of_run(meta)
     model = DiffusionModel.from_config(config, meta["class_names"], step, latents)
     abstract = sharding.abstract_parameters(mesh, model.network)
     return model, checkpoints.restore_item(path, item, abstract, step=step)

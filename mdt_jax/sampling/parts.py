@@ -256,7 +256,7 @@ class Parts:
             return None
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: cannot be read; remove {self.folder}, or give another --output"
+                f"{path}: cannot be read ({error}); remove {self.folder}, or give another --output"
             ) from error
 
     def _parts(self) -> list[Path]:

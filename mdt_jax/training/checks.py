@@ -24,7 +24,7 @@ from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import memory_bytes
 from mdt_jax.parallel.distributed import check_agreement
-from mdt_jax.weights.pretrained import latents_of_run
+from mdt_jax.weights.descriptions import latents_of_run
 
 
 def data_record(source: Source, latents: LatentSpace | None) -> dict[str, Any]:

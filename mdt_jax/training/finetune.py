@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mdt_jax.convert.adapt import adapt
 from mdt_jax.models import LatentTransformer
 from mdt_jax.models.latent_space import LatentSpace, check_same_latents
-from mdt_jax.weights import pretrained
+from mdt_jax.weights import descriptions, pretrained
 
 
 def initial_parameters(
@@ -42,7 +42,7 @@ def initial_parameters(
       WeightsError, UnknownWeights, CheckpointError: the source cannot be read.
       ValueError: the source does not fit the model; the message names the setting.
     """
-    ours = pretrained.architecture_of(model)
+    ours = descriptions.architecture_of(model)
     found = pretrained.read_pretrained(config.init_from, **ours.hints())
     if found.latents and latents:
         check_same_latents(

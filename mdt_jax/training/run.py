@@ -30,8 +30,8 @@ from mdt_jax.training.finetune import initial_parameters
 from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.programs import StepPrograms
 from mdt_jax.training.step import Trainer, TrainState
-from mdt_jax.weights import pretrained
-from mdt_jax.weights.pretrained import latents_of_run
+from mdt_jax.weights import descriptions, pretrained
+from mdt_jax.weights.descriptions import latents_of_run
 
 
 def create_trainer(config: ConfigDict, mesh: jax.sharding.Mesh) -> Trainer:
@@ -302,8 +302,8 @@ class Run:
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
         """Changes of network and process since a saved config, as "key: old, now new"."""
-        ours = dataclasses.asdict(pretrained.architecture_of(self.model))
-        theirs = pretrained.architecture_of(config_lib.create_network(saved))
+        ours = dataclasses.asdict(descriptions.architecture_of(self.model))
+        theirs = descriptions.architecture_of(config_lib.create_network(saved))
         theirs = dataclasses.asdict(theirs)
         pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours]
         pairs += [

@@ -30,8 +30,8 @@ from mdt_jax.convert.trees import LazyArray
 from mdt_jax.training import metrics, optimizers
 from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.step import TrainState
+from mdt_jax.weights import descriptions, pretrained
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights import pretrained
 from mdt_jax.weights.files import WeightsError
 from mdt_jax.weights.pretrained import Pretrained
 
@@ -148,7 +148,7 @@ def export_ema(
     """
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
-    item = pretrained.average_item(workdir, config, ema_rate)
+    item = descriptions.average_item(workdir, config, ema_rate)
     config.ema_rates = (config.ema_rates[0] if ema_rate is None else ema_rate,)
     params = checkpoints.lazy_item(workdir, item, step=step)
     if dtype is not None:
@@ -190,7 +190,7 @@ def to_state_dict(
     step, meta = checkpoints.read_meta(workdir, step)
     config = config_lib.from_json(meta["config"])
     _warn_of_other_process(config)
-    architecture = pretrained.architecture_of(config_lib.create_network(config))
+    architecture = descriptions.architecture_of(config_lib.create_network(config))
     item, part = _find_item(workdir, config, meta, params, ema_rate)
     weights = to_torch(
         checkpoints.lazy_item(workdir, item, part, step=step),
@@ -208,8 +208,8 @@ def to_state_dict(
         if not bad and not pretrained.is_finite(ordered[name]):
             bad = True
             logging.warning(_NOT_FINITE, workdir, name)
-    return ordered, pretrained.file_metadata(
-        config, meta.get("class_names", ()), step, pretrained.latents_of_run(meta)
+    return ordered, descriptions.file_metadata(
+        config, meta.get("class_names", ()), step, descriptions.latents_of_run(meta)
     )
 
 
@@ -217,7 +217,7 @@ def _find_item(
     workdir: str | Path, config: ConfigDict, meta: dict[str, Any], params: str, rate: float | None
 ) -> tuple[str, str | None]:
     """The checkpoint item that holds the average or the raw parameters, and their part of it."""
-    average = pretrained.average_item(workdir, config, rate)
+    average = descriptions.average_item(workdir, config, rate)
     if params == "ema":
         return average, None
     converted = meta.get("weights", {"items": ["state"], "same": False})

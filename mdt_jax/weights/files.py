@@ -1,8 +1,7 @@
 """Files of PyTorch weights: .pt, .safetensors and `hf://OWNER/REPO/FILE`, read and written.
 
-A pickle is read by PyTorch's restricted unpickler alone, which builds tensors and plain containers
-and runs no code. Arrays are read one by one, when they are asked for, from a memory map: a file of
-any size costs no memory by itself. NumPy has no bfloat16 of its own; ml_dtypes' stands for it.
+Arrays are read one by one, when they are asked for, from a memory map: a file of any size costs no
+memory by itself.
 """
 
 from __future__ import annotations
@@ -17,26 +16,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from mdt_jax.basics.atomic import is_full_disk, reason_of, whole_path
 from mdt_jax.basics.places import open_file, read_text, refuse_url, what_is_there
 from mdt_jax.parallel.command import WAYS_OUT
 from mdt_jax.weights import names as weight_names
+from mdt_jax.weights.errors import NoSuchFile, WeightsError
 from mdt_jax.weights.names import Part
+from mdt_jax.weights.tensors import (
+    DTYPES,
+    first_line,
+    import_torch,
+    numpy_dtype,
+    to_numpy,
+    to_torch,
+    unpickle,
+)
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
 _POINTER = b"version https://git-lfs"
-
-
-class WeightsError(ValueError):
-    """A file of weights cannot be fetched, read, understood or written; one line says why."""
-
-
-class NoSuchFile(WeightsError):
-    """A repository of the hub, which was asked, has no such file."""
 
 
 class WeightFile(Mapping[str, np.ndarray]):
@@ -192,7 +192,7 @@ def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
     path = fetch(source)
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path, nest)
-    tree = _unpickle(path)
+    tree = unpickle(path)
     entries = tree if isinstance(tree, Mapping) else {}
     part = _take_part(path, entries, nest)
     if part is None:
@@ -203,11 +203,8 @@ def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:
     return WeightFile(
         path,
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {
-            name: _numpy_dtype(path, part.names[name][-1], tensor)
-            for name, tensor in tensors.items()
-        },
-        lambda name: _to_numpy(tensors[name]),
+        {name: numpy_dtype(path, part.names[name][-1], tensor) for name, tensor in tensors.items()},
+        lambda name: to_numpy(tensors[name]),
         nest=part.place,
         step=weight_names.read_step(entries),
         arguments=weight_names.read_arguments(entries),
@@ -220,7 +217,7 @@ def has_part(source: str | Path, part: str) -> bool:
     `source` is as for `read_weights`, `part` is "ema" or "model".
     """
     path = fetch(source)
-    tree = _open_safetensors(path)[1] if path.suffix == SAFETENSORS else _unpickle(path)
+    tree = _open_safetensors(path)[1] if path.suffix == SAFETENSORS else unpickle(path)
     found = _take_part(path, tree, part, logs=False) if isinstance(tree, Mapping) else None
     return found is not None and bool(found.place)
 
@@ -251,46 +248,10 @@ def read_object(source: str | Path) -> Any:
             return type(value)(convert(entry, f"{name}.{i}") for i, entry in enumerate(value))
         if not hasattr(value, "detach"):
             return value
-        _numpy_dtype(path, name.removeprefix("."), value)  # which refuses what has no numbers
-        return _to_numpy(value)
+        numpy_dtype(path, name.removeprefix("."), value)  # which refuses what has no numbers
+        return to_numpy(value)
 
-    return convert(_unpickle(path), "")
-
-
-def _unpickle(path: Path) -> Any:
-    torch = _import_torch(path)
-    import pickle
-
-    with open_file(path) as file:
-        start = file.read(24)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip; a pickle alone before PyTorch 1.6
-        holds = f"starts with {start!r}" if start else "is empty"
-        raise WeightsError(f"{path} is not a PyTorch file: it {holds}; fetch it again")
-    # DiT keeps the command's arguments beside its weights.
-    with torch.serialization.safe_globals(weight_names.plain_types()):
-        try:
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError) as error:
-                if "mmap" not in str(error):
-                    raise
-                # The format from before PyTorch 1.6 cannot be mapped.
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise WeightsError(
-                f"{path} was not loaded: it holds more than tensors, and unpickling it could run "
-                f"code of its own{_named_global(error)}. Save its state_dict() alone, or as "
-                ".safetensors"
-            ) from error
-        except Exception as error:  # garbled bytes can raise anything in an unpickler
-            if "TorchScript" in str(error):
-                raise WeightsError(
-                    f"{path} is a TorchScript program, not weights by name; save its state_dict()"
-                ) from error
-            raise WeightsError(
-                f"{path} ({path.stat().st_size:,} bytes) is truncated or not a PyTorch file: "
-                f"{_first_line(error)}; fetch it again"
-            ) from error
+    return convert(unpickle(path), "")
 
 
 def check_ending(path: str | Path) -> Path:
@@ -303,7 +264,7 @@ def check_ending(path: str | Path) -> Path:
     if path.suffix not in (*PICKLES, SAFETENSORS):
         raise WeightsError(f"--output {path}: must end in .pt or .safetensors")
     if path.suffix in PICKLES:
-        _import_torch(path)
+        import_torch(path)
     return path
 
 
@@ -330,13 +291,16 @@ def write_weights(
                 ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
                 save_file(ordered, aside, dict(metadata or {}))
             else:
-                torch = _import_torch(path)
-                torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, aside)
+                torch = import_torch(path)
+                torch.save(
+                    {name: to_torch(torch, array) for name, array in arrays.items()},
+                    aside,
+                )
             os.chmod(aside, 0o666 & ~_umask())  # safetensors makes files only their owner reads
     except Exception as error:
         # The libraries' own errors may leave out why they could not write.
         reason, code = reason_of(error)
-        reason = reason if code else _first_line(error)
+        reason = reason if code else first_line(error)
         full = is_full_disk(error) or not (code or isinstance(error, OSError))
         hint = "is the disk full?" if full else WAYS_OUT.get(code, "")
         raise WeightsError(f"{path} could not be written: {reason}; {hint}".rstrip("; ")) from error
@@ -356,14 +320,14 @@ def _read_safetensors(path: Path, nest: str | None) -> WeightFile:
     if part is None:
         raise WeightsError(f"{path} holds no {nest!r}")
     names = {name: keys[0] for name, keys in part.names.items()}
-    unknown = [arrays[key].dtype for key in names.values() if arrays[key].dtype not in _DTYPES]
+    unknown = [arrays[key].dtype for key in names.values() if arrays[key].dtype not in DTYPES]
     if unknown:
         raise WeightsError(f"{path} holds arrays of type {unknown[0]!r}, which no model here has")
     metadata = file.metadata() or {}
     return WeightFile(
         path,
         {name: arrays[key].shape for name, key in names.items()},
-        {name: _DTYPES[arrays[key].dtype] for name, key in names.items()},
+        {name: DTYPES[arrays[key].dtype] for name, key in names.items()},
         lambda name: file.get_tensor(names[name]),
         metadata,
         nest=part.place,
@@ -386,74 +350,5 @@ def _open_safetensors(path: Path) -> tuple[Any, dict[str, SimpleNamespace]]:
     except Exception as error:  # SafetensorError, and the OS's own
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors file: "
-            f"{_first_line(error)}; fetch it again"
+            f"{first_line(error)}; fetch it again"
         ) from error
-
-
-_DTYPES = {
-    **{f"F{8 * n}": np.dtype(f"f{n}") for n in (8, 4, 2)},
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    **{f"I{8 * n}": np.dtype(f"i{n}") for n in (8, 4, 2, 1)},
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(bool),
-}
-
-
-def _import_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError(
-            f"{path} is a PyTorch file, and PyTorch is not installed: pip install -e '.[convert]', "
-            "or use a .safetensors file, which needs none"
-        ) from error
-    return torch
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """A CPU tensor as an array that shares its memory."""
-    import torch
-
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # it has no .numpy()
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def _numpy_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
-    layout = str(getattr(tensor, "layout", "")).removeprefix("torch.")
-    kind = "meta" if getattr(tensor, "is_meta", False) else layout
-    if getattr(tensor, "is_nested", False):
-        kind = "nested"
-    elif getattr(tensor, "is_quantized", False):
-        kind = "quantized"
-    if kind not in ("strided", ""):
-        raise WeightsError(
-            f"{path}: {name or 'it'} is a {kind} tensor, which has no plain numbers; save the "
-            "state_dict() of a network that is in memory, dense"
-        )
-    kind = str(tensor.dtype).removeprefix("torch.")
-    for dtype in _DTYPES.values():
-        if dtype.name == kind:
-            return dtype
-    raise WeightsError(f"{path}: {name} is of type {kind}, which no model here has")
-
-
-def _to_torch(torch: Any, array: np.ndarray) -> Any:
-    array = np.asarray(array, order="C")
-    if not array.flags.writeable:  # PyTorch warns of these, though nothing here writes to them
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].strip().rstrip(".")
-
-
-def _named_global(error: BaseException) -> str:
-    """The function that PyTorch's unpickler refused, as its message names it."""
-    words = str(error).split("GLOBAL ", 1)
-    return f" ({words[1].split()[0][:80]})" if len(words) == 2 else ""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +24,20 @@ from mdt_jax.convert.architecture import (
     parameter_shapes,
 )
 from mdt_jax.convert.transformers import from_torch
-from mdt_jax.models import LatentTransformer
-from mdt_jax.models.latent_space import STABLE_DIFFUSION, LatentSpace
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.models.positions import sincos_position_table
 from mdt_jax.weights import claims
 from mdt_jax.weights import files as weight_files
-from mdt_jax.weights.files import WeightFile, WeightsError
-
-PIXEL_CHANNELS = (1, 3)  # of models of images; any other number is of latents
-METADATA = "mdt_jax"  # the metadata key under which our .safetensors files describe themselves
-# Files that the authors of MDT and DiT published, all for Stable Diffusion's latents.
-_PUBLISHED = re.compile(
-    r"hf://(shgao/MDT|facebook/DiT).*|(.*/)?(mdt_xl2_v\d+_ckpt|DiT-XL-2-\d+(x\d+)?)\.\w+"
+from mdt_jax.weights.descriptions import (
+    architecture_of,
+    average_item,
+    create_config,
+    latents_of_file,
+    latents_of_run,
+    own_description,
+    step_of,
 )
-# How a family's published weights are sampled, where that is not as `config.sample` has it.
-_FAMILY_GUIDANCE: dict[str, dict[str, float | None]] = {
-    "DiT": {"cfg_scale": 1.5, "cfg_power": None}
-}
+from mdt_jax.weights.files import WeightFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +81,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
     if not weight_files.is_weight_file(source) and not Path(source).is_file():
         return _read_workdir(source)
     weights, architecture = open_weights(source, nest, **hints)
-    own = _own_description(weights)
+    own = own_description(weights)
     try:
         params = parameter_tree(weights, architecture)
     except ValueError as error:
@@ -99,7 +94,7 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
         step=own["step"] if own else _first(weights.step, step_of(str(source)), 0),
         class_names=tuple(own["class_names"]) if own else (),
         dtypes=_mixed_dtypes(weights, architecture),
-        latents=_latents_of_file(str(source), weights, own, architecture),
+        latents=latents_of_file(str(source), weights, own, architecture),
     )
 
 
@@ -124,41 +119,6 @@ def _read_workdir(workdir: str | Path) -> Pretrained:
         class_names=tuple(meta["class_names"]),
         latents=latents_of_run(meta),
     )
-
-
-def latents_of_run(meta: Mapping[str, Any]) -> LatentSpace | None:
-    """The latents that a checkpoint's run was trained on; None for pixels, or if it is not known.
-
-    Runs from before this was kept were trained on latents of Stable Diffusion's scale. What
-    converted weights were trained on is not known, unless their file said it.
-
-    Args:
-      meta: the checkpoint's meta data.
-
-    Raises:
-      ValueError: meta data that are damaged.
-    """
-    if "latents" in meta:
-        return LatentSpace.from_json(meta["latents"]) if meta["latents"] else None
-    channels = meta["config"]["model"]["in_channels"]
-    if (channels in PIXEL_CHANNELS or "weights" in meta) and not meta.get("autoencoder"):
-        return None
-    return LatentSpace(channels=channels, stride=0, digest=meta.get("autoencoder") or "")
-
-
-def _latents_of_file(
-    source: str, weights: WeightFile, own: Mapping[str, Any] | None, architecture: Architecture
-) -> LatentSpace | None:
-    """The latents of a file of weights: as it says, or those of the authors' by its name."""
-    if own and "latents" in own:
-        try:
-            return LatentSpace.from_json(own["latents"]) if own["latents"] else None
-        except ValueError as error:
-            raise WeightsError(f"{weights.path}: {error}, in its metadata") from error
-    published = (
-        _PUBLISHED.fullmatch(source) and architecture.in_channels == STABLE_DIFFUSION.channels
-    )
-    return STABLE_DIFFUSION if published else None
 
 
 def open_weights(
@@ -194,7 +154,7 @@ def open_weights(
                 logging.info("%s: no config.json beside it; taken to be of 32 × 32 latents", source)
             weights = _from_diffusers(weights, size or 32)
             num_heads = _number(beside, "num_attention_heads", num_heads)
-        own = _own_description(weights)
+        own = own_description(weights)
         if own:  # our own file says what shapes do not
             known = Architecture(**own["architecture"])
             decode_layers, num_heads = known.decoder_depth or None, known.num_heads
@@ -221,44 +181,6 @@ def open_weights(
     return weights, architecture
 
 
-def file_metadata(
-    config: ConfigDict,
-    class_names: Sequence[str],
-    step: int,
-    latents: LatentSpace | None = None,
-) -> dict[str, str]:
-    """The metadata with which a .safetensors file of ours describes itself to `read_pretrained`."""
-    architecture = architecture_of(config_lib.create_network(config))
-    described = {
-        "architecture": dataclasses.asdict(architecture),
-        "config": config_lib.to_json(config),
-        "class_names": list(class_names),
-        "step": step,
-        "latents": latents.to_json() if latents else None,
-    }
-    return {"format": "pt", METADATA: json.dumps(described)}
-
-
-def _own_description(weights: WeightFile) -> dict[str, Any] | None:
-    """The description that `file_metadata` made, None in a file of others."""
-    if METADATA not in weights.metadata:
-        return None
-    try:
-        described = json.loads(weights.metadata[METADATA])
-        Architecture(**described["architecture"])
-        config_lib.from_json(described["config"])
-        described["step"], described["class_names"] = (
-            int(described["step"]),
-            [str(name) for name in described["class_names"]],
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(
-            f"{weights.path}: its metadata {METADATA!r} cannot be read ({error!r}); save the "
-            "arrays again without it"
-        ) from error
-    return described
-
-
 def _number(settings: Mapping[str, Any], key: str, given: int | None) -> int | None:
     """A number from a config.json, or the caller's where it has none."""
     value = settings.get(key)
@@ -267,19 +189,6 @@ def _number(settings: Mapping[str, Any], key: str, given: int | None) -> int | N
     if not isinstance(value, int) or value < 1:
         raise UnknownWeights(f"config.json beside it has {key} {value!r}, not a positive number")
     return value
-
-
-def average_item(workdir: str | Path, config: ConfigDict, ema_rate: float | None = None) -> str:
-    """The checkpoint item of an average of a run's parameters, its first by default.
-
-    Raises:
-      ValueError: an average that the run does not keep.
-    """
-    rate = config.ema_rates[0] if ema_rate is None else ema_rate
-    if rate not in config.ema_rates:
-        kept = ", ".join(map(str, config.ema_rates))
-        raise ValueError(f"{workdir} keeps no average of rate {rate}; it keeps {kept}")
-    return f"ema_{rate}"
 
 
 def first_not_finite(params: Any) -> str | None:
@@ -325,58 +234,6 @@ def _mixed_dtypes(weights: WeightFile, architecture: Architecture) -> dict[str, 
 def _first(*values: int | None) -> int | None:
     """The first value that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def step_of(name: str) -> int | None:
-    """The training steps in a file name of the authors' or DiT's, None if there are none.
-
-    modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt, NNNNNNN.pt
-    """
-    found = re.search(r"(?:model|opt|ema_[\d.]+_|^)(\d+)\.\w+$", Path(name).name)
-    return int(found[1]) if found else None
-
-
-def ema_rate_of(name: str) -> float | None:
-    """The rate in a file name ema_RATE_NNNNNN.pt, None if there is none."""
-    found = re.search(r"ema_(0\.\d+)_\d+\.\w+$", Path(name).name)
-    return float(found[1]) if found else None
-
-
-def architecture_of(model: LatentTransformer) -> Architecture:
-    """The architecture of a module."""
-    names = [field.name for field in dataclasses.fields(Architecture) if field.name != "family"]
-    sizes: dict[str, Any] = {name: getattr(model, name, 0) for name in names}
-    # The one row of an unconditional model's label table is its null row, whatever it was told.
-    sizes["null_class"] = model.null_class or model.num_classes == 0
-    return Architecture(family=type(model).__name__, **sizes)
-
-
-def create_config(architecture: Architecture) -> ConfigDict:
-    """A run's config for an architecture, with the authors' recipe and settings of sampling."""
-    a = architecture
-    config = config_lib.default_config()
-    if a.name == a.family:
-        sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
-        config.model.update({size: getattr(a, size) for size in sizes})
-    config.model.update(
-        name=a.name,
-        input_size=a.input_size,
-        in_channels=a.in_channels,
-        num_classes=a.num_classes,
-    )
-    if "decoder_depth" in a.settings():
-        config.model.decoder_depth = a.decoder_depth
-    config_lib.apply_recipe(config)
-    config.label_dropout = 0.1 if a.null_class else 0.0
-    config.diffusion.variance = "learned_range" if a.learn_variance else "fixed_large"
-    config.data.name = "latents"
-    config.sample.every = 0
-    config.sample.update(_FAMILY_GUIDANCE.get(a.family, {}))
-    if a.in_channels in PIXEL_CHANNELS:
-        config.sample.update(clip=True, guided_channels=None)
-    if not a.num_classes or not a.null_class:
-        config.sample.cfg_scale = 1.0
-    return config
 
 
 def place_parameters(params: Any, abstract: Any) -> Any:
