@@ -307,7 +307,7 @@ def make_model(ending: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         from fixtures import reference
 
-        from mdt_jax.weights import files, pretrained
+        from mdt_jax.weights import descriptions, files, pretrained
 
         known = reference("mdt_v1").arrays
         weights = {k.removeprefix("param/"): v for k, v in known.items() if k.startswith("param/")}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax import config as config_lib
 from mdt_jax import data, sampling
 from mdt_jax.evaluation import classifier
 from mdt_jax.evaluation.batches import ArrayImages
