@@ -134,7 +134,7 @@ def commands() -> dict[str, Command]:
         ),
         "checkpoints": Command(("w",), _listing_flags, _absl(_listing_flags, lambda f: None)),
     }
-    for name, required in (("benchmark", False), ("compile_tpu", False)):
+    for name, required in (("benchmark", False), ("compile_tpu", False), ("compile_gpu", False)):
         define = tool(name).define_flags
         needed = (f"--config={CONFIG}",)
         found[name] = Command(needed, define, _with_config(define, required))
@@ -150,6 +150,7 @@ def commands() -> dict[str, Command]:
         ("benchmark_evaluation", ()),
         ("convert_checkpoint", ("to-jax", "--output=o")),
         ("export_params", ("--input=i", "--output=o")),
+        ("learning_speed", ()),
         ("plot_runs", ("run", "--output=o")),
         ("prepare_dataset", ("--folder=f",)),
         ("profile_input", ()),

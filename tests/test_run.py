@@ -53,3 +53,12 @@ def test_a_run_goes_on_with_its_numbers_of_kept_tokens_unless_the_masking_is_ano
     run = Run(with_settings(config, {"masking.ratio": ratio}), "runs/x", ["masking.ratio"])
     run._check_same_run(meta)
     assert run._kept_tokens_of(meta) == (began if ratio == 0.3 else run.kept_tokens) != ()
+
+
+@pytest.mark.parametrize("items", [["state", "ema_0.99"], ["ema_0.99"]])
+def test_of_a_run_from_pytorch_its_optimiser_alone_is_told(items):
+    config = tiny_config()
+    meta = {"config": config_lib.to_json(config), "weights": {"items": items, "source": "x"}}
+    now = with_settings(config, {"batch_size": 16, "optimizer.eps": 1e-6, "optimizer.betas": None})
+    told = [change.key for change in Run(now, "runs/x")._told_changes(meta)]
+    assert told == (["optimizer.eps"] if "state" in items else [])

@@ -101,7 +101,7 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_a_line_that_names_it(tr
     refusal(small_config, drawn)
 
 
-@settings(DRAWS, max_examples=500)
+@settings(DRAWS, max_examples=200)
 @given(PAIRS)
 def test_two_settings_that_only_together_cannot_be_are_refused_in_a_line_that_names_both(
     traced_once, drawn

@@ -275,6 +275,7 @@ RANGES: dict[str, Range] = {
     "--features": _whole(1, 2**16),
     "--seeds": dataclasses.replace(_SEED, counts=_MANY, example="0 1 2"),
     "--num_slices": _whole(1, 2**16),
+    "--num_nodes": _whole(1, 2**16),
 }
 # Flags that mean the same as a key of the config.
 SHARED = {

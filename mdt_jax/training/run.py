@@ -195,8 +195,7 @@ class Run:
             if (before := self._saved_items(store)) == items:
                 raise
             state, meta = self._restore_items(store, before)
-        if "weights" not in meta:
-            resumption.tell_changes(self._changes(meta), self.workdir, int(state.step))
+        resumption.tell_changes(self._told_changes(meta), self.workdir, int(state.step))
         began = self._kept_tokens_of(meta)
         if began != self.kept_tokens:
             logging.info("kept tokens    %s, with which the run began", began)
@@ -271,7 +270,6 @@ class Run:
         changed = self._other_model(saved)
         rates = [str(rate) for rate in saved.ema_rates]
         if "state" in meta["weights"]["items"]:
-            self._warn_of_other_optimizer(saved)
             before, now = saved.optimizer.name, self.config.optimizer.name
             if optimizers.MOMENTS.get(before) != optimizers.MOMENTS[now]:
                 changed.append(f"optimizer.name: {before}, now {now}")
@@ -294,11 +292,18 @@ class Run:
         saved = config_lib.from_json(meta["config"])
         return resumption.changes(saved, self.config)
 
-    def _warn_of_other_optimizer(self, saved: ConfigDict) -> None:
-        """Warns where a moved run's optimiser had other settings than the config, which is used."""
-        for key, before in saved.optimizer.items():
-            if (now := self.config.optimizer[key]) != before and None not in (now, before):
-                logging.warning("optimizer.%s was %s in the moved run, is %s now", key, before, now)
+    def _told_changes(self, meta: dict[str, Any]) -> list[resumption.Change]:
+        """The changes that a person is told of when the run goes on from a checkpoint."""
+        found = self._changes(meta)
+        if "weights" not in meta:
+            return found
+        # Of a run from PyTorch only its optimiser is known, as far as its state says.
+        known = "state" in meta["weights"]["items"]
+        return [
+            change
+            for change in found
+            if known and change.key.startswith("optimizer.") and None not in change
+        ]
 
     def _other_model(self, saved: ConfigDict) -> list[str]:
         """Changes of network and process since a saved config, as "key: old, now new"."""
