@@ -75,13 +75,16 @@ URLS = {"gs://bucket/x": "mount the bucket (gcsfuse)",
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_that_is_a_place_says_what_to_do_about_a_url(name, monkeypatch):
     command = COMMANDS[name]
-    own = [flag for flag in flags_of(command, monkeypatch) if flag.name in (*PLACES, *MORE_PLACES)]
+    places = (*PLACES, *MORE_PLACES)
+    own = [f for f in flags_of(command, monkeypatch) if f.name in places and f.kind is str]
     stop_at_work(monkeypatch)
     monkeypatch.chdir("/")
     for flag in own:
+        # prepare_dataset takes one of several inputs.
+        needed = () if flag.name in ("imagenet", "lmdb", "parquet") else command.needed
         for url, way_out in URLS.items():
             with pytest.raises(SystemExit) as end:
-                command.run((*command.needed, f"--{flag.name}={url}"))
+                command.run((*needed, f"--{flag.name}={url}"))
             said = str(end.value.code)
             assert said.startswith(f"error: --{flag.name} {url} is a URL: {way_out[:5]}"), said
             tool = way_out.partition("(")[2].strip(")")
@@ -95,11 +98,7 @@ def test_every_setting_that_is_a_place_says_what_to_do_about_a_url(key):
     for url, way_out in URLS.items():
         with pytest.raises(SystemExit) as end:
             command.run((*command.needed, f"--config.{key}={url}"))
-        assert (
-            str(end.value.code)
-            == f"error: --config.{key} {url} is a URL: {way_out}"
-            + (str(end.value.code).partition(way_out)[2])
-        )
+        assert str(end.value.code).startswith(f"error: --config.{key} {url} is a URL: {way_out}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -115,7 +114,7 @@ def test_every_number_is_taken_as_a_config_takes_it(name, monkeypatch):
 
     def run(*arguments):
         parsed.clear()
-        with contextlib.suppress(Accepted):
+        with contextlib.suppress(Accepted, SystemExit):  # or refused after it was parsed
             command.run((*command.needed, *arguments))
         return parsed[0]
 
@@ -137,7 +136,7 @@ def test_every_number_is_taken_as_a_config_takes_it(name, monkeypatch):
             assert run(f"--{flag.name}=None")[flag.name] in (None, NONE), flag
         for text in refused:
             with pytest.raises(SystemExit) as end:
-                run(f"--{flag.name}={text}")
+                command.run((*command.needed, f"--{flag.name}={text}"))
             said = str(end.value.code)
             assert said.startswith("error: ") and "\n" not in said, said
             assert f"--{flag.name}" in said and text in said, said

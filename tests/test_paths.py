@@ -263,7 +263,8 @@ def test_what_is_read_by_name_and_is_no_file_is_never_waited_for(read, what, tmp
 OWN = {
     "basics/places.py": "the opener",
     "basics/atomic.py": "the file that it has just written",
-    "benchmarking.py": "of the system",
+    "commands/benchmarking.py": "of the system",
+    "commands/profile_input.py": "whose plain reading it measures",
     "parallel/compilation_cache.py": "of the system",
     "compilers/kernels.py": "of its own child",
     "evaluation/classifier.py": "checked before",

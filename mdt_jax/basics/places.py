@@ -42,8 +42,8 @@ def refuse_urls(settings: Any, name: str = "--") -> None:
       ValueError: the first that is a URL; says what to do.
     """
     for key, value in settings.items():
-        if isinstance(value, str):
-            for text in value.split(","):  # several files of one flag
+        if isinstance(value, str | os.PathLike):
+            for text in os.fspath(value).split(","):  # several files of one flag
                 refuse_url(text, f"{name}{key}")
         elif isinstance(value, list | tuple):
             for entry in value:
@@ -69,7 +69,7 @@ def refuse_url(path: Any, name: str) -> None:
     if scheme == "hf" and weights:
         return
     if "://" not in text:
-        text = text.replace(":/", "://", 1)
+        text = text.replace(":/", ":///" if scheme == "file" else "://", 1)
     if scheme in _DOWNLOADS and _FOLDERS.search(name):
         way_out = "download the files in it, and give their folder"
     elif scheme in _DOWNLOADS:

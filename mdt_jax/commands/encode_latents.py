@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from mdt_jax.basics import ranges
 from mdt_jax.basics.names import printable
-from mdt_jax.basics.places import expand
+from mdt_jax.basics.places import expand, read_text
 from mdt_jax.data import (
     BadImage,
     Source,
@@ -358,7 +358,7 @@ def main(_: list[str]) -> None:
 
 def _summary(output: Path) -> str:
     """A line that counts the images and files of a finished cache."""
-    manifest = json.loads((output / latent_cache.CACHE_MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads(read_text(output / latent_cache.CACHE_MANIFEST))
     left_out, count = manifest["left_out"], manifest["num_images"]
     return (
         f"{output}: latents of {count - left_out:,} images in {len(manifest['shards']):,} files; "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.basics.places import read_bytes, refuse_url
+from mdt_jax.basics.places import read_bytes, refuse_url, what_is_there
 from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert.inception import BLOCK, from_flat, from_graph, from_torch, is_inception
 from mdt_jax.models.inception import InceptionV3
@@ -103,7 +103,9 @@ def find_file(source: str | Path) -> Path:
             )
         return path
     if not path.is_dir():
-        raise WeightsError(f"no Inception weights at {path}: no such file or folder; {_advice()}")
+        there = what_is_there(path)
+        what = "no such file or folder" if there == "nothing" else f"{there} is there, no file"
+        raise WeightsError(f"no Inception weights at {path}: {what}; {_advice()}")
     for name in (INCEPTION_FILE, TORCH_FILE, GRAPH_FILE):
         if (path / name).is_file():
             return path / name
