@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mdt_jax.basics.names import printable
 
@@ -128,7 +128,7 @@ def check_is_file(path: str | os.PathLike) -> None:
         raise ValueError(wrong_kind(path))
 
 
-def open_file(path: str | os.PathLike, mode: str = "rb", **more: Any) -> IO[Any]:
+def open_file(path: str | os.PathLike, mode: str = "rb", **more: Any) -> Any:
     """`open`, for a place where a plain file is, or is to be; `more` is for `open`, too.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
 
 
 def _run_command(f: flags.FlagValues) -> None:
-    given = f["config"].override_values
+    given = config_flags.get_override_values(f["config"])
     if f.dry_run:
         print(dry_run(f.config, given))
     elif not f.workdir:
