@@ -1,15 +1,17 @@
 """Masked Diffusion Transformers (MDT, MDTv2) and DiT in JAX/Flax.
 
 `load` a run's model, or PyTorch weights, and `sample` from it or `inpaint` with it; `Autoencoder`
-turns latents into images; `create_model` builds a model by name. The commands are
-`python -m mdt_jax.train` and `python -m mdt_jax.sample`.
+turns latents into images; `create_model` builds a model by name. `mdt` lists the commands, and so
+does `python -m mdt_jax`.
 
 Each name is imported when it is first asked for (PEP 562), so that `import mdt_jax`, and with it
 `import mdt_jax.convert.transformers`, imports neither JAX nor Flax.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mdt_jax.basics.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from mdt_jax.models.registry import create_model, model_names
@@ -47,13 +49,4 @@ __all__ = [
 importlib.import_module("mdt_jax.sample")
 globals().pop("sample", None)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -48,8 +48,8 @@ SINGLE_STEP = {"mean": mean_step, "ddpm": ddpm_step, ''',
     ),
     (
         "mdt_jax/diffusion/options.py",
-        '"ddim: deterministic, 50 or more. ',
-        '"mean: the mean of ddpm, 100 or more. ddim: deterministic, 50 or more. ',
+        '    "ddim": "deterministic, ',
+        '    "mean": "the mean of ddpm, 100 or more",\n    "ddim": "deterministic, ',
     ),
 )
 SHOW = """

@@ -24,6 +24,7 @@ from mdt_jax.diffusion import (
 )
 from mdt_jax.diffusion.gaussian import discretized_gaussian_log_likelihood
 from mdt_jax.diffusion.guidance import combine, power_cosine_scale
+from mdt_jax.diffusion.options import SAMPLER_HELP
 from mdt_jax.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, dpm_solver_step, spaced
 from mdt_jax.diffusion.schedules import respace
 
@@ -600,6 +601,10 @@ def test_outside_its_interval_the_null_pass_is_not_run():
         np.testing.assert_allclose(within(x, t), expected, atol=1e-5)
         rows = counted(x, t)[..., 4:] - fn(x, t, labels)[..., 4:]
         np.testing.assert_allclose(rows, 6 if acts else 3, atol=1e-5)
+
+
+def test_every_sampler_has_its_help():
+    assert set(SAMPLERS) == set(SAMPLER_HELP)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

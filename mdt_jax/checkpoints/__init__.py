@@ -14,9 +14,23 @@ Nothing here compiles while a run is saving: arrays are copied from device to ho
 meet at JAX's coordination service, not in a collective.
 """
 
-from mdt_jax.checkpoints.items import lazy_item, read_meta, restore_item
-from mdt_jax.checkpoints.seal import CheckpointError, SaveError
-from mdt_jax.checkpoints.store import Checkpoints
+from typing import TYPE_CHECKING
+
+from mdt_jax.basics.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from mdt_jax.checkpoints.items import lazy_item, read_meta, restore_item
+    from mdt_jax.checkpoints.seal import CheckpointError, SaveError
+    from mdt_jax.checkpoints.store import Checkpoints
+
+_HOMES = {
+    "CheckpointError": "mdt_jax.checkpoints.seal",
+    "Checkpoints": "mdt_jax.checkpoints.store",
+    "SaveError": "mdt_jax.checkpoints.seal",
+    "lazy_item": "mdt_jax.checkpoints.items",
+    "read_meta": "mdt_jax.checkpoints.items",
+    "restore_item": "mdt_jax.checkpoints.items",
+}
 
 __all__ = [
     "CheckpointError",
@@ -26,3 +40,5 @@ __all__ = [
     "read_meta",
     "restore_item",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -8,8 +8,6 @@ import json
 import os
 from pathlib import Path
 
-import orbax.checkpoint as ocp
-
 from mdt_jax.basics.atomic import whole_file
 from mdt_jax.basics.places import open_file, read_bytes, refuse_url
 from mdt_jax.parallel.command import UserError
@@ -40,8 +38,10 @@ def sealed_steps(root: Path) -> list[int]:
 
 def is_unsealed(path: Path) -> bool:
     """Whether a folder is a save in progress, or an interrupted one."""
+    from orbax.checkpoint.utils import TMP_DIR_SUFFIX  # imports JAX, and errors are defined here
+
     step = path.name.isdecimal() and not (path / SEAL_FILE).exists()
-    return step or ocp.utils.TMP_DIR_SUFFIX in path.name
+    return step or TMP_DIR_SUFFIX in path.name
 
 
 def choose_step(root: Path, steps: list[int], step: int | None) -> int:

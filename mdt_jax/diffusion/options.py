@@ -20,7 +20,14 @@ from typing import Any
 
 from absl import flags
 
-from mdt_jax.diffusion.samplers import SAMPLERS
+# What each of `diffusion.samplers.SAMPLERS` is, for the flag's help, which needs no JAX.
+SAMPLER_HELP = {
+    "ddpm": "ancestral, 100 to 250 steps, as published numbers are made",
+    "ddim": "deterministic, 50 or more",
+    "heun": "second order, two model calls a step, 10 to 25 steps (10 without --steps)",
+    "dpm++": "DPM-Solver++(2M), second order, 10 to 25 (20), evenly spaced in log(SNR)",
+    "dpm++sde": "its stochastic form, 20 to 50 (20)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +118,9 @@ class SamplerOptions:
 
     sampler: str = option(
         "ddpm",
-        "The run's by default. ddpm: ancestral, 100 to 250 steps, as published numbers are made. "
-        "ddim: deterministic, 50 or more. heun: second order, two model calls a step, 10 to 25 "
-        "steps (10 without --steps). dpm++: DPM-Solver++(2M), second order, 10 to 25 (20), evenly "
-        "spaced in log(SNR). dpm++sde: its stochastic form, 20 to 50 (20).",
-        define=functools.partial(flags.DEFINE_enum, enum_values=list(SAMPLERS)),
+        "The run's by default. "
+        + " ".join(f"{name}: {text}." for name, text in SAMPLER_HELP.items()),
+        define=functools.partial(flags.DEFINE_enum, enum_values=list(SAMPLER_HELP)),
     )
     # A plain count is spaced as the sampler wants (`samplers.spaced`).
     steps: int | str = option(

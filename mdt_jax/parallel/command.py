@@ -16,8 +16,8 @@ from absl import logging
 
 from mdt_jax.basics.names import printable
 from mdt_jax.basics.places import refuse_urls
-from mdt_jax.parallel.distributed import UNREAD, ending_together
 
+UNREAD = 141  # the exit status of a program whose output is no longer read, as a shell has it
 # What a person can do about the errors of the operating system, which say it in a word or two.
 WAYS_OUT = {
     errno.ENOSPC: "make room, or write elsewhere",
@@ -79,7 +79,7 @@ def command_ending(
 
     Progress bars end before, so that the line stands alone. At absl's debug verbosity the error
     goes on, for its traceback. In a job of several processes all of them end
-    (`distributed.ending_together`). A command whose output is no longer read, as in
+    (`distributed.end_the_others`). A command whose output is no longer read, as in
     `command | head`, ends without a word, with status 141, as a shell says of other programs.
 
     Args:
@@ -89,7 +89,7 @@ def command_ending(
       interrupted: the message of a command that is interrupted (Ctrl-C), which then ends with
         status 130, as a shell has it; None lets KeyboardInterrupt go on.
     """
-    with ending_together(), ending_quietly():
+    with _ending_together(), ending_quietly():
         try:
             if settings is not None:
                 refuse_urls(getattr(settings, "flag_values_dict", lambda: vars(settings))())
@@ -114,6 +114,17 @@ def command_ending(
         except BaseException:
             _end_bars()
             raise
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """`distributed.ending_together` without importing JAX: that module alone joins a job."""
+    try:
+        yield
+    except BaseException as error:
+        if distributed := sys.modules.get("mdt_jax.parallel.distributed"):
+            distributed.end_the_others(error)
+        raise
 
 
 @contextlib.contextmanager

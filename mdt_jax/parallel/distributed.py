@@ -24,12 +24,13 @@ import jax
 from absl import logging as absl_logging
 from orbax.checkpoint import multihost
 
+from mdt_jax.parallel.command import UNREAD
+
 # Seconds after which a silent peer counts as dead; JAX's default of 100 is slow to notice one.
 HEARTBEAT_TIMEOUT = 30
 _GATHER_TIMEOUT_MS = 20 * 60 * 1000  # one process may verify a large checkpoint meanwhile
 _FAILURE = "mdt_jax/failure"  # the key under which the first process to fail says why
 _WATCH_SECONDS = 1.0
-UNREAD = 141  # the exit status of a program whose output is no longer read, as a shell has it
 _WAIT_MS = 2 * 60 * 60 * 1000  # the others' wait while process 0 reads or joins tens of gigabytes
 _MEETINGS = itertools.count()
 _gathers = Counter()  # how often each name was used, since a key can be written only once
@@ -122,22 +123,31 @@ def check_agreement(value: Mapping[str, Any]) -> None:
 def ending_together() -> Iterator[None]:
     """A context for the body of a command: in a job, an error on one process ends all of them.
 
-    The others may wait for the failed process in a collective that nothing can interrupt, and on
-    leaving it would wait for them. So it tells them why, and exits at once, with status 1.
+    See `end_the_others`.
     """
     try:
         yield
     except BaseException as error:
-        # `sys.exit()` and `sys.exit(0)` are not failures.
-        if not _joined() or (isinstance(error, SystemExit) and not error.code):
-            raise
-        if isinstance(error, SystemExit):
-            message = str(error.code).removeprefix("error: ")
-            message = "its output is no longer read" if error.code == UNREAD else message
-        else:
-            traceback.print_exc()
-            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        _fail(message)
+        end_the_others(error)
+        raise
+
+
+def end_the_others(error: BaseException) -> None:
+    """Ends the job that this process is of, if it is of one, when an error ends this process.
+
+    The others may wait for the failed process in a collective that nothing can interrupt, and on
+    leaving it would wait for them. So it tells them why, and exits at once, with status 1.
+    """
+    # `sys.exit()` and `sys.exit(0)` are not failures.
+    if not _joined() or (isinstance(error, SystemExit) and not error.code):
+        return
+    if isinstance(error, SystemExit):
+        message = str(error.code).removeprefix("error: ")
+        message = "its output is no longer read" if error.code == UNREAD else message
+    else:
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    _fail(message)
 
 
 def leave(status: int = 0) -> NoReturn:
