@@ -9,7 +9,7 @@ FROM python:3.11-slim
 ARG EXTRA=cuda13
 
 WORKDIR /mdt_jax
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.py setup.cfg pyproject.toml README.md LICENSE ./
 COPY mdt_jax mdt_jax
 COPY configs configs
 COPY tools tools

@@ -18,7 +18,7 @@ in metrics.jsonl; 299 held-out scans have 0.98). `configs/digits.py:DiT` trains 
 same width and depth, with the same optimiser and loss. To compare the two:
 
     python -m mdt_jax.train --config configs/digits.py:DiT --workdir runs/digits_dit
-    python tools/plot_runs.py runs/digits runs/digits_dit --x seconds --output plot.png
+    mdt plot runs/digits runs/digits_dit --x seconds --output plot.png
 """
 
 from mdt_jax.config import apply_recipe, default_config

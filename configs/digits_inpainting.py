@@ -7,7 +7,9 @@ the tokens: the masked pass keeps 8 to 11 of the 16. 4,000 steps take 18 minutes
 averaged weights of such a run, as float16, are tests/data/inpainting_digits.safetensors.
 """
 
-from configs.digits import get_config as digits
+from mdt_jax.config import config_beside
+
+digits = config_beside(__file__, "digits")
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained model on a folder of your own pictures, with a sub-folder for each class.
 
-    python tools/encode_latents.py --data_name folder --data_path PICTURES --vae mse \\
+    mdt encode-latents --data_name folder --data_path PICTURES --vae mse \\
         --image_size 256 --output LATENTS
     python -m mdt_jax.train --config configs/finetune_folder.py:MDTv2-XL/2 --workdir runs/mine \\
         --config.init_from=mdt_xl2_v2_ckpt.pt --config.data.path=LATENTS

@@ -5,8 +5,8 @@
 
 DIR holds the training images, encoded once:
 
-    python tools/prepare_dataset.py --imagenet ILSVRC2012_img_train.tar --data_dir data
-    python tools/encode_latents.py --data_name tfds:imagenet2012 --data_path data --vae mse \\
+    mdt prepare-dataset --imagenet ILSVRC2012_img_train.tar --data_dir data
+    mdt encode-latents --data_name tfds:imagenet2012 --data_path data --vae mse \\
         --image_size 256 --output DIR
 
 `:MDTv2-XL/2,vae=NAME` trains on the latents of another published autoencoder than Stable

@@ -9,7 +9,9 @@ steps at batch 256, as in configs/imagenet256.py. Nobody has published a result 
 expect a far worse one. DIR is as in configs/imagenet256.py.
 """
 
-from configs.imagenet256 import get_config as imagenet256
+from mdt_jax.config import config_beside
+
+imagenet256 = config_beside(__file__, "imagenet256")
 
 
 def get_config(argument: str = ""):

@@ -5,7 +5,7 @@
 
 DIR holds the training images, encoded once at 512 pixels:
 
-    python tools/encode_latents.py --data_name tfds:imagenet2012 --data_path data --vae mse \\
+    mdt encode-latents --data_name tfds:imagenet2012 --data_path data --vae mse \\
         --image_size 512 --output DIR
 
 The recipes are those of configs/imagenet256.py, and so is `,vae=NAME`. With Stable Diffusion's
@@ -18,8 +18,9 @@ The MDT authors publish no result at 512 pixels, so none is known to expect; DiT
 12.03, guided 3.04 (Peebles and Xie 2023, table 3) after 3,000,000 steps of batch 256.
 """
 
-from configs.imagenet256 import get_config as imagenet256
-from mdt_jax.config import create_network
+from mdt_jax.config import config_beside, create_network
+
+imagenet256 = config_beside(__file__, "imagenet256")
 
 
 def get_config(argument: str = ""):

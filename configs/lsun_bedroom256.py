@@ -5,16 +5,17 @@
 
 DIR holds the 3,033,042 bedrooms, encoded once:
 
-    python tools/prepare_dataset.py --lmdb bedroom_train_lmdb --data_dir data
-    python tools/encode_latents.py --data_name tfds:lsun/bedroom --data_path data --vae mse \\
+    mdt prepare-dataset --lmdb bedroom_train_lmdb --data_dir data
+    mdt encode-latents --data_name tfds:lsun/bedroom --data_path data --vae mse \\
         --image_size 256 --output DIR
 
 The recipe is that of configs/imagenet256.py for the same model, for 400,000 steps, without labels
 and guidance. The MDT authors publish no result on this set, so none is known to expect.
 """
 
-from configs.imagenet256 import get_config as imagenet256
-from mdt_jax.config import parse_argument
+from mdt_jax.config import config_beside, parse_argument
+
+imagenet256 = config_beside(__file__, "imagenet256")
 
 
 def get_config(argument: str = ""):

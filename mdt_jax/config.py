@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -206,6 +208,16 @@ def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
             )
         given[key] = value
     return defaults | given
+
+
+def config_beside(file: str, name: str) -> Callable[..., ConfigDict]:
+    """The `get_config` of another config in a config's folder, to build on, wherever that is.
+
+    Args:
+      file: the config's `__file__`.
+      name: the other's name, without ending.
+    """
+    return runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"]
 
 
 def apply_autoencoder(config: ConfigDict, name: str, image_size: int) -> ConfigDict:

@@ -229,17 +229,19 @@ def test_a_wrong_value_ends_in_a_line_that_names_its_key(argument):
 )
 def test_a_missing_config_is_named_with_those_that_there_are(arguments):
     said = refusal(*arguments, config=None)
-    assert said.startswith("--config is missing: the file of the experiment; there are configs/d")
+    assert said.startswith("--config is missing: a file, or one of digits, digits_inpainting, ")
 
 
 @pytest.mark.parametrize("place", ["configs", "configs/", "/dev/null"])
 def test_a_config_that_is_there_and_no_file_is_told_so(place):
-    assert refusal(config=place).startswith(f"--config {place} is no file; there are configs/d")
+    said = refusal(config=place)
+    assert said.startswith(f"--config {place} is no file; ") and "one of digits, " in said
 
 
-@pytest.mark.parametrize("place", ["configs/digit.py", "digits", "configs/digits.py/"])
+@pytest.mark.parametrize("place", ["configs/digit.py", "digit", "configs/digits.py/"])
 def test_a_config_that_is_no_file_is_named_with_those_that_there_are(place):
-    assert refusal(config=place).startswith(f"--config {place} is not there; there are configs/d")
+    said = refusal(config=place)
+    assert said.startswith(f"--config {place} is not there; did you mean --config digits? ")
 
 
 BROKEN = {  # the rest of the file, and what is said of it

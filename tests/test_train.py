@@ -689,7 +689,7 @@ def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
 
 def test_a_config_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .*digits\.py"):
+    with pytest.raises(SystemExit, match=r"--config configs/digit\.py is not there; .* digits:x\?"):
         parse_config_flags(["train", "--config", "configs/digit.py:x", "--workdir", "w"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from mdt_jax.basics import ranges
+from mdt_jax.basics import help_page, ranges
 from mdt_jax.basics.places import refuse_url
-from mdt_jax.config import default_config
 from mdt_jax.parallel.command import command_ending
 from mdt_jax.parallel.flag_parsing import (
     NumberParser,
@@ -30,9 +30,10 @@ from mdt_jax.parallel.flag_parsing import (
     says_none,
     take_numbers,
 )
+from mdt_jax.training import config_files
 
 # Flags with which a command does nothing that needs a config.
-_HELP = ("-h", "-?", "-help", "--help", "--helpshort", "--helpfull", "--helpxml")
+_HELP = (*help_page.SHORT, *help_page.FULL, *help_page.VERSION, "--helpxml")
 
 
 class _SwitchParser(flags.BooleanParser):
@@ -88,6 +89,13 @@ for _kind, _parser in (
     config_flags.register_flag_parser_for_type(_kind, _parser)
 
 
+# --config and its keys, in the words of `--help`.
+CONFIG_OPTIONS = (
+    ("--config NAME[:ARG]", "The experiment: a name (--config list shows them) or a file."),
+    ("--config.KEY VALUE", "A setting of it: --config.batch_size=64, --config.mesh.fsdp=8."),
+)
+
+
 def define_config_flag(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
     """Defines --config, for `parse_config_flags`.
 
@@ -98,7 +106,7 @@ def define_config_flag(f: flags.FlagValues, argv: Sequence[str] | None = None) -
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "The experiment, a file of configs/.",
+        "The experiment: a name, or a file.",
         flag_values=f,
         sys_argv=None if argv is None else list(argv),
     )
@@ -118,7 +126,7 @@ def parse_config_flags(
       The arguments that are no flags, the program's name first.
     """
     with command_ending():
-        place = _find_config(argv, required)
+        place, argv = _find_config(argv, required)
         take_numbers(f)
         try:
             rest = f(argv)
@@ -132,24 +140,34 @@ def parse_config_flags(
     return rest
 
 
-def _find_config(argv: Sequence[str], required: bool) -> str:
-    """The value of --config on a command line; ValueError if it is missing or no file is there."""
-    there = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
-    there = f"there are {there}" if there else "run from the root of the clone"
-    found = ""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config", "-config") or flag.startswith(("--config=", "-config=")):
-            found = flag.partition("=")[2] if "=" in flag else value
-            refuse_url(found, "--config")
-            path = found.partition(":")[0]
-            if path and os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError(f"--config {path} is no file; {there}")
-            if path and not os.path.isfile(path):
-                raise ValueError(f"--config {path} is not there; {there}")
+def _find_config(argv: Sequence[str], required: bool) -> tuple[str, list[str]]:
+    """The value of --config on a command line, and the line with the file's path in its place.
+
+    Raises:
+      ValueError: it is missing, or no file is there and nothing has that name.
+    """
+    argv, found = list(argv), ""
+    for i, flag in enumerate(argv):
+        if flag in ("--config", "-config"):
+            found = argv[i + 1] if i + 1 < len(argv) else ""
+            argv[i + 1 :] = [_path_of(found), *argv[i + 2 :]]
+        elif flag.startswith(("--config=", "-config=")):
+            found = flag.partition("=")[2]
+            argv[i] = f"--config={_path_of(found)}"
     wanted = required or any(flag.startswith(("--config.", "-config.")) for flag in argv)
     if not found.partition(":")[0] and wanted and not any(flag in _HELP for flag in argv):
-        raise ValueError(f"--config is missing: the file of the experiment; {there}")
-    return found
+        there = ", ".join(config_files.config_names())
+        raise ValueError(f"--config is missing: a file, or one of {there} (--config list)")
+    return found, argv
+
+
+def _path_of(place: str) -> str:
+    """A value of --config with the file's path in place of a name; ends with a list if asked to."""
+    refuse_url(place, "--config")
+    if place == config_files.LIST and not os.path.exists(place):
+        print(config_files.describe_configs())
+        sys.exit(0)
+    return config_files.find_config(place) if place.partition(":")[0] else place
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -167,7 +185,7 @@ def _explain(error: Exception, place: str, argv: Sequence[str] = ()) -> str:
       place: the value of --config.
       argv: the command line.
     """
-    path = place.partition(":")[0]
+    path = config_files.find_config(place).partition(":")[0] if place else ""
     innermost = error
     for innermost in _chain(error):
         if where := _line_in_config(innermost, path):
@@ -183,6 +201,8 @@ def _explain(error: Exception, place: str, argv: Sequence[str] = ()) -> str:
 
 def _unknown(argv: Sequence[str]) -> str:
     """The first key on a command line that no config has, and those beside it; empty if none is."""
+    from mdt_jax.config import default_config  # imports JAX, which --help should not
+
     for flag in argv:
         key = re.sub("^--?config[.]", "", flag.partition("=")[0])
         if key == flag.partition("=")[0]:
@@ -247,6 +267,8 @@ def _take_values(config: ConfigDict, given: Mapping[str, Any]) -> None:
       config: the settings.
       given: the values that flags gave, by key.
     """
+    from mdt_jax.config import default_config  # imports JAX, which --help should not
+
     defaults = default_config()
     for key, value in given.items():
         *sections, name = key.split(".")
