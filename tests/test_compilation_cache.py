@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+from jax._src.lib import utils
 
 from mdt_jax.parallel import compilation_cache
 
@@ -77,3 +78,16 @@ def test_several_processes_on_cpus_keep_none(monkeypatch):
         assert jax.config.jax_compilation_cache_dir == before[1]
     finally:
         jax.config.update("jax_enable_compilation_cache", before[0])
+
+
+def test_a_long_compilation_is_no_error_of_a_process_alone(monkeypatch):
+    """What XLA logs as errors stays where there are peers or devices to be lost."""
+    levels = []
+    monkeypatch.setattr(utils, "absl_set_min_log_level", levels.append)
+    compilation_cache.silence_alarm()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    compilation_cache.silence_alarm()
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compilation_cache.silence_alarm()
+    assert levels == [3]

@@ -22,6 +22,7 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 from mdt_jax import data
@@ -229,6 +230,25 @@ def test_a_folder_is_prepared_as_training_reads_it(data_dir, tmp_path):
     for i in range(5):
         assert source[i]["label"] == expected[i]["label"]
         np.testing.assert_array_equal(source[i]["image"], expected[i]["image"])
+
+
+def test_reading_says_nothing_of_the_module_that_wrote_it(data_dir, tmp_path, caplog):
+    """Nor of data sets that were written without one, as before."""
+    main(data_dir, "--folder", write_folder(tmp_path / "pets"))
+    description = data_dir / "pets" / "1.0.0" / "dataset_info.json"
+    about = json.loads(description.read_text())
+    assert about["moduleName"] == prepare.__name__
+    logger = logging.get_absl_logger()
+    filters, propagate = list(logger.filters), logger.propagate
+    logger.propagate = True
+    with caplog.at_level("INFO", logger=logger.name):
+        for module in ({}, {"moduleName": ""}):
+            description.write_text(json.dumps(about | module))
+            assert len(open_source("tfds:pets", data_dir)) == 5
+        logger.info("the level lets this through")
+    logger.propagate = propagate
+    assert logger.filters == filters and "lets this through" in caplog.text
+    assert "differ on disk" not in caplog.text
 
 
 def test_a_photograph_keeps_its_bytes_and_stands_upright_as_from_the_folder(data_dir, tmp_path):

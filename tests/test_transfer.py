@@ -24,7 +24,9 @@ from mdt_jax.commands import convert_checkpoint, export_params
 from mdt_jax.convert.architecture import Architecture, UnknownWeights, parameter_shapes
 from mdt_jax.convert.optimizers import MOMENTS, moments_from_torch
 from mdt_jax.convert.transformers import from_torch
+from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
+from mdt_jax.sampling.suggestion import sampling_command
 from mdt_jax.training import metrics, transfer
 from mdt_jax.training.step import TrainState
 from mdt_jax.weights import descriptions, pretrained
@@ -737,6 +739,30 @@ def test_a_checkpoint_that_cannot_be_sealed_leaves_nothing(source, tmp_path, mon
     line = refusal(convert, "to-jax", "--input", source, "--output", tmp_path / "run")
     assert "No space left on device" in line and "is the disk full?" in line
     assert os.listdir(tmp_path) == [source.name]
+
+
+@pytest.mark.parametrize(
+    ("channels", "latents", "vae", "decoder"),
+    [
+        (1, None, "", ""),
+        (3, None, "", ""),
+        (4, None, "", " --vae ema"),  # of published weights it is not known
+        (4, LatentSpace(autoencoder="mse"), "", " --vae mse"),
+        (4, LatentSpace(autoencoder="mse"), "ema", " --vae ema"),
+        (16, LatentSpace(autoencoder="sd3"), "", " --vae sd3"),
+        (4, LatentSpace(), "", " --vae ema"),
+        (3, LatentSpace(autoencoder="my vae"), "", " --vae 'my vae'"),
+    ],
+)
+def test_the_command_that_samples_a_run_names_the_decoder_of_its_latents(
+    channels, latents, vae, decoder
+):
+    said = sampling_command("runs/a b", "out", channels, latents, vae)
+    assert said == f"python -m mdt_jax.sample --workdir 'runs/a b' --output out{decoder}"
+
+
+def test_what_weights_can_be_stored_in_is_the_same_list():
+    assert tuple(transfer.DTYPES) == convert_checkpoint.DTYPES
 
 
 def test_a_full_disk_ends_the_commands_in_one_line(source, run, tmp_path):

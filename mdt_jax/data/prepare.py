@@ -358,7 +358,7 @@ class _Target:
             name=self.name,
             version=tfds.core.Version(self.version),
             data_dir=str(folder),
-            module_name="",
+            module_name=__name__,  # what TFDS, reading, would tell of as differing if it were empty
             config_name=self.config,
         )
         keys = ("image", "label") if "label" in self.features else None

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from mdt_jax.basics.names import printable
@@ -15,6 +17,8 @@ from mdt_jax.basics.places import check_is_file, expand, read_text
 from mdt_jax.data.decoding import decode_picture
 from mdt_jax.data.missing import MissingData
 from mdt_jax.data.source import Source, short_digest
+
+_MODULE = "module_name"  # a field of dataset_info.json that data sets do not depend on
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | Path | None = None) -> Source:
@@ -135,6 +139,8 @@ def _find_prepared(name: str, folder: Path) -> Any:
     itself = (folder / "dataset_info.json").exists()
     if itself or name:
         _check_files(folder if itself else folder / re.split("[/:]", name)[0], within=not itself)
+    logger = logging.get_absl_logger()
+    logger.addFilter(_is_no_note_of_module)
     try:
         if itself:
             builder = read_only_builder.builder_from_directory(folder)
@@ -157,12 +163,20 @@ def _find_prepared(name: str, folder: Path) -> Any:
             f"tfds:{name}: no name of a TFDS dataset, which is NAME, NAME/CONFIG or NAME:VERSION; "
             "without one data.path must be the folder with its dataset_info.json"
         ) from error
+    finally:
+        logger.removeFilter(_is_no_note_of_module)
     if itself and name.partition(":")[0].partition("/")[0] not in ("", builder.name):
         raise ValueError(
             f"{folder}: holds {builder.name}, not {name}; set data.name to 'tfds:{builder.name}', "
             "or name another folder in data.path"
         )
     return builder
+
+
+def _is_no_note_of_module(record: LogRecord) -> bool:
+    """Drops TFDS's line that a data set was written by another module than the one that reads."""
+    is_note = str(record.msg).startswith("For '%s': fields info.")
+    return not (is_note and record.args[1:] == (_MODULE,))
 
 
 def _prepare_command(name: str, folder: str) -> str:
@@ -173,7 +187,7 @@ def _prepare_command(name: str, folder: str) -> str:
         source = "--lmdb DIR"
     else:
         source = f"--folder DIR (or --parquet GLOB) --name {name}"
-    return f"prepare it with `python tools/prepare_dataset.py {source} --data_dir {folder}`"
+    return f"prepare it with `mdt prepare-dataset {source} --data_dir {folder}`"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Compiled programs are kept on disk, so that a command's second start compiles almost nothing.
+"""Compilation: programs are kept on disk, and one that takes minutes is no alarm.
 
-This is JAX's own persistent cache, turned on by default. Its keys depend on the program, XLA's
-flags and version, and the devices. Process 0 alone writes it.
+Kept, so that a command's second start compiles almost nothing. This is JAX's own persistent cache,
+turned on by default. Its keys depend on the program, XLA's flags and version, and the devices.
+Process 0 alone writes it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 from absl import logging
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_FATAL = 3  # in absl's numbers for C++
 MIN_COMPILE_SECONDS = 0.2  # programs that compile in less are not kept: reading takes as long
 
 
@@ -29,6 +31,7 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
     Args:
       environment: the environment variables.
     """
+    silence_alarm()
     on_cpus = jax.default_backend() == "cpu" and jax.process_count() > 1
     if environment.get(VARIABLE) == "" or on_cpus:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -40,6 +43,19 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+
+
+def silence_alarm() -> None:
+    """Keeps from people that XLA, after two minutes of compiling, logs "Very slow compile?".
+
+    It logs that as an error, and minutes are usual for large models. Of XLA on CPUs in a process
+    alone, whose other errors JAX raises; in a job, and on devices whose plugins log themselves,
+    what XLA logs says why a peer or a device was lost.
+    """
+    from jax._src.lib import utils  # the level of C++'s log has no public name
+
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        utils.absl_set_min_log_level(_FATAL)
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:

@@ -21,6 +21,7 @@ from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.preemption import Stop
+from mdt_jax.sampling.suggestion import sampling_command
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.actions import Action, CheckpointSaver, GridSampler, SampleJudge
 from mdt_jax.training.profiling import StepProfiler
@@ -121,8 +122,10 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
     if stop.stopping:
         logging.info("stopped at step %d, saved; the same command resumes", step)
     else:
-        how = "done; to sample: python -m mdt_jax.sample --workdir %s --output %s"
-        logging.info(how, run.workdir, run.workdir / "picture")
+        channels, vae = run.config.model.in_channels, run.config.eval.vae
+        place = run.workdir / "picture"
+        how = sampling_command(run.workdir, place, channels, run.latents, vae)
+        logging.info("done; to sample: %s", how)
     return state
 
 

@@ -46,7 +46,8 @@ def learning_rate_schedule(
         raise ValueError(f"schedule.name {name!r} is unknown; known: {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < max(num_steps, 1):
         raise ValueError(
-            f"schedule.warmup_steps {warmup_steps} is outside the run's {num_steps} (num_steps)"
+            f"schedule.warmup_steps {warmup_steps} is outside the run's {num_steps} (num_steps); "
+            "in so short a run give --config.schedule.warmup_steps=0"
         )
     rest = num_steps - warmup_steps
     if name == "constant":

@@ -126,7 +126,7 @@ def _weight_files(paths: Iterable[Path]) -> list[Path]:
 def _advice() -> str:
     return (
         f"download {URL} and give the file, or convert it once, after which PyTorch is not needed: "
-        f"python tools/convert_checkpoint.py to-jax --input {TORCH_FILE} --output DIR"
+        f"mdt convert to-jax --input {TORCH_FILE} --output DIR"
     )
 
 

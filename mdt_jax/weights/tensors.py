@@ -72,7 +72,7 @@ def import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path} is a PyTorch file, and PyTorch is not installed: pip install -e '.[convert]', "
+            f"{path} is a PyTorch file, and PyTorch is not installed: pip install torch, "
             "or use a .safetensors file, which needs none"
         ) from error
     return torch
