@@ -1,10 +1,10 @@
 """Measures a model's samples of digits against scikit-learn's 8x8 scans.
 
-    python -m mdt_jax.digits_report --workdir DIR
+    mdt digits-report --workdir runs/digits
 
-draws 50 samples of each class twice, with guidance and without, prints what `report` measures, and
-exits with status 1 when a requirement is not met. A model that ignores its labels, one that draws
-class means and one that repeats its training scans each miss a different requirement.
+It draws 50 samples of each class twice, with guidance and without, prints what `report` measures,
+and exits with status 1 when a requirement is not met. A model that ignores its labels, one that
+draws class means and one that repeats its training scans each miss a different requirement.
 """
 
 import argparse
@@ -14,9 +14,12 @@ import math
 import numpy as np
 from absl import app
 from jaxtyping import Float, Integer, UInt8
-from sklearn.neighbors import NearestNeighbors
-from sklearn.svm import SVC
 
+from mdt_jax.basics.help_page import Page
+
+PAGE = Page(
+    "mdt digits-report", "python -m mdt_jax.digits_report", "--workdir RUN [OPTION ...]", __doc__
+)
 DigitImages = UInt8[np.ndarray, "_n 8 8 1"]
 Labels = Integer[np.ndarray, "_n"]
 
@@ -87,6 +90,9 @@ def report(
     Raises:
       ValueError: a class of the training scans has fewer than two plain samples.
     """
+    from sklearn.neighbors import NearestNeighbors  # take a second, which --help should not
+    from sklearn.svm import SVC
+
     train, heldout = _pixels(real_train), _pixels(real_heldout)
     guided, plain = _pixels(samples_guided), _pixels(samples_plain)
     classifier = SVC(C=10.0).fit(train, real_train_labels)
@@ -149,9 +155,7 @@ def parse_report_flags(argv: list[str]) -> argparse.Namespace:
     """The command's settings. No flag is defined by importing this module."""
     from mdt_jax.parallel.flag_parsing import AbslArgumentParser
 
-    parser = AbslArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = AbslArgumentParser(page=PAGE)
     parser.add_argument("--workdir", required=True, help="directory of the trained run")
     parser.add_argument(
         "--cfg_scale", type=float, default=2.0, help="guidance scale of the guided samples"

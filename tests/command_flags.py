@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from mdt_jax import digits_report, sampling
-from mdt_jax.checkpoints import listing
+from mdt_jax.checkpoints import __main__ as checkpoints_command
 from mdt_jax.evaluate import command as evaluate_command
 from mdt_jax.evaluate import flags as evaluate_flags
 from mdt_jax.evaluation import extractors
@@ -105,10 +105,6 @@ def _generate(f: flags.FlagValues) -> None:
     sample_command.generate(f, mesh)
 
 
-def _listing_flags(f: flags.FlagValues) -> None:
-    f["verify"] = flags.FLAGS[listing._VERIFY.name]
-
-
 def commands() -> dict[str, Command]:
     """Every command and tool by name."""
     found = {
@@ -132,7 +128,11 @@ def commands() -> dict[str, Command]:
             None,
             _argparse(lambda argv: digits_report.parse_report_flags(["command", *argv])),
         ),
-        "checkpoints": Command(("w",), _listing_flags, _absl(_listing_flags, lambda f: None)),
+        "checkpoints": Command(
+            ("w",),
+            checkpoints_command.define_flags,
+            _absl(checkpoints_command.define_flags, lambda f: None),
+        ),
     }
     for name, required in (("benchmark", False), ("compile_tpu", False), ("compile_gpu", False)):
         define = tool(name).define_flags
@@ -148,6 +148,7 @@ def commands() -> dict[str, Command]:
     for name, needed in (
         ("benchmark_conversion", ()),
         ("benchmark_evaluation", ()),
+        ("benchmark_startup", ()),
         ("convert_checkpoint", ("to-jax", "--output=o")),
         ("export_params", ("--input=i", "--output=o")),
         ("learning_speed", ()),

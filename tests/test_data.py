@@ -359,7 +359,7 @@ def test_tfds_data_not_on_disk_are_refused_naming_the_folder(tmp_path, name):
 def test_tfds_data_not_on_disk_are_refused_with_the_command_that_prepares_them(
     tmp_path, name, options
 ):
-    command = f"`python tools/prepare_dataset.py {options} --data_dir {tmp_path}`"
+    command = f"`mdt prepare-dataset {options} --data_dir {tmp_path}`"
     with pytest.raises(FileNotFoundError, match=f"prepare it with {command}, or name the folder"):
         data.tfds_source(name, "train", tmp_path)
 

@@ -21,10 +21,11 @@ import pytest
 from PIL import Image
 
 from mdt_jax import data
-from mdt_jax.commands import encode_latents as tool
+from mdt_jax.commands import latent_encoding as tool
 from mdt_jax.convert.autoencoder import to_torch
 from mdt_jax.convert.autoencoder_settings import settings_from_config
 from mdt_jax.data.channel_sums import ChannelSums
+from mdt_jax.data.source_flags import FLAGS_OF_KEYS
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 from mdt_jax.parallel.command import one_line
@@ -238,7 +239,7 @@ import functools, importlib.util, os, random, signal, sys, time, types
 import jax, numpy as np
 from pathlib import Path
 from mdt_jax import data
-from mdt_jax.commands import encode_latents as tool
+from mdt_jax.commands import latent_encoding as tool
 from mdt_jax.models.latent_space import LatentSpace
 
 class Slow:  # an autoencoder's stand-in, of which a forked process can have its own
@@ -438,7 +439,7 @@ def test_a_damaged_image_is_named(one_bad, autoencoder, tmp_path):
     message = f"^{one_bad}/1.png: cannot be decoded.* Or give --on_bad_image=skip, which leaves it"
     with pytest.raises(data.BadImage, match=message):
         encode(one_bad, autoencoder, tmp_path / "latents")
-    with pytest.raises(FileNotFoundError, match="latents: is not finished; run the tools/encode_"):
+    with pytest.raises(FileNotFoundError, match="latents: is not finished; run the mdt encode-"):
         data.latents_source(tmp_path / "latents")
 
 
@@ -486,7 +487,7 @@ def test_what_cannot_be_encoded_or_trained_on_is_refused(
 def test_an_error_names_the_commands_own_flags_and_keeps_its_notes():
     error = ValueError("data.path DIR/data.path: not there; set data.labels or data.class_order")
     error.add_note("in the\nfirst of them")
-    assert one_line(error, tool.FLAGS_OF_KEYS) == (
+    assert one_line(error, FLAGS_OF_KEYS) == (
         "--data_path DIR/data.path: not there; set --labels or --class_order in the first of them"
     )
 

@@ -466,7 +466,7 @@ def test_missing_weights_say_where_to_get_them(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError) as caught:
         inception.load_network(source)
-    for said in (inception.URL, "tools/convert_checkpoint.py to-jax --input"):
+    for said in (inception.URL, "mdt convert to-jax --input"):
         assert said in str(caught.value)
 
 

@@ -188,7 +188,7 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(copy):
     content[content.index(records()[5, 0].tobytes()) + 30] ^= 1
     shard.write_bytes(content)
     source = data.latents_source(copy)
-    with pytest.raises(ValueError, match=rf"^{shard}: record 2 is damaged; run the tools/encode"):
+    with pytest.raises(ValueError, match=rf"^{shard}: record 2 is damaged; run the mdt encode"):
         source[5]
 
 
@@ -200,7 +200,7 @@ def test_a_folder_that_is_no_finished_cache_is_refused(copy, tmp_path):
         (lambda: (empty / "latents.npy").touch(), "holds latents.npy, which data.name 'npy' reads"),
         (
             lambda: (empty / "encoding.json").touch(),
-            "is not finished; run the tools/encode_latents",
+            "is not finished; run the mdt encode-latents",
         ),
         (lambda: empty.rename(tmp_path / "gone"), "empty: no such folder; data.path must name one"),
     ):
@@ -346,7 +346,7 @@ def test_a_manifest_is_set_aside_as_soon_as_a_shard_is_found_damaged(copy):
     assert latent_writing.unfinished_shards(copy, DESCRIPTION, [0, 2]) == []
     assert data.latents_source(copy)
     assert latent_writing.unfinished_shards(copy, DESCRIPTION, [1]) == [1]
-    with pytest.raises(FileNotFoundError, match="is not finished; run the tools/encode_latents"):
+    with pytest.raises(FileNotFoundError, match="is not finished; run the mdt encode-latents"):
         data.latents_source(copy)
     assert not latent_writing.finish_cache(copy, DESCRIPTION)  # as another process would, meanwhile
     assert latent_writing.unfinished_shards(copy, DESCRIPTION, range(3)) == [1]

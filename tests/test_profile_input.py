@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax import data
-from mdt_jax.commands import profile_input
+from mdt_jax.commands import input_rates, profile_input
 
 
 def write_images(folder, count: int):
@@ -56,39 +56,39 @@ def test_what_cannot_be_measured_is_refused_in_one_line(flags, message, tmp_path
 
 def test_pillow_reads_the_files_in_the_order_in_which_the_pipeline_does(tmp_path):
     source = data.folder_source(write_images(tmp_path, 12))
-    stream = data.ExampleStream(source, profile_input.SEED, image_size=8)
+    stream = data.ExampleStream(source, input_rates.SEED, image_size=8)
     labels = [int(example["label"]) for example in map(stream.__getitem__, range(12))]
-    files = profile_input.image_files(source)
+    files = input_rates.image_files(source)
     assert files == [str(tmp_path / f"{label:02}" / "0.png") for label in labels]
     assert files != sorted(files)
 
 
 def test_pillow_alone_gives_the_pipelines_pixels(tmp_path):
     source = data.folder_source(write_images(tmp_path, 2))
-    file = profile_input.image_files(source)[0]
+    file = input_rates.image_files(source)[0]
     image = source[int(Path(file).parent.name)]["image"]
     for size in (4, 8, 16):
         np.testing.assert_array_equal(
-            profile_input.pillow_crop(file, size), data.center_crop(image, size)
+            input_rates.pillow_crop(file, size), data.center_crop(image, size)
         )
         theirs, ours = (np.random.default_rng(size) for _ in range(2))
         np.testing.assert_array_equal(
-            profile_input.pillow_crop(file, size, theirs), data.random_crop(image, size, ours)
+            input_rates.pillow_crop(file, size, theirs), data.random_crop(image, size, ours)
         )
 
 
 def test_the_rate_that_the_default_model_needs_is_known_without_a_flag():
-    rate, why = profile_input.needed_rate(profile_input.parse_arguments([]))
+    rate, why = input_rates.needed_rate(profile_input.parse_arguments([]))
     assert round(rate) == 303 and why == "MDTv2-XL/2 on 1 x NVIDIA H200 at 40% MFU"
     shared = profile_input.parse_arguments(["--images_per_second", "90", "--processes", "3"])
-    assert profile_input.needed_rate(shared) == (
+    assert input_rates.needed_rate(shared) == (
         30,
         "--images_per_second 90, shared by 3 processes",
     )
 
 
 def test_a_folder_is_measured_as_the_config_would_read_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile_input, "spawned", profile_input.ThreadPoolExecutor)
+    monkeypatch.setattr(input_rates, "spawned", input_rates.ThreadPoolExecutor)
     profile_input.main(
         [
             "--data_name",

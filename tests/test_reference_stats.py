@@ -11,8 +11,8 @@ import pytest
 from fake_extractor import random_images
 
 from mdt_jax import data
-from mdt_jax.commands import reference_stats as tool
 from mdt_jax.evaluation import descriptions, evaluator
+from mdt_jax.evaluation import reference as tool
 from mdt_jax.evaluation.batches import ArrayImages
 from mdt_jax.sampling import images
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.help_page import Page
 from mdt_jax.convert.architecture import BUFFER, Architecture, state_dict_shapes
 from mdt_jax.models.positions import relative_position_index
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
@@ -124,8 +125,16 @@ def benchmark_model(name: str, scratch: Path) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=["MDTv2-XL/2", "MDT-XL/2"])
+    parser = ArgumentParser(
+        page=Page("python tools/benchmark_conversion.py", "", "[OPTION ...]", __doc__)
+    )
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        choices=MODELS,
+        default=["MDTv2-XL/2", "MDT-XL/2"],
+        help="of which sizes checkpoints are converted",
+    )
     parser.add_argument("--scratch", help="where files of some 10 GB may lie for a while")
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args(argv)

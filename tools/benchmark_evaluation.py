@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.help_page import Page
 from mdt_jax.evaluation import manifold
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel.command import command_ending, ending_quietly
@@ -119,10 +120,18 @@ def _processor() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--references", type=int, nargs="*", default=[10_000, 50_000])
-    parser.add_argument("--features", type=int, default=2048)
+    parser = ArgumentParser(
+        page=Page("python tools/benchmark_evaluation.py", "", "[OPTION ...]", __doc__)
+    )
+    parser.add_argument("--samples", type=int, default=50_000, help="how many samples there are")
+    parser.add_argument(
+        "--references",
+        type=int,
+        nargs="*",
+        default=[10_000, 50_000],
+        help="how many reference images, each measured",
+    )
+    parser.add_argument("--features", type=int, default=2048, help="numbers an image")
     parser.add_argument("--output", help="where the JSON goes")
     args = parser.parse_args(argv)
     with command_ending(args):

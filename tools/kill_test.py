@@ -23,14 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from mdt_jax import checkpoints
-from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
-from mdt_jax.parallel.flag_parsing import parse_flags
-from mdt_jax.training import metrics
+from mdt_jax.basics.help_page import Page
+from mdt_jax.parallel.command import UserError, command_ending
+from mdt_jax.parallel.flag_parsing import run_command
 
 CHECKPOINT_EVERY, STEPS_PER_KILL = 5, 30
 START_SECONDS = 300  # the longest from the start of a run to its signal, or to its end
@@ -105,6 +104,14 @@ for phase, moment in moments.items():
     wrap(*moment, count, pause=0.1 if phase == "training" else 0.0)
 runpy.run_module("mdt_jax.train", run_name="__main__", alter_sys=True)
 """
+
+PAGE = Page(
+    "python tools/kill_test.py",
+    "",
+    "--workdir DIR [OPTION ...]",
+    __doc__,
+    {"Options": ("workdir", "kills", "processes", "seed", "json")},
+)
 
 
 def define_flags(f: flags.FlagValues) -> None:
@@ -245,6 +252,10 @@ def strike(kill: dict[str, Any], run: list[str], workdir: Path, folder: Path) ->
 
 def contents(workdir: Path) -> dict[str, Any]:
     """The contents of a finished run by name: arrays as bytes, logged lines without times."""
+    import jax
+
+    from mdt_jax.training import metrics
+
     step, meta = checkpoints.read_meta(workdir)
     found = {"step": step, "meta": {k: v for k, v in meta.items() if k not in metrics.CLOCK}}
     for name in ("state", "ema_0.9", "ema_0.99"):
@@ -351,6 +362,4 @@ def kill_summary(rows: list, expected: dict, different: list, problems: list) ->
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_flags)
+    run_command(main, define_flags, PAGE)

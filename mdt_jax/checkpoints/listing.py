@@ -1,9 +1,4 @@
-"""The table of a run's checkpoints: `python -m mdt_jax.checkpoints runs/digits`.
-
-Every file is read and compared with its checksum; `--noverify` only lists. Nothing is changed, so
-the command may run beside a job, whose save in progress it calls unsealed. Exit status 1 if a
-checkpoint is damaged.
-"""
+"""The table of a run's checkpoints, which `python -m mdt_jax.checkpoints` prints."""
 
 from __future__ import annotations
 
@@ -12,13 +7,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from mdt_jax.checkpoints.items import read_meta
 from mdt_jax.checkpoints.seal import CheckpointError, checkpoint_root, find_problems, is_unsealed
 from mdt_jax.parallel.command import command_ending
-
-_VERIFY = flags.DEFINE_bool("verify", True, "Read every file and compare its checksum.")
 
 
 class Entry(NamedTuple):
@@ -100,11 +91,11 @@ def checkpoint_table(workdir: str | Path, entries: list[Entry]) -> str:
     return "\n".join([f"{workdir}: {heading}", *(lines or ["no checkpoint yet"])])
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], verify: bool = True) -> None:
     """The command."""
     with command_ending():
         if len(arguments) != 2:
-            raise ValueError("give one workdir: python -m mdt_jax.checkpoints WORKDIR")
-        entries = list_checkpoints(arguments[1], _VERIFY.value)
+            raise ValueError("give one workdir: mdt checkpoints WORKDIR")
+        entries = list_checkpoints(arguments[1], verify)
         print(checkpoint_table(arguments[1], entries))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)

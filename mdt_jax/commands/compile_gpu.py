@@ -1,11 +1,11 @@
 """Compiles a run for GPUs that are not there: does it fit, what bounds it, how long might it take.
 
-    python tools/compile_gpu.py --config configs/imagenet256.py:MDTv2-XL/2 --gpus h100x8 \\
+    mdt compile-gpu --config imagenet256:MDTv2-XL/2 --gpus h100x8 \\
         --config.mesh.fsdp=8 --config.model.kernels=cudnn --quick --nosampler
-    python tools/compile_gpu.py --config configs/imagenet256.py:MDTv2-XL/2 --gpus h100x8 \\
+    mdt compile-gpu --config imagenet256:MDTv2-XL/2 --gpus h100x8 \\
         --num_nodes 4 --config.batch_size=1024 --config.mesh.fsdp=8 --advise
-    python tools/compile_gpu.py --gpus h200 --calibrate
-    python tools/compile_gpu.py --all --quick --nosampler
+    mdt compile-gpu --gpus h200 --calibrate
+    mdt compile-gpu --all --quick --nosampler
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler is the one in JAX's CUDA plugin
@@ -28,22 +28,33 @@ whole report as JSON. Exit status: 0 if all was compiled, whether it fits or not
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-from absl import app, flags
-from ml_collections import ConfigDict
+from absl import flags
 
-from mdt_jax.compilers import command, gpus
-from mdt_jax.compilers.command import compile_all, imagenet_config, report_on
-from mdt_jax.compilers.gpu_report import GpuReport
-from mdt_jax.compilers.hardware import Hardware
-from mdt_jax.parallel.command import command_ending, ending_quietly
-from mdt_jax.training.config_flag import parse_config_flags
+from mdt_jax.basics.help_page import Page
+from mdt_jax.compilers.flags import define_flags as define_shared_flags
+from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.flag_parsing import run_command
+from mdt_jax.training.config_flag import CONFIG_OPTIONS, parse_config_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2", "MDT-XL/2", "DiT-XL/2")
 ALL_GPUS = ("h100x1", "h100x8", "h100x8 x 4 nodes", "h200x8", "a100x8")
+
+PAGE = Page(
+    "mdt compile-gpu",
+    "python -m mdt_jax.commands.compile_gpu",
+    "--config NAME --gpus h100x8 [OPTION ...]",
+    __doc__,
+    {
+        "The run": (*CONFIG_OPTIONS, "gpus", "num_nodes"),
+        "What is compiled": ("quick", "sampler", "sample_batch_size", "advise"),
+        "The compiler itself": ("calibrate", "calibration"),
+        "A table of many": ("all", "models", "all_gpus", "unroll", "kernels"),
+    },
+)
 
 # Each flag: absl's function that defines it, name, default, help.
 FLAGS = (
@@ -59,12 +70,21 @@ FLAGS = (
 
 def run_compilation(arguments: Any) -> Any:
     """Does what the flags ask for; returns the result, printed last as JSON, as plain values."""
+    from mdt_jax.compilers import gpus  # which import JAX
+    from mdt_jax.compilers.command import compile_all, imagenet_config, report_on
+    from mdt_jax.compilers.gpu_report import GpuReport
+
+    def config_of(model: str, nodes: Any) -> Any:
+        config = imagenet_config(model, nodes, arguments.unroll)
+        config.model.kernels = arguments.kernels
+        return config
+
     gpus.check_compiler()
     if arguments.all:
         return compile_all(
             arguments,
             map(gpus.parse_gpus, arguments.all_gpus),
-            lambda model, nodes: _config(model, nodes, arguments),
+            config_of,
             GpuReport,
         )
     if not arguments.gpus:
@@ -72,15 +92,9 @@ def run_compilation(arguments: Any) -> Any:
     return report_on(arguments, gpus.parse_gpus(arguments.gpus, arguments.num_nodes), GpuReport)
 
 
-def _config(model: str, nodes: Hardware, arguments: Any) -> ConfigDict:
-    config = imagenet_config(model, nodes, arguments.unroll)
-    config.model.kernels = arguments.kernels
-    return config
-
-
 def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
     """The command's flags; `argv` is the command line, the process's by default."""
-    command.define_flags(f, FLAGS, argv)
+    define_shared_flags(f, FLAGS, argv)
 
 
 def main(_: list[str]) -> None:
@@ -90,7 +104,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # it traces; the compiler for CUDA compiles
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_config_flags)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # it traces; the compiler for CUDA compiles
+    # XLA logs after two minutes, as an error, that compiling is slow; a larger model takes longer.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    run_command(main, define_flags, PAGE, parse_config_flags)

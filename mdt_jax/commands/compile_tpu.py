@@ -1,10 +1,10 @@
 """Compiles a run for TPUs that are not there: does it fit, how long will it take, what bounds it.
 
-    python tools/compile_tpu.py --config configs/imagenet256.py:MDTv2-XL/2 --topology v5e:4x4 \\
+    mdt compile-tpu --config imagenet256:MDTv2-XL/2 --topology v5e:4x4 \\
         --config.mesh.fsdp=16 --config.model.remat=dots
-    python tools/compile_tpu.py --config configs/imagenet256.py:MDT-XL/2 --topology v4-512 --advise
-    python tools/compile_tpu.py --topology v5p-32 --calibrate
-    python tools/compile_tpu.py --all
+    mdt compile-tpu --config imagenet256:MDT-XL/2 --topology v4-512 --advise
+    mdt compile-tpu --topology v5p-32 --calibrate
+    mdt compile-tpu --all
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler, libtpu (pip install "mdt_jax[tpu]"), is the
@@ -23,20 +23,34 @@ report as JSON. Exit status: 0 if all was compiled, whether it fits or not.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
-from absl import app, flags
+from absl import flags
 
-from mdt_jax.compilers import command, topologies
-from mdt_jax.compilers.command import compile_all, imagenet_config, report_on
-from mdt_jax.parallel.command import command_ending, ending_quietly
-from mdt_jax.training.config_flag import parse_config_flags
+from mdt_jax.basics.help_page import Page
+from mdt_jax.compilers.flags import define_flags as define_shared_flags
+from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.flag_parsing import run_command
+from mdt_jax.training.config_flag import CONFIG_OPTIONS, parse_config_flags
 
 ALL_MODELS = ("MDTv2-S/2", "MDTv2-B/2", "MDTv2-L/2", "MDTv2-XL/2")
 ALL_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v4:2x2x4")
+
+PAGE = Page(
+    "mdt compile-tpu",
+    "python -m mdt_jax.commands.compile_tpu",
+    "--config NAME --topology v5e:4x4 [OPTION ...]",
+    __doc__,
+    {
+        "The run": (*CONFIG_OPTIONS, "topology", "num_slices"),
+        "What is compiled": ("quick", "sampler", "sample_batch_size", "advise"),
+        "The compiler itself": ("calibrate", "calibration"),
+        "A table of many": ("all", "models", "topologies", "unroll"),
+    },
+)
 
 # Each flag: absl's function that defines it, name, default, help.
 FLAGS = (
@@ -51,6 +65,9 @@ FLAGS = (
 
 def run_compilation(arguments: Any) -> Any:
     """Does what the flags ask for; returns the result, printed last as JSON, as plain values."""
+    from mdt_jax.compilers import topologies  # which import JAX
+    from mdt_jax.compilers.command import compile_all, imagenet_config, report_on
+
     topologies.check_compiler()
     if arguments.all:
         config_of = partial(imagenet_config, unroll=arguments.unroll)
@@ -64,7 +81,7 @@ def run_compilation(arguments: Any) -> Any:
 
 def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
     """The command's flags; `argv` is the command line, the process's by default."""
-    command.define_flags(f, FLAGS, argv)
+    define_shared_flags(f, FLAGS, argv)
 
 
 def main(_: list[str]) -> None:
@@ -74,7 +91,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # it traces; the TPU's compiler compiles
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_config_flags)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # it traces; the TPU's compiler compiles
+    # XLA logs after two minutes, as an error, that compiling is slow; a larger model takes longer.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    run_command(main, define_flags, PAGE, parse_config_flags)

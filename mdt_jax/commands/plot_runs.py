@@ -1,12 +1,12 @@
 """Plots a metric of several runs into one PNG: distance against steps, seconds or images.
 
-    python tools/plot_runs.py runs/mdtv2 runs/dit --x seconds --metric eval_fid --log y \\
+    mdt plot runs/mdtv2 runs/dit --x seconds --metric eval_fid --log y \\
         --output plot.png
 
 A run is given by its workdir or its metrics.jsonl. The legend shows the model's name, from the
 config.json beside it, and the workdir too if two runs have one model; `--labels A,B` gives other
 names. Seconds are `train_seconds`: those of the training loop, without compilation, evaluation,
-grids and saving. Images are steps times the batch size. Needs matplotlib: pip install -e ".[plot]".
+grids and saving. Images are steps times the batch size. Needs matplotlib: pip install matplotlib.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.help_page import Page
 from mdt_jax.basics.places import read_text
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
-from mdt_jax.training.metrics import METRICS_FILE, read_lines
 
+PAGE = Page(
+    "mdt plot",
+    "python -m mdt_jax.commands.plot_runs",
+    "RUN ... --output PLOT.png [OPTION ...]",
+    __doc__,
+)
 AXES = {"steps": "training steps", "seconds": "seconds of training", "images": "images seen"}
 METRIC_LABELS = {"eval_fid": "Fréchet distance"}
 # A curve of at most so many points has a mark at each; more marks would hide it.
@@ -56,6 +62,8 @@ def read_curve(place: str | Path, metric: str, x: str) -> Curve:
       FileNotFoundError: no run there.
       ValueError: a run without that metric, naming those it has; one without seconds or batch size.
     """
+    from mdt_jax.training.metrics import METRICS_FILE, read_lines  # imports JAX
+
     path = Path(place)
     path = path / METRICS_FILE if path.is_dir() else path
     if not path.is_file():
@@ -144,7 +152,7 @@ def draw_plot(curves: list[Curve], metric: str, x: str, log: str, output: str | 
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogFormatter
     except ImportError as error:
-        raise ValueError('plots need matplotlib: pip install -e ".[plot]"') from error
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
 
     for axis in log:
         if any(value <= 0 for curve in curves for value in getattr(curve, axis)):
@@ -173,10 +181,8 @@ def draw_plot(curves: list[Curve], metric: str, x: str, log: str, output: str | 
 
 def parse_plot_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's settings."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", help=f"workdirs, or their {METRICS_FILE}")
+    parser = ArgumentParser(page=PAGE)
+    parser.add_argument("runs", nargs="+", help="workdirs, or their metrics.jsonl")
     parser.add_argument("--x", choices=AXES, default="steps", help="the horizontal axis")
     parser.add_argument("--metric", default="eval_fid", help="a name in metrics.jsonl")
     parser.add_argument("--log", choices=("", "x", "y", "xy"), default="", help="log axes")

@@ -1,9 +1,9 @@
 """Prepares a data set for training: ArrayRecord files with TFDS's metadata, without TensorFlow.
 
-    python tools/prepare_dataset.py --imagenet ILSVRC2012_img_train.tar --data_dir DIR
-    python tools/prepare_dataset.py --folder PHOTOS --data_dir DIR
-    python tools/prepare_dataset.py --lmdb bedroom_train_lmdb --data_dir DIR
-    python tools/prepare_dataset.py --parquet 'data/train-*.parquet' --name NAME --data_dir DIR
+    mdt prepare-dataset --imagenet ILSVRC2012_img_train.tar --data_dir DIR
+    mdt prepare-dataset --folder PHOTOS --data_dir DIR
+    mdt prepare-dataset --lmdb bedroom_train_lmdb --data_dir DIR
+    mdt prepare-dataset --parquet 'data/train-*.parquet' --name NAME --data_dir DIR
 
 The last line it prints says how to train on the data. They are in DIR/NAME/VERSION, which TFDS
 itself reads too.
@@ -19,7 +19,7 @@ itself reads too.
 FFHQ's images come in folders of a thousand, `images1024x1024/00000/00000.png` and on, and so do its
 thumbnails. FFHQ has no classes, and those folders are none: give --labels none.
 
-    python tools/prepare_dataset.py --folder thumbnails128x128 --labels none --name ffhq
+    mdt prepare-dataset --folder thumbnails128x128 --labels none --name ffhq
 
 The bytes of an image are kept as they are, unless its pixels are of a kind that readers disagree
 on (CMYK, palettes, transparency, 16 bits, animations): those become PNGs, and the summary counts
@@ -40,6 +40,7 @@ from pathlib import Path, PurePosixPath
 
 from absl import logging
 
+from mdt_jax.basics.help_page import Page
 from mdt_jax.basics.names import printable
 from mdt_jax.basics.places import expand
 from mdt_jax.data.decoding import BadImage
@@ -49,6 +50,12 @@ from mdt_jax.data.prepare import InputImage, InputImages, PreparedDataset, prepa
 from mdt_jax.parallel.command import command_ending, ending_quietly, one_line
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 
+PAGE = Page(
+    "mdt prepare-dataset",
+    "python -m mdt_jax.commands.prepare_dataset",
+    "(--imagenet TAR | --folder DIR | --lmdb DIR | --parquet GLOB) [OPTION ...]",
+    __doc__,
+)
 IMAGENET, IMAGENET_COUNT = "imagenet2012", 1_281_167
 # A configuration's keys, which messages about folders contain → this command's flags.
 FLAGS_OF_KEYS = {
@@ -284,34 +291,39 @@ def _message(error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(page=PAGE)
+    inputs = parser.add_argument_group("The images, one of").add_mutually_exclusive_group(
+        required=True
     )
-    inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--imagenet", metavar="TAR", help="a tar of a tar for each class")
     inputs.add_argument("--folder", metavar="DIR", help="image files, or a sub-folder a class")
     inputs.add_argument("--lmdb", metavar="DIR", help="LSUN's folder with data.mdb")
     inputs.add_argument("--parquet", metavar="GLOB", help="Hugging Face's files, in quotes")
-    parser.add_argument("--name", help="the data set's name: NAME or NAME/CONFIG")
-    parser.add_argument(
+    made = parser.add_argument_group("The data set")
+    made.add_argument("--name", help="the data set's name: NAME or NAME/CONFIG")
+    made.add_argument(
         "--data_dir", help="TFDS's data folder, in which it is made; TFDS's own if not given"
     )
-    parser.add_argument("--split", default="train", help="the one split it has (%(default)s)")
-    parser.add_argument("--shard_mb", type=int, default=256, help="MiB a file (%(default)s)")
-    parser.add_argument(
+    made.add_argument("--split", default="train", help="the one split it has (%(default)s)")
+    made.add_argument("--shard_mb", type=int, default=256, help="MiB a file (%(default)s)")
+    read = parser.add_argument_group("How they are read")
+    read.add_argument(
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",
         help="for an image that cannot be decoded (%(default)s); skip leaves it out and counts it",
     )
-    parser.add_argument(
-        "--class_order", choices=CLASS_ORDERS, default="string", help="with --folder"
+    read.add_argument(
+        "--class_order",
+        choices=CLASS_ORDERS,
+        default="string",
+        help="with --folder: the order of its classes' names",
     )
-    parser.add_argument(
+    read.add_argument(
         "--labels", choices=LABELS, default="auto", help="with --folder: where its classes are"
     )
-    parser.add_argument("--image_column", default="image", help="with --parquet (%(default)s)")
-    parser.add_argument(
+    read.add_argument("--image_column", default="image", help="with --parquet (%(default)s)")
+    read.add_argument(
         "--label_column", help="with --parquet; '' for no classes; 'label' if it is there"
     )
     args = parser.parse_args(argv)

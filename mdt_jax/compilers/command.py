@@ -1,16 +1,15 @@
-"""What `tools/compile_tpu.py` and `tools/compile_gpu.py` share: what is compiled, in what order.
+"""What `mdt compile-tpu` and `mdt compile-gpu` share: what is compiled, in what order.
 
-The functions take the flags that `define_flags` defines, as attributes.
+The functions take the flags that `compilers.flags.define_flags` defines, as attributes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from mdt_jax.compilers import advice, programs
@@ -18,34 +17,6 @@ from mdt_jax.compilers.hardware import GIB, Hardware
 from mdt_jax.compilers.programs import Program, TrainingJob
 from mdt_jax.compilers.report import CompileReport, create_report
 from mdt_jax.config import apply_recipe, default_config
-from mdt_jax.training.config_flag import define_config_flag
-
-# Each flag of both tools: absl's function that defines it, name, default, help.
-SHARED_FLAGS: tuple[tuple[Callable, str, Any, str], ...] = (
-    (flags.DEFINE_bool, "advise", False, "Try other settings until one fits; report on that."),
-    (flags.DEFINE_bool, "quick", False, "Compile one number of kept tokens for all of them."),
-    (flags.DEFINE_bool, "sampler", True, "Compile the sampler too."),
-    (flags.DEFINE_integer, "sample_batch_size", None, "Samples at a time; the batch size if none."),
-    (flags.DEFINE_bool, "calibration", True, "Set a lone product beside the MFU."),
-    (flags.DEFINE_bool, "calibrate", False, "Compile only a lone product; needs no --config."),
-)
-
-
-def define_flags(
-    f: flags.FlagValues,
-    own: Iterable[tuple[Callable, str, Any, str]],
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Defines the flags of a tool: --config, those of both, and its own.
-
-    Args:
-      f: the flags.
-      own: the tool's own, as `SHARED_FLAGS`.
-      argv: the command line; the process's by default.
-    """
-    define_config_flag(f, argv)
-    for define, name, default, text in (*SHARED_FLAGS, *own):
-        define(name, default, help=text, flag_values=f)
 
 
 def compile_job(

@@ -14,7 +14,7 @@ from mdt_jax.basics.places import read_text
 
 CACHE_MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # takes the manifest's place while a cache is being made
-TOOL = "tools/encode_latents.py"
+TOOL = "mdt encode-latents"
 # The types of a description's fields, and of lists' entries, as JSON gives them.
 _TYPES = {
     "str": (str,), "int": (int,), "float": (float, int), "bool": (bool,),

@@ -1,6 +1,6 @@
 """A data set's latents on disk: shards of posteriors, and a manifest that describes them.
 
-`tools/encode_latents.py` makes such a folder (`latent_writing`), `data.name=latents` reads it. It
+`mdt encode-latents` makes such a folder (`latent_writing`), `data.name=latents` reads it. It
 holds `latents-00000-of-00313.array_record` and so on, ArrayRecord files, and `manifest.json`: the
 data set, the autoencoder, and every shard's size and SHA-256. A record is the bytes of one
 structured value (`record_type`), each a group of its own, uncompressed, so that one is read without

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ml_collections
 from absl import flags
 
 from mdt_jax.data.source import Source
-from mdt_jax.data.sources import create_source
 
 # The keys of `data`, which messages contain, and the flags of tools that take data by flags.
 FLAGS_OF_KEYS = {
@@ -16,6 +14,7 @@ FLAGS_OF_KEYS = {
     "data.class_order": "--class_order",
     "data.labels": "--labels",
 }
+SOURCE_FLAGS = tuple(flag.removeprefix("--") for flag in FLAGS_OF_KEYS.values())
 
 
 def define_source_flags(f: flags.FlagValues) -> None:
@@ -38,6 +37,10 @@ def source_of_flags(f: flags.FlagValues) -> Source:
       ValueError, MissingData: as `create_source`; messages hold a config's keys, which
         `FLAGS_OF_KEYS` turns into flags.
     """
+    import ml_collections
+
+    from mdt_jax.data.sources import create_source  # which reads them all
+
     config = {
         key.removeprefix("data."): f[flag.removeprefix("--")].value
         for key, flag in FLAGS_OF_KEYS.items()

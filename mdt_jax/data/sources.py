@@ -25,7 +25,7 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
         _folder(data, "images"), data.get("class_order") or "string", data.get("labels") or "auto"
     ),
     "latents": lambda data: latents_source(
-        _folder(data, "latents, which tools/encode_latents.py makes")
+        _folder(data, "latents, which mdt encode-latents makes")
     ),
     "npy": lambda data: npy_directory(_folder(data, "images.npy or latents.npy")),
     "tfds:NAME": lambda data: tfds_source(
@@ -44,7 +44,7 @@ def create_source(data_config: ConfigDict) -> Source:
           "train" (the default) or "test";
         "folder": `path` is a folder of images, with `class_order` and `labels` as
           `folders.read_folder` has them;
-        "latents": `path` is a folder that `tools/encode_latents.py` made;
+        "latents": `path` is a folder that `mdt encode-latents` made;
         "npy": `path` is a folder of .npy files;
         "tfds:NAME": `split` as TFDS writes it ("train" by default), `path` TFDS's data folder
           or the dataset's own.

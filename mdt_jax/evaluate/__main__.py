@@ -1,7 +1,7 @@
 """FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them.
 
-    python -m mdt_jax.evaluate --reference REF.npz --samples S.npz --inception DIR \\
-        --output report.json
+    mdt evaluate --reference REF.npz --samples S.npz --inception DIR --output report.json
+    mdt evaluate --reference REF.npz --workdir runs/b2 --inception DIR --cfg_scale 1.5
 
 `--samples` is an npz in ADM's layout, several joined by commas, a folder of npz files or of images,
 or a run's workdir. With a workdir (there or as `--workdir`), or with PyTorch weights as
@@ -15,14 +15,25 @@ within the class's own reference images, and the distance between radially avera
 (`evaluation/spectrum.py`). Several processes share the images.
 """
 
-from absl import app, flags
+from mdt_jax.basics.help_page import Page
+from mdt_jax.evaluate.flags import GROUPS, define_flags
+from mdt_jax.parallel.flag_parsing import run_command
 
-from mdt_jax.evaluate.command import main
-from mdt_jax.evaluate.flags import define_flags
-from mdt_jax.parallel.command import ending_quietly
-from mdt_jax.parallel.flag_parsing import parse_flags
+PAGE = Page(
+    "mdt evaluate",
+    "python -m mdt_jax.evaluate",
+    "--reference REF.npz (--samples S.npz | --workdir RUN) --inception DIR [OPTION ...]",
+    __doc__,
+    GROUPS,
+)
+
+
+def main(arguments: list[str]) -> None:
+    """The command, which imports what it needs when its work begins."""
+    from mdt_jax.evaluate import command
+
+    command.main(arguments)
+
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_flags)
+    run_command(main, define_flags, PAGE)

@@ -18,6 +18,7 @@ from jaxtyping import Float32, Float64, Integer
 from tqdm import tqdm
 
 from mdt_jax.basics.names import printable
+from mdt_jax.evaluation import SPLIT_SIZE
 from mdt_jax.evaluation.batches import ImageSet, image_size, open_images, read_ahead, share
 from mdt_jax.evaluation.extractors import Extractor, Features, check_finite
 from mdt_jax.evaluation.npz import npz_members, read_npz
@@ -25,8 +26,7 @@ from mdt_jax.evaluation.processes import gather_arrays, gather_rows
 from mdt_jax.evaluation.spectrum import PowerSpectrum
 from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, InceptionScore
 
-SPLIT_SIZE = 5000  # images of a split of the Inception Score
-DIGEST_KEY = "extractor_digest"  # in the metadata of a reference, see tools/reference_stats.py
+DIGEST_KEY = "extractor_digest"  # in the metadata of a reference, see mdt reference-stats
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def check_reference(
     path = Path(place)
     if not path.exists() and "," not in str(place):
         raise FileNotFoundError(
-            f"{what} {printable(path)}: no such file or folder; tools/reference_stats.py makes one"
+            f"{what} {printable(path)}: no such file or folder; mdt reference-stats makes one"
         )
     members = _members(path)
     if members is not None and not recompute and {"mu", "sigma"} <= set(members):
@@ -200,7 +200,7 @@ def describe_reference(
                 raise ValueError(
                     f"{path}: stored statistics of {gaussian.mean.size} features, {extractor.name} "
                     f"has {ours.shape[1]}: they are another extractor's; make the reference anew "
-                    "with tools/reference_stats.py, or give --recompute_reference"
+                    "with mdt reference-stats, or give --recompute_reference"
                 )
 
     found = describe_images(open_images(place), extractor, check=check, **settings)
@@ -293,12 +293,12 @@ def _check_digest(path: Path, members: list[str], extractor: Extractor) -> None:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{printable(path)}: its metadata cannot be read; make the reference anew with "
-            "tools/reference_stats.py, or give --recompute_reference to use its images"
+            "mdt reference-stats, or give --recompute_reference to use its images"
         ) from error
     if stored and stored != extractor.digest:
         raise ValueError(
             f"{path}: its statistics are of weights {stored}, {extractor.name} has "
-            f"{extractor.digest}; make the reference anew with tools/reference_stats.py, or give "
+            f"{extractor.digest}; make the reference anew with mdt reference-stats, or give "
             "--recompute_reference to use its images"
         )
 

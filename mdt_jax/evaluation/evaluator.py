@@ -137,7 +137,7 @@ def check_sizes(
         sizes = ["{1} × {0}".format(*pair) for pair in (size, reference_size)]
         raise ValueError(
             f"{samples} holds images of {sizes[0]} pixels, {reference} of {sizes[1]}: give a "
-            "reference of the samples' size (tools/reference_stats.py --image_size "
+            "reference of the samples' size (mdt reference-stats --image_size "
             f"{min(size)} makes one)"
         )
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import app, flags
 from absl.flags import argparse_flags
 
-from mdt_jax.basics import ranges
+import mdt_jax
+from mdt_jax.basics import help_page, ranges
+from mdt_jax.basics.help_page import Page
 from mdt_jax.basics.places import refuse_urls
-from mdt_jax.parallel.command import command_ending
+from mdt_jax.parallel.command import command_ending, ending_quietly
 
 flags.disclaim_key_flags()  # the flags here are the command's, whose --help lists them
 
@@ -134,6 +136,78 @@ def flag_message(error: flags.Error) -> str:
     )
 
 
+def run_command(
+    main: Callable[[list[str]], None],
+    define_flags: Callable[[flags.FlagValues], None],
+    page: Page,
+    parse: Callable[[Sequence[str]], list[str]] | None = None,
+) -> None:
+    """Runs a command whose flags are absl's.
+
+    Args:
+      main: the command. What takes long to import it imports itself, so that `--help` is quick.
+      define_flags: defines its flags.
+      page: what `--help` says.
+      parse: parses the command line; `parse_flags` by default.
+    """
+    define_flags(flags.FLAGS)
+
+    def read(argv: Sequence[str]) -> list[str]:
+        answer_help(argv, page, flags.FLAGS)
+        return (parse or parse_flags)(argv)
+
+    with ending_quietly():
+        app.run(main, flags_parser=read)
+
+
+def answer_help(argv: Sequence[str], page: Page, f: flags.FlagValues) -> None:
+    """Ends a command that is asked for its help or version, with status 0.
+
+    Args:
+      argv: the command line, the program's name first.
+      page: what `--help` says; `--helpfull` lists the flags of all modules, too.
+      f: the flags.
+    """
+    if help_page.asked_for(argv[1:], help_page.VERSION):
+        print(f"mdt_jax {mdt_jax.__version__}")
+    elif help_page.asked_for(argv[1:], help_page.FULL):
+        print(f"{absl_help(page, f)}\n{f.get_help()}")
+    elif help_page.asked_for(argv[1:], help_page.SHORT):
+        print(absl_help(page, f), end="")
+    else:
+        return
+    sys.exit(0)
+
+
+def absl_help(page: Page, f: flags.FlagValues) -> str:
+    """The text of `--help` of a command with absl's flags."""
+    sections = {
+        title: [_absl_option(f, name) if isinstance(name, str) else name for name in names]
+        for title, names in page.groups.items()
+    }
+    return help_page.render(page, sections)
+
+
+_VALUES = {"int": "N", "float": "X", "bool": ""}
+
+
+def _absl_option(f: flags.FlagValues, name: str) -> help_page.Option:
+    """A flag of absl as it is written, and its help with its default."""
+    flag, kind = f[name], f[name].flag_type()
+    if kind == "bool":
+        return f"--[no]{name}", f"{flag.help} (on)" if flag.default else flag.help
+    value = "A,B,..." if "list" in kind else _VALUES.get(kind, "TEXT")
+    if name in PLACES:
+        value = "PATH"
+    if isinstance(flag, flags.EnumFlag):
+        value = "{" + ",".join(flag.parser.enum_values) + "}"
+    shown = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+    default = "" if shown in (None, "") else f" ({shown})"
+    # absl itself puts the values of an enumeration before its help.
+    text = re.sub(r"^<[^<>]*>: ", "", flag.help)
+    return f"--{name} {value}", f"{text}{default}"
+
+
 def parse_flags(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses a command line as absl does, for `app.run`; a wrong flag ends it with one line.
 
@@ -167,15 +241,23 @@ def _number_of_argparse(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 class _InRanges:
-    """A parser whose numbers are as those of --config, and whose errors are one line."""
+    """A parser whose numbers are as those of --config, and whose errors are one line.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    `page`, if it is given, is what `--help` says beside the arguments, which stand under their
+    groups' titles.
+    """
+
+    def __init__(self, *args: Any, page: Page | None = None, **settings: Any):
+        super().__init__(*args, **{"prog": page.command if page else None} | settings)
+        self.page = page
         self.register("type", int, _number_of_argparse(WholeParser().convert))
         self.register("type", float, _number_of_argparse(NumberParser().convert))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse has it, whose `parse_args` calls it."""
+        if help_page.asked_for(sys.argv[1:] if args is None else args, help_page.VERSION):
+            print(f"mdt_jax {mdt_jax.__version__}")
+            sys.exit(0)
         parsed, rest = super().parse_known_args(args, namespace)
         try:
             for action in self._actions:
@@ -185,6 +267,20 @@ class _InRanges:
         except ValueError as error:
             self.error(str(error))
         return parsed, rest
+
+    def format_help(self) -> str:
+        """The text of `--help`."""
+        titles = {"positional arguments": "Arguments", "options": "Options"}
+        sections = {
+            titles.get(group.title, group.title): [
+                option for action in group._group_actions for option in _argparse_options(action)
+            ]
+            for group in self._action_groups
+        }
+        needed = [next(_argparse_options(action))[0] for action in self._actions if action.required]
+        usage = " ".join([*needed, "[OPTION ...]"])
+        page = self.page or Page(self.prog, "", usage, self.description or "")
+        return help_page.render(page, sections)
 
     def error(self, message: str) -> NoReturn:
         """Ends the command."""
@@ -199,6 +295,30 @@ def _check_none(action: argparse.Action, value: Any) -> None:
             _refuse_none(action.dest)
         except ValueError as error:
             raise ValueError(f"--{action.dest}=None: {error}") from None
+
+
+def _argparse_options(action: argparse.Action) -> Iterator[help_page.Option]:
+    """An argument of argparse as it is written, and its help; each command of several."""
+    if isinstance(action, argparse._SubParsersAction):
+        yield from ((choice.dest, choice.help or "") for choice in action._choices_actions)
+        return
+    if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+        return
+    plain = "PATH" if action.dest in PLACES else "TEXT"
+    value = {int: "N", float: "X"}.get(action.type, plain)
+    if action.metavar:
+        value = action.metavar
+    elif action.choices:
+        value = "{" + ",".join(filter(None, map(str, action.choices))) + "}"
+    value += " ..." if action.nargs in ("+", "*") else ""
+    names = [name for name in action.option_strings if name.startswith("--")]
+    written = value if not names else f"{names[0]} {value}" if action.nargs != 0 else names[0]
+    text = (action.help or "") % {"default": action.default}
+    default = action.default
+    if isinstance(default, list | tuple):
+        default = " ".join(map(str, default))
+    is_told = default in (None, "", False) or "default)s" in (action.help or "")
+    yield written, text if is_told else f"{text} ({default})"
 
 
 class ArgumentParser(_InRanges, argparse.ArgumentParser):

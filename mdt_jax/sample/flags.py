@@ -59,6 +59,18 @@ SAMPLE_FLAGS = (
     (flags.DEFINE_integer, "batch_size", None, "Samples at a time, over all devices; what fits."),
 )
 
+GROUPS = {
+    "The model": (
+        "workdir", "ema_rate", "step", "checkpoint", "decode_layers", "num_heads", "num_classes",
+        "input_size",
+    ),
+    "The samples": ("labels", "num_samples", "label_order", "seed", "output", "keep_parts"),
+    "The sampler": tuple(SAMPLER_OPTIONS),
+    "Latents": ("vae", "vae_batch_size", "vae_tile_size"),
+    "Inpainting": ("inpaint", "mask", "resamples", "masked_share"),
+    "Devices": ("batch_size", "mesh_fsdp", "mesh_tensor"),
+}  # fmt: skip
+
 
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""

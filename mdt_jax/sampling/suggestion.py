@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from mdt_jax.models.latent_space import LatentSpace
-from mdt_jax.weights.pretrained import PIXEL_CHANNELS
+from mdt_jax.weights.descriptions import PIXEL_CHANNELS
 
 
 def sampling_command(

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from mdt_jax.training.config_flag import define_config_flag
+from mdt_jax.training.config_flag import CONFIG_OPTIONS, define_config_flag
+
+GROUPS = {
+    "The run": (*CONFIG_OPTIONS, "workdir", "allow_changes"),
+    "How it ends": ("dry_run", "max_hours"),
+}
 
 
 def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:

@@ -153,7 +153,7 @@ def _check_inception(config: ConfigDict) -> None:
     if not e.reference:
         raise ValueError(
             "eval.reference is missing: an npz in ADM's layout, such as its VIRTUAL_imagenet256_"
-            "labeled.npz; tools/reference_stats.py makes one from any data"
+            "labeled.npz; mdt reference-stats makes one from any data"
         )
 
 
@@ -161,7 +161,7 @@ def _check_size(place: str, size: tuple[int, int] | None, side: int | None) -> N
     if None not in (size, side) and tuple(size) != (side, side):
         raise ValueError(
             f"eval.reference {place}: images of {size[1]} × {size[0]} pixels, the samples are of "
-            f"{side} × {side}; tools/reference_stats.py --image_size {side} makes one that fits"
+            f"{side} × {side}; mdt reference-stats --image_size {side} makes one that fits"
         )
 
 
