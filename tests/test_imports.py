@@ -1,5 +1,6 @@
 """Importing: `mdt_jax.sample` is a function whatever was imported, and names alone cost no JAX."""
 
+import ast
 import itertools
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mdt_jax
+from mdt_jax import checkpoints, data, diffusion, models, sampling, train
 
 ROOT = Path(__file__).parents[1]
 # The three uses of the name, each in its own order in a new process.
@@ -59,18 +61,24 @@ def test_names_and_converters_import_neither_jax_nor_flax(name):
     assert heavy == "[]\n"
 
 
-def test_every_public_name_is_there_and_listed():
-    for module in (mdt_jax, mdt_jax.models):
-        assert set(module.__all__) <= set(dir(module))
-        assert [name for name in module.__all__ if not hasattr(module, name)] == []
-        with pytest.raises(AttributeError, match="has no attribute 'smaple'"):
-            module.smaple  # noqa: B018
+LAZY = (mdt_jax, checkpoints, data, diffusion, sampling, train)
 
 
-def test_the_names_of_type_checkers_are_those_of_the_table():
+@pytest.mark.parametrize("module", [*LAZY, models], ids=lambda module: module.__name__)
+def test_every_public_name_is_there_and_listed(module):
+    assert set(module.__all__) <= set(dir(module))
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    with pytest.raises(AttributeError, match="has no attribute 'smaple'"):
+        module.smaple  # noqa: B018
+
+
+@pytest.mark.parametrize("module", LAZY, ids=lambda module: module.__name__)
+def test_the_names_of_type_checkers_are_those_of_the_table(module):
     """Both say where a name is from: the imports under TYPE_CHECKING, and `_HOMES`."""
-    code = Path(mdt_jax.__file__).read_text()
-    for name, home in mdt_jax._HOMES.items():
-        (line,) = [line for line in code.splitlines() if line.startswith(f"    from {home} import")]
-        assert name in line.partition(" import ")[2].split(", ")
-    assert sorted(mdt_jax._HOMES) == sorted(mdt_jax.__all__)
+    (block,) = [
+        node
+        for node in ast.parse(Path(module.__file__).read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    named = {alias.name: node.module for node in block.body for alias in node.names}
+    assert named == module._HOMES and sorted(named) == sorted(module.__all__)
