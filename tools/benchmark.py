@@ -36,17 +36,36 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.help_page import Page
 from mdt_jax.commands import benchmarking
 from mdt_jax.commands.benchmarking import Workload, Workloads
-from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
+from mdt_jax.parallel.command import UserError, command_ending
+from mdt_jax.parallel.flag_parsing import run_command
 from mdt_jax.training import metrics
-from mdt_jax.training.config_flag import define_config_flag, parse_config_flags
+from mdt_jax.training.config_flag import CONFIG_OPTIONS, define_config_flag, parse_config_flags
 from mdt_jax.weights import descriptions
 from mdt_jax.weights.autoencoder import Autoencoder
 
+PAGE = Page(
+    "python tools/benchmark.py",
+    "",
+    "--model NAME [OPTION ...]",
+    __doc__,
+    {
+        "What is timed": (
+            ("--model NAME", "Such as MDTv2-XL/2: short for --config imagenet256:NAME."),
+            *CONFIG_OPTIONS,
+            "parts",
+            "sample_batch_size",
+            "vae",
+            "compile",
+        ),
+        "How": ("device", "repeats", "reference_torch", "output"),
+    },
+)
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "imagenet256.py"
 PARTS = ("step", "forward", "sample", "latency")
@@ -291,6 +310,4 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=lambda argv: parse_config_flags(expand_model(argv)))
+    run_command(main, define_flags, PAGE, lambda argv: parse_config_flags(expand_model(argv)))
