@@ -12,6 +12,7 @@ import mdt_jax
 from mdt_jax import config as config_lib
 from mdt_jax import sampling
 from mdt_jax.evaluate import flags as evaluate_flags
+from mdt_jax.parallel.flag_parsing import parse_flags
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.sampling import SAMPLER_OPTIONS, SamplerOptions
 
@@ -29,7 +30,7 @@ def model():
 def parse(*arguments):
     values = flags.FlagValues()
     sample_flags.define_flags(values)
-    values(["sample", *arguments])
+    parse_flags(["sample", *arguments], values)
     return values
 
 
@@ -83,7 +84,7 @@ def test_flags_give_options():
 def test_numbers_of_flags_are_written_as_those_of_a_config(flag, value, define):
     f = flags.FlagValues()
     define(f)
-    f(["command", f"--{flag}"])
+    parse_flags(["command", f"--{flag}"], f)
     found = f[flag.partition("=")[0]].value
     assert found == value and isinstance(found, type(value))
 
