@@ -680,8 +680,17 @@ def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
 
 def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
     """The command's main, with its flags parsed."""
-    parsed = types.SimpleNamespace(
-        config=config, workdir=workdir, dry_run=dry_run, max_hours=max_hours
+
+    class Parsed(types.SimpleNamespace):
+        def __getitem__(self, name):
+            return types.SimpleNamespace(override_values={})
+
+    parsed = Parsed(
+        config=config,
+        workdir=workdir,
+        dry_run=dry_run,
+        max_hours=max_hours,
+        allow_changes=[],
     )
     monkeypatch.setattr(command_module, "flags", types.SimpleNamespace(FLAGS=parsed))
     command_module.main([])

@@ -199,8 +199,8 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
     if num_heads % tensor:
         fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ValueError(
-            f"mesh.tensor {tensor} does not divide the model's {num_heads} heads (num_heads); "
-            f"{', '.join(map(str, fitting))} would"
+            f"mesh.tensor {tensor} does not divide the model's {num_heads} heads; "
+            f"{', '.join(map(str, fitting))} would, or another model.num_heads"
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
@@ -57,8 +58,9 @@ def main(_: list[str]) -> None:
         _run_command(flags.FLAGS)
 
 
-def _run_command(f: flags.FlagValues) -> None:
-    given = config_flags.get_override_values(f["config"])
+def _run_command(f: Any) -> None:
+    """Does what the flags ask for."""
+    given = getattr(f["config"], "override_values", {})
     if f.dry_run:
         print(dry_run(f.config, given))
     elif not f.workdir:
