@@ -264,7 +264,7 @@ OWN = {
     "basics/places.py": "the opener",
     "basics/atomic.py": "the file that it has just written",
     "commands/benchmarking.py": "of the system",
-    "commands/profile_input.py": "whose plain reading it measures",
+    "commands/input_rates.py": "whose plain reading it measures",
     "parallel/compilation_cache.py": "of the system",
     "compilers/kernels.py": "of its own child",
     "evaluation/classifier.py": "checked before",

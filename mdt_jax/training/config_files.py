@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import mdt_jax
+from mdt_jax.basics.places import read_text
 
 LIST = "list"  # `--config list` lists them
 
@@ -63,5 +64,5 @@ def describe_configs() -> str:
 
 
 def _summary(file: Path) -> str:
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    text = ast.get_docstring(ast.parse(read_text(file))) or ""
     return " ".join(text.partition("\n\n")[0].split())
