@@ -126,6 +126,9 @@ def default_config() -> ConfigDict:
     config.data.read_ahead = 4  # batches prepared before they are needed
 
     config.log_every = 100  # steps between lines of metrics.jsonl
+    config.log = Settings()  # where the same lines, and grids of samples, go besides
+    # Weights & Biases (pip install -e ".[wandb]"): the name of the project; True: "mdt_jax".
+    config.log.wandb = config_dict.FieldReference(False, field_type=bool | str)
     config.profile_steps = ()  # (100, 105): a trace of these steps for XProf, in WORKDIR/profile
     config.checkpoint_every = 5_000  # steps between checkpoints
     config.keep_last = 3  # checkpoints kept

@@ -49,6 +49,7 @@ TEXTS = {
     "eval.inception": ["", "/nowhere"],
     "eval.reference": ["", "/nowhere"],
     "eval.vae": ["", "ema"],
+    "log.wandb": [False, True, "", "project", "a/b", "x" * 200],
 }
 
 

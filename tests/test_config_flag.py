@@ -94,6 +94,15 @@ def test_steps_are_a_number_or_a_respacing(key, text, value):
     assert lookup(parse(f"--config.{key}={text}"), key) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("my runs", "my runs"), ("true", True), ("False", False), ("None", False), ("", False)],
+)
+def test_a_project_of_weights_and_biases_is_a_name_or_a_switch(text, value):
+    found = parse(f"--config.log.wandb={text}").log.wandb
+    assert found == value and type(found) is type(value)
+
+
 def test_whole_numbers_of_a_sequence_can_be_written_as_one_likes():
     found = parse("--config.schedule.boundaries=1e5,2e5", "--config.profile_steps=1e1,12")
     assert (found.schedule.boundaries, found.profile_steps) == ((100_000, 200_000), (10, 12))

@@ -14,7 +14,8 @@ from absl import logging
 from tensorboardX.proto import event_pb2
 
 from mdt_jax.parallel.devices import mfu, peak_flops
-from mdt_jax.training.metrics import MetricsWriter, RunProgress, Stopwatch, Window, steps_with
+from mdt_jax.training.clock import RunProgress, Stopwatch
+from mdt_jax.training.metrics import MetricsWriter, Window, steps_with
 
 
 def run(workdir, steps, resume_step=0):

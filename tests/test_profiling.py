@@ -11,7 +11,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import device_memory
 from mdt_jax.train import loop
-from mdt_jax.training import metrics
+from mdt_jax.training import clock
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.profiling import StepProfiler
 from mdt_jax.training.run import Run
@@ -113,13 +113,13 @@ def test_profile_steps_that_are_not_two_ascending_steps_are_refused(steps):
         check_settings(config, sharding.create_mesh())
 
 
-class Watch(metrics.Stopwatch):
+class Watch(clock.Stopwatch):
     seconds = 5.0  # moved by hand
 
 
 def test_step_times_are_of_single_steps_and_leave_pauses_out():
     watch = Watch()
-    times = metrics.StepTimes(watch)
+    times = clock.StepTimes(watch)
     for seconds, waited in ((1.0, 0.25), (3.0, 0.75), (2.0, 0.5)):
         with times.waiting():
             watch.seconds += waited

@@ -24,6 +24,7 @@ from mdt_jax.models.latent_space import LatentSpace, check_same_latents
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import memory_bytes
 from mdt_jax.parallel.distributed import check_agreement
+from mdt_jax.training.wandb_log import project_of
 from mdt_jax.weights.descriptions import latents_of_run
 
 
@@ -211,6 +212,7 @@ def check_settings(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
                 f"diffusion.{key} {config.diffusion[key]!r} is unknown; known: {', '.join(known)}"
             )
     check_schedule(config)
+    project_of(config)
     if config.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sample.sampler {config.sample.sampler!r} is unknown; known: {known}")

@@ -79,11 +79,22 @@ class _NumberOrTextParser(WholeParser):
             return argument
 
 
+class _SwitchOrTextParser(flags.ArgumentParser):
+    """A text, of which true, false and None are the switch."""
+
+    def parse(self, argument: Any) -> Any:
+        text = argument.strip().lower() if isinstance(argument, str) else argument
+        if text in ("", "none", "false", "no"):
+            return False
+        return True if text in ("true", "yes") else argument
+
+
 for _kind, _parser in (
     (int, WholeParser()),
     (int | str, _NumberOrTextParser()),
     (float, NumberParser()),
     (bool, _SwitchParser()),
+    (bool | str, _SwitchOrTextParser()),
     (tuple, _TupleParser()),
 ):
     config_flags.register_flag_parser_for_type(_kind, _parser)

@@ -1,31 +1,29 @@
-"""A run's output while it trains: logged metrics, the clock behind them, and a progress bar.
+"""A run's metrics while it trains, and the means behind them.
 
 `WORKDIR/metrics.jsonl` is the record: one JSON object per logged step and one per judgement of
 samples. Kills and resumes leave no gaps or duplicates in it. `WORKDIR/tensorboard` holds the same
-numbers, and images, for TensorBoard.
+numbers, and images, for TensorBoard, and so does Weights & Biases, if the run is to be there.
 """
 
+from __future__ import annotations
+
 import contextlib
-import functools
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jaxtyping import ScalarLike, UInt8
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from mdt_jax.basics.atomic import is_at, is_full_disk, whole_file
 from mdt_jax.basics.places import open_file, read_bytes, refuse_url
+from mdt_jax.training.tensorboard import EventLog
+from mdt_jax.training.wandb_log import WandbLog
 
-Number = float | int
 METRICS_FILE = "metrics.jsonl"  # in the workdir
 # Metrics that depend on clock and machine. All others are the same in every run of a config.
 CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
@@ -34,7 +32,7 @@ CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds
 
 
 class MetricsWriter:
-    """Writes metrics to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`, from process 0 only.
+    """Writes metrics to `WORKDIR/metrics.jsonl` and wherever else, from process 0 only.
 
     On the other processes of a run every method does nothing. A line of metrics.jsonl holds "step"
     and then the metrics in the order given. Steps never decrease; lines of different metrics may
@@ -53,6 +51,7 @@ class MetricsWriter:
         total_steps: int,
         resume_step: int = 0,
         start_message: str = "Training",
+        wandb: WandbLog | None = None,
     ):
         """Opens both files, and removes what a killed run logged after its last checkpoint.
 
@@ -63,6 +62,8 @@ class MetricsWriter:
             steps, which this run will write again, and an incomplete last line are removed from
             metrics.jsonl and hidden in TensorBoard.
           start_message: the beginning of the line logged here.
+          wandb: the run at Weights & Biases, which gets the same lines and images, those from
+            before, too; None for none.
 
         Raises:
           ValueError: `resume_step` is outside 0..total_steps, `workdir` is a URL, or the metrics
@@ -76,7 +77,7 @@ class MetricsWriter:
                 f"checkpoint in {workdir} is from a longer run; raise total_steps or start in "
                 "another workdir"
             )
-        self._file = self._events = None
+        self._file = self._events = self._wandb = None
         self._owed: list[bytes] = []  # lines that found no room yet
         if jax.process_index() != 0:
             return
@@ -84,16 +85,10 @@ class MetricsWriter:
         self._path = path = os.path.join(workdir, METRICS_FILE)
         kept, dropped = _keep_until(path, resume_step)
         self._file = _appended(path)
-        self._events = SummaryWriter(
-            os.path.join(workdir, "tensorboard"),
-            # TensorBoard hides earlier events whose step is at least this one.
-            purge_step=resume_step + 1,
-            # TensorBoard names files by the second and overwrites them: without a suffix a run
-            # resumed within a second would erase the file of the run before.
-            filename_suffix=f".{time.time_ns()}",
-            flush_secs=1,
-        )
-        _let_events_go(self._events)
+        self._events = EventLog(workdir, resume_step)
+        self._wandb = wandb
+        if wandb is not None and kept:
+            wandb.catch_up(read_lines(path))
         logging.info(
             "%s: steps %d to %d, metrics in %s (%d lines kept, %d dropped)",
             start_message,
@@ -130,19 +125,22 @@ class MetricsWriter:
         line |= texts
         self._owed.append(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._write_lines()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, int(step))
+        self._events.write(int(step), values)
+        if self._wandb is not None:
+            self._wandb.write(int(step), values | texts)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
-        """Adds an image to TensorBoard.
+        """Adds an image to TensorBoard, and to Weights & Biases.
 
         Args:
           step: number of steps done.
-          name: the image's TensorBoard tag.
+          name: the image's name there.
           image: (H, W, C) in 0..255, C 1 (grey) or 3 (RGB); `images.image_grid` makes one.
         """
         if self._events is not None:
-            self._events.add_image(name, image, int(step), dataformats="HWC")
+            self._events.image(int(step), name, image)
+        if self._events is not None and self._wandb is not None:
+            self._wandb.image(int(step), name, image)
 
     def close(self) -> None:
         """Writes pending events and closes both files; may be called twice."""
@@ -152,6 +150,8 @@ class MetricsWriter:
             self._file.close()
             self._events.close()
             self._file = self._events = None
+            if self._wandb is not None:
+                self._wandb.close()
 
     def _write_lines(self) -> None:
         """Writes the lines that are owed, all or none."""
@@ -185,30 +185,6 @@ class MetricsWriter:
 def _appended(path: str) -> Any:
     """A file to append to, whose writes reach the operating system at once."""
     return open_file(path, "ab", buffering=0)
-
-
-def _let_events_go(events: SummaryWriter) -> None:
-    """Lets TensorBoard's events go where they find no room, with one warning.
-
-    Their thread would end at the first error, and `add_scalar` wait for it for ever.
-    """
-    writer = getattr(events.file_writer.event_writer, "_ev_writer", None)  # tensorboardX's own
-    warned = []
-
-    def tolerant(call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def attempt(*arguments: Any) -> Any:
-            try:
-                return call(*arguments)
-            except OSError as error:
-                if not warned:
-                    warned.append(error)
-                    logging.warning("TensorBoard's events cannot be written: %s", error)
-
-        return attempt
-
-    for name in ("write_event", "flush", "close") if writer else ():
-        setattr(writer, name, tolerant(getattr(writer, name)))
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
@@ -325,122 +301,3 @@ class Window:
             window._sums[name] = float(total)
             window._counts[name] = int(count)
         return window
-
-
-class Stopwatch:
-    """Seconds of wall-clock time since construction, without those spent in `paused`."""
-
-    def __init__(self, seconds: float = 0.0):
-        """Starts the watch, which shows `seconds` at first."""
-        self._seconds, self._since = seconds, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """The seconds it shows; in a pause those when the pause began."""
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        return self._seconds + running
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stops the watch while the context is open."""
-        self._seconds, self._since = self.seconds, None
-        try:
-            yield
-        finally:
-            self._since = time.perf_counter()
-
-
-class StepTimes:
-    """Seconds of single steps, and of waiting for their input, between two log lines.
-
-    A step's time is measured on the host, from the arrival there of one step's metrics to that of
-    the next. While the devices limit the speed, that is how long they took for a step.
-    """
-
-    def __init__(self, watch: Stopwatch):
-        """Measures by a watch that is paused only between steps."""
-        self._watch = watch
-        self.reset()
-        self._since = watch.seconds
-
-    def reset(self) -> None:
-        """Starts the next window."""
-        self._steps: list[float] = []
-        self._waited = 0.0
-
-    def step(self) -> None:
-        """Records that a step's metrics have arrived."""
-        now = self._watch.seconds
-        self._steps.append(now - self._since)
-        self._since = now
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context for taking the next batch, whose time counts as waiting for input."""
-        began = self._watch.seconds
-        yield
-        self._waited += self._watch.seconds - began
-
-    def metrics(self) -> dict[str, float]:
-        """Median and 99th percentile of the steps' seconds, and the mean wait for input."""
-        if not self._steps:
-            return {}
-        median, slow = np.percentile(self._steps, (50, 99))
-        return {
-            "step_seconds_p50": float(median),
-            "step_seconds_p99": float(slow),
-            "input_wait_seconds": self._waited / len(self._steps),
-        }
-
-
-class RunProgress:
-    """Shows how far a run is and when it will be done: a bar on a terminal, log lines elsewhere.
-
-    The bar is on standard error, where that is a terminal; elsewhere each `log` is one INFO line.
-    Processes other than 0 show nothing. The time left is estimated from the speed since
-    construction: construct it after the steps are compiled.
-    """
-
-    def __init__(self, total_steps: int, *, first_step: int = 0):
-        """
-        Args:
-          total_steps: the last step of the run.
-          first_step: steps already done, in a resumed run.
-        """
-        is_shown = jax.process_index() == 0
-        is_terminal = sys.stderr.isatty()
-        self._logs_lines = is_shown and not is_terminal
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (is_shown and is_terminal),
-        )
-        self._total_steps = total_steps
-        self._first_step = first_step
-        self._start = time.monotonic()
-
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step` steps done."""
-        self._bar.update(step - self._bar.n)
-
-    def log(self, step: int, *, loss: Number, images_per_second: Number) -> None:
-        """Shows the loss and the speed at `step`, beside the bar or as one log line."""
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:,.1f} images/s")
-        if self._logs_lines:
-            done = step - self._first_step
-            seconds = (time.monotonic() - self._start) / max(done, 1) * (self._total_steps - step)
-            logging.info(
-                "step %d/%d (%.0f%%), loss %.4f, %s images/s, %s left",
-                step,
-                self._total_steps,
-                100 * step / self._total_steps,
-                loss,
-                f"{images_per_second:,.1f}",
-                tqdm.format_interval(seconds),
-            )
-
-    def close(self) -> None:
-        """Ends the bar, which stays on the screen."""
-        self._bar.close()

@@ -29,7 +29,7 @@ _NAMES = {
         accumulation_steps model.kernels model.remat model.scan_unroll
         mesh.data mesh.fsdp mesh.tensor
         data.path data.num_workers data.read_ahead data.on_bad_image data.max_bad_fraction
-        log_every profile_steps checkpoint_every keep_last keep_every
+        log_every log.wandb profile_steps checkpoint_every keep_last keep_every
         sample.every sample.num_samples eval_every eval.batch_size
     """,
     TOLD: """

@@ -13,8 +13,9 @@ import numpy as np
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.parallel.command import UserError
 from mdt_jax.parallel.devices import device_memory
-from mdt_jax.training import metrics
+from mdt_jax.training import clock, metrics
 from mdt_jax.training.run import Run
+from mdt_jax.training.wandb_log import WandbLog
 
 
 class NonFiniteLoss(UserError):
@@ -56,13 +57,16 @@ class StepLog:
         self._run, self._store = run, store
         self._window = metrics.Window.from_state(saved["window"]) if saved else metrics.Window()
         self._writer = metrics.MetricsWriter(
-            run.workdir, resume_step=first_step, total_steps=c.num_steps
+            run.workdir,
+            resume_step=first_step,
+            total_steps=c.num_steps,
+            wandb=WandbLog.asked_for(c, run.workdir),
         )
-        self._progress = metrics.RunProgress(c.num_steps, first_step=first_step)
+        self._progress = clock.RunProgress(c.num_steps, first_step=first_step)
         self._pending: tuple[int, Any] | None = None
-        self.watch = metrics.Stopwatch(saved.get("train_seconds", 0.0))
+        self.watch = clock.Stopwatch(saved.get("train_seconds", 0.0))
         self._since, self._logged_step = saved.get("train_seconds", 0.0), first_step
-        self.times = metrics.StepTimes(self.watch)
+        self.times = clock.StepTimes(self.watch)
         self._once = {} if compile_seconds is None else {"compile_seconds": compile_seconds}
         self._skipped_images = 0
 
@@ -112,7 +116,7 @@ class StepLog:
         self._writer.write(step, dict(line) | {"train_seconds": self.watch.seconds}, texts)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Puts a picture into the TensorBoard events."""
+        """Puts a picture beside the metrics, where they can be looked at."""
         self._writer.image(step, name, image)
 
     def close(self) -> None:
