@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from mdt_jax.convert import inception as convert_inception
 from mdt_jax.convert.architecture import parameter_shapes
 from mdt_jax.sampling.suggestion import sampling_command
 from mdt_jax.training import transfer
-from mdt_jax.weights import descriptions, inception, pretrained
+from mdt_jax.weights import descriptions, hub_folder, inception, pretrained
 from mdt_jax.weights import files as weight_files
 
 
@@ -39,7 +41,7 @@ def run_to_jax(args: argparse.Namespace) -> None:
         model = dataclasses.replace(model, step=args.step)
     moments = transfer.read_moments(args.opt, model) if args.opt else None
     rate = descriptions.ema_rate_of(args.ema or main) if args.ema_rate is None else args.ema_rate
-    rate = 0.9999 if rate is None else rate
+    rate = model.config.ema_rates[0] if rate is None else rate
     folder = transfer.to_workdir(
         args.output, model, ema=ema, ema_rate=rate, moments=moments, step=args.step
     )
@@ -88,9 +90,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     if inception.holds_inception(args.input):
         _inspect_inception(args.input)
         return
-    weights, architecture = pretrained.open_weights(
-        args.input, **{key: getattr(args, key) for key in HINTS}
-    )
+    hints, folder = {key: getattr(args, key) for key in HINTS}, None
+    if hub_folder.is_hub_folder(args.input):
+        pretrained.read_pretrained(args.input)  # refuses one that is damaged
+        folder = hub_folder.open_folder(args.input)
+        hints = folder.hints()
+    source = folder.weights if folder else args.input
+    weights, architecture = pretrained.open_weights(source, **hints)
     names = parameter_shapes(architecture)
     dtypes = sorted({weights.dtypes[name].name for name in names if name in weights})
     count = sum(math.prod(shape) for shape in names.values())
@@ -99,7 +105,19 @@ def run_inspect(args: argparse.Namespace) -> None:
     for field, value in dataclasses.asdict(architecture).items():
         print(f"  {field:<15} {value}")
     print(f"parameters    {count:,} in {len(names)} arrays, {', '.join(dtypes)}")
+    if folder:
+        _print_described(folder.described)
     _print_arrays(weights.shapes, weights.dtypes)
+
+
+def _print_described(described: Mapping[str, Any]) -> None:
+    """What config.json of a published folder says beside the sizes."""
+    for part in ("process", "sampling", "training"):
+        print(part)
+        for name, value in described[part].items():
+            print(f"  {name:<15} {json.dumps(value, ensure_ascii=False)}")
+    for part in ("latents", "class_names", "license"):
+        print(f"{part:<13} {json.dumps(described[part], ensure_ascii=False)}")
 
 
 def _inspect_inception(source: str) -> None:

@@ -9,8 +9,9 @@
 
 to-jax writes a workdir that `mdt_jax.sample` and `mdt_jax.train` take as it is; the architecture is
 read off the shapes. to-torch writes a state dict that the authors' `load_state_dict(strict=True)`
-accepts. An input is a .pt or .safetensors file or hf://OWNER/REPO/FILE. The Inception-v3 of FID,
-also as classify_image_graph_def.pb, becomes a folder for `mdt_jax.evaluate --inception`, and back.
+accepts. An input is a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a folder that
+`mdt publish` wrote, also as hf://OWNER/REPO. The Inception-v3 of FID, also as
+classify_image_graph_def.pb, becomes a folder for `mdt_jax.evaluate --inception`, and back.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     into.add_argument("--step", type=int, help="training steps; from the file's name if not given")
     into.add_argument("--ema_rate", type=float, help="from the file's name, else 0.9999")
     out = _add(commands, "to-torch", "a workdir, or an Inception's folder, to a PyTorch file")
-    out.add_argument("--input", required=True, help="the workdir")
+    out.add_argument("--input", required=True, help="the workdir, or a published folder")
     out.add_argument("--output", required=True, help=".pt or .safetensors")
     out.add_argument("--params", choices=("ema", "raw"), default="ema", help="which weights")
     out.add_argument("--ema_rate", type=float, help="which average; the run's first if not given")

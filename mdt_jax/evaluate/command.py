@@ -27,6 +27,7 @@ from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
+from mdt_jax.weights import hub_folder, pretrained
 from mdt_jax.weights.descriptions import PIXEL_CHANNELS, latents_of_run
 
 # Flags that decide where and how fast samples are made, but not which.
@@ -109,9 +110,12 @@ def _sampling_flags(f: flags.FlagValues, workdir: str | None) -> flags.FlagValue
 
 
 def _samples_latents(f: flags.FlagValues, workdir: str | None) -> bool:
-    """Whether the model's samples need a decoder: published PyTorch weights' always do."""
-    if not workdir:
-        return True
+    """Whether the model's samples need a decoder."""
+    if not workdir or hub_folder.is_one_set(workdir):
+        sizes = ("decode_layers", "num_heads", "num_classes", "input_size")
+        hints = {name: f[name].value for name in sizes}
+        found = pretrained.read_pretrained(workdir or f.checkpoint, **hints)
+        return found.latents is not None or found.architecture.in_channels not in PIXEL_CHANNELS
     _, meta = checkpoints.read_meta(workdir, f.step)
     # What converted weights were trained on may not be known.
     known = latents_of_run(meta) is not None
@@ -122,11 +126,13 @@ def _sample_stem(f: flags.FlagValues, workdir: str | None) -> Path:
     """The path of the samples, without ending; named by step and flags, so that none collide."""
     named = [name for _, name, _, _ in SAMPLING_FLAGS if f[name].present and name not in _RUNNING]
     settings = "".join(f"_{name}-{_plain(f[name].value)}" for name in sorted(named))
-    if workdir:
+    if workdir and not hub_folder.is_one_set(workdir):
         step, _ = checkpoints.read_meta(workdir, f.step)
         return Path(workdir) / "evaluation" / f"step{step:07d}{settings}"
     beside = Path(f.output).parent if f.output else Path()
-    return beside / f"{_plain(Path(f.checkpoint).stem)}{settings}"
+    place = Path(workdir or f.checkpoint)
+    name = place.name if hub_folder.is_hub_folder(workdir or f.checkpoint) else place.stem
+    return beside / f"{_plain(name)}{settings}"
 
 
 def _plain(value: Any) -> str:

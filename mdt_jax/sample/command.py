@@ -18,7 +18,7 @@ from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.sample.drawing import chosen_labels, draw_samples
 from mdt_jax.sample.flags import check_sample_flags, given_options, output_files
 from mdt_jax.sample.painting import paint_picture
-from mdt_jax.weights import descriptions, pretrained
+from mdt_jax.weights import descriptions, hub_folder, pretrained
 from mdt_jax.weights.autoencoder import Autoencoder
 
 # This command's flags for the keys of a config that messages may name.
@@ -29,7 +29,7 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
     """Samples, decodes and writes what the flags ask for; returns the files written."""
     check_sample_flags(f)
     if bool(f.workdir) == bool(f.checkpoint):
-        raise ValueError("give --workdir, a run, or --checkpoint, a file of PyTorch weights")
+        raise ValueError("give --workdir, a run, or --checkpoint, a file or folder of weights")
     if bool(f.inpaint) != bool(f.mask):
         raise ValueError("--inpaint IMAGE and --mask MASK go together")
     if f.inpaint and f.label_order == "random":
@@ -60,14 +60,16 @@ def check_model(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> tuple[int, int]
     Raises:
       ValueError, CheckpointError: it is not there or damaged, or a flag does not fit it.
     """
-    if f.workdir:
+    if f.workdir and not hub_folder.is_one_set(f.workdir):
         step, meta = checkpoints.read_meta(f.workdir, f.step)
         config, names = config_lib.from_json(meta["config"]), meta["class_names"]
         descriptions.average_item(f.workdir, config, f.ema_rate)
         latents = descriptions.latents_of_run(meta)
     else:
         sizes = ("decode_layers", "num_heads", "num_classes", "input_size")
-        found = pretrained.read_pretrained(f.checkpoint, **{name: f[name].value for name in sizes})
+        found = pretrained.read_pretrained(
+            f.workdir or f.checkpoint, **{name: f[name].value for name in sizes}
+        )
         step, config, names = found.step, found.config, found.class_names
         latents = found.latents
     model = sampling.DiffusionModel.from_config(config, names, step, latents)

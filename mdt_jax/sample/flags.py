@@ -23,7 +23,12 @@ _LABEL_ORDER = functools.partial(flags.DEFINE_enum, enum_values=["in_turn", "ran
 # Each flag: absl's function that defines it, name, default, help.
 SAMPLE_FLAGS = (
     (flags.DEFINE_string, "workdir", None, "The run to sample from."),
-    (flags.DEFINE_string, "checkpoint", None, "Or PyTorch weights: .pt, .safetensors, hf://O/R/F."),
+    (
+        flags.DEFINE_string,
+        "checkpoint",
+        None,
+        "Or weights: .pt, .safetensors, a folder, hf://O/R[/F].",
+    ),
     (flags.DEFINE_integer, "decode_layers", None, "Decoder depth of such an MDT v1; 2 by default."),
     (flags.DEFINE_integer, "num_heads", None, "Heads of such a DiT, if of no known width."),
     (flags.DEFINE_integer, "num_classes", None, "Settles whether their last label is a class."),

@@ -14,8 +14,7 @@ from absl import flags
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.basics.places import open_file
-from mdt_jax.weights import descriptions
-from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import descriptions, hub_folder
 from mdt_jax.weights.autoencoder import Autoencoder
 
 
@@ -38,7 +37,7 @@ def sample_settings(
       decoder: from `decoder_digest`.
     """
     ema_rate, source = f.ema_rate, f.workdir or f.checkpoint
-    if ema_rate is None and not _is_file(source):
+    if ema_rate is None and not hub_folder.is_one_set(source):
         _, meta = checkpoints.read_meta(source, model.step)
         ema_rate = config_lib.from_json(meta["config"]).ema_rates[0]
     network = model.network
@@ -64,16 +63,12 @@ def sample_settings(
 def weights_digest(f: flags.FlagValues, model: sampling.DiffusionModel) -> str:
     """BLAKE2b of the file of weights, or of the seal of a run's checkpoint, which holds digests."""
     source = f.workdir or f.checkpoint
-    if _is_file(source):
-        path = weight_files.fetch(source)
+    if hub_folder.is_one_set(source):
+        path = hub_folder.weights_of(source)
     else:
         path = Path(source) / "checkpoints" / str(model.step) / "manifest.json"
     with open_file(path) as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-
-def _is_file(source: str) -> bool:
-    return weight_files.is_weight_file(source) or Path(source).is_file()
 
 
 def decoder_digest(autoencoder: Autoencoder | None) -> str | None:

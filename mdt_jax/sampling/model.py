@@ -19,8 +19,7 @@ from mdt_jax.diffusion.options import SAMPLER_OPTIONS
 from mdt_jax.models import LatentTransformer
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
-from mdt_jax.weights import descriptions, pretrained
-from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import descriptions, hub_folder, pretrained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,7 +110,8 @@ def load(
     """A model and its EMA parameters, in their shards if a mesh has an fsdp or tensor axis.
 
     Args:
-      path: a run's workdir, or PyTorch weights: a .pt or .safetensors file, or
+      path: a run's workdir; or a folder that `tools/push_to_hub.py` wrote, on the disk or as
+        hf://OWNER/REPO[@REVISION]; or PyTorch weights: a .pt or .safetensors file, or
         hf://OWNER/REPO/FILE ("hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt").
       ema_rate: which average of a run; the config's first by default.
       step: which checkpoint of a run; the newest by default.
@@ -137,7 +137,7 @@ def load(
     )
     mesh = sharding.create_mesh() if mesh is None else mesh
     pretrained.check_source(path)
-    if weight_files.is_weight_file(path) or Path(path).is_file():
+    if hub_folder.is_one_set(path):
         if ema_rate is not None or step is not None:
             raise ValueError(f"ema_rate and step are a run's; {path} is one set of weights")
         found = pretrained.read_pretrained(

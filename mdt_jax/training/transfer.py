@@ -30,7 +30,7 @@ from mdt_jax.convert.trees import LazyArray
 from mdt_jax.training import metrics, optimizers
 from mdt_jax.training.optimizers import learning_rate_of
 from mdt_jax.training.step import TrainState
-from mdt_jax.weights import descriptions, pretrained
+from mdt_jax.weights import descriptions, hub_folder, pretrained
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.files import WeightsError
 from mdt_jax.weights.pretrained import Pretrained
@@ -173,7 +173,7 @@ def to_state_dict(
     """A checkpoint as the authors' `state_dict()`, for `load_state_dict(strict=True)`.
 
     Args:
-      workdir: the run.
+      workdir: the run; or one set of weights, a file or a folder of the hub's.
       params: "ema" or "raw".
       ema_rate: rate of the average; the config's first by default.
       step: step of the checkpoint; the newest by default.
@@ -187,19 +187,32 @@ def to_state_dict(
       CheckpointError: the workdir has no sound checkpoint.
       ValueError: the run does not keep this average, or raw parameters.
     """
-    step, meta = checkpoints.read_meta(workdir, step)
-    config = config_lib.from_json(meta["config"])
-    _warn_of_other_process(config)
-    architecture = descriptions.architecture_of(config_lib.create_network(config))
-    item, part = _find_item(workdir, config, meta, params, ema_rate)
+    if hub_folder.is_one_set(workdir):
+        model = _one_set(workdir, params, ema_rate, step)
+        own: Any = model.dtypes
+    else:
+        step, meta = checkpoints.read_meta(workdir, step)
+        config = config_lib.from_json(meta["config"])
+        item, part = _find_item(workdir, config, meta, params, ema_rate)
+        model = Pretrained(
+            source=str(workdir),
+            architecture=descriptions.architecture_of(config_lib.create_network(config)),
+            config=config,
+            params=checkpoints.lazy_item(workdir, item, part, step=step),
+            step=step,
+            class_names=tuple(meta.get("class_names", ())),
+            latents=descriptions.latents_of_run(meta),
+        )
+        own = meta.get("weights", {}).get("dtypes", {}).get(params, {})
+    architecture = model.architecture
+    _warn_of_other_process(model.config)
     weights = to_torch(
-        checkpoints.lazy_item(workdir, item, part, step=step),
+        model.params,
         family=architecture.family,
         depth=architecture.depth,
         decoder_depth=architecture.decoder_depth,
         buffers=True,
     )
-    own = meta.get("weights", {}).get("dtypes", {}).get(params, {})
     ordered, bad = {}, False
     for name in state_dict_shapes(architecture):
         array = weights.pop(name)
@@ -209,8 +222,19 @@ def to_state_dict(
             bad = True
             logging.warning(_NOT_FINITE, workdir, name)
     return ordered, descriptions.file_metadata(
-        config, meta.get("class_names", ()), step, descriptions.latents_of_run(meta)
+        model.config, model.class_names, model.step, model.latents
     )
+
+
+def _one_set(
+    source: str | Path, params: str, ema_rate: float | None, step: int | None
+) -> Pretrained:
+    """The weights of a file or a folder of the hub's, which has no choice of them."""
+    if params != "ema" or ema_rate is not None or step is not None:
+        raise WeightsError(
+            f"{source} holds one set of weights; --params raw, --ema_rate and --step are a run's"
+        )
+    return pretrained.read_pretrained(source)
 
 
 def _find_item(
@@ -307,7 +331,7 @@ def _train_state(
 
 
 def _write_workdir(output: str | Path, step: int, items: Any, meta: dict[str, Any]) -> Path:
-    with _aside(Path(output)) as folder:
+    with aside(Path(output)) as folder:
         with contextlib.closing(Checkpoints(folder, async_save=False)) as store:
             store.save(step, items, meta)
         (folder / "config.json").write_text(json.dumps(meta["config"], indent=2))
@@ -321,7 +345,7 @@ def check_new_folder(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _aside(output: Path) -> Iterator[Path]:
+def aside(output: Path) -> Iterator[Path]:
     """A folder beside `output`, renamed to it once all is written, and removed after an error."""
     check_new_folder(output)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")

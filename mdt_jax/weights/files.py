@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from operator import getitem
@@ -21,6 +20,7 @@ import numpy as np
 from mdt_jax.basics.atomic import is_full_disk, reason_of, whole_path
 from mdt_jax.basics.places import open_file, read_text, refuse_url, what_is_there
 from mdt_jax.parallel.command import WAYS_OUT
+from mdt_jax.weights import hub
 from mdt_jax.weights import names as weight_names
 from mdt_jax.weights.errors import NoSuchFile, WeightsError
 from mdt_jax.weights.names import Part
@@ -97,7 +97,7 @@ def fetch(source: str | Path) -> Path:
     """
     text = str(source)
     if text.startswith("hf://"):
-        return _fetch_from_hub(text)
+        return hub.fetch(text)
     refuse_url(source, "the file")
     path = Path(text)
     if not path.is_file():
@@ -136,42 +136,6 @@ def json_beside(source: str | Path, path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise WeightsError(f"{beside} holds a {type(settings).__name__}, not settings by name")
     return settings
-
-
-def _fetch_from_hub(source: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    owner, repo, file = [*source.removeprefix("hf://").split("/", 2), "", ""][:3]
-    if not (owner and repo and file):
-        raise WeightsError(f"{source} is not of the form hf://OWNER/REPO/FILE")
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it logs every retry
-    try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
-    except errors.EntryNotFoundError as error:
-        # A missing local copy of a file is one of these too, when the hub is out of reach.
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise NoSuchFile(f"{source}: {owner}/{repo} holds no file {file}") from error
-        cause = "is not in the local cache and the hub cannot be reached"
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"{source}: the hub has no {owner}/{repo}, or HF_TOKEN gives no access to it"
-        ) from error
-    except Exception as error:  # without a network, one of the HTTP library's many errors
-        if is_full_disk(error):
-            raise WeightsError(
-                f"{source} finds no room in the cache ({error}); make room, or let HF_HOME name a "
-                "folder on another disk"
-            ) from error
-        cause = f"cannot be fetched ({type(error).__name__})"
-    finally:
-        logger.setLevel(level)
-    raise WeightsError(
-        f"{source} {cause}: where there is a network, download the file {file} of the Hugging Face "
-        f"repository {owner}/{repo}, copy it here, and give its path in place of {source}"
-    )
 
 
 def read_weights(source: str | Path, nest: str | None = None) -> WeightFile:

@@ -13,6 +13,7 @@ from mdt_jax.convert import graph_def, trees
 from mdt_jax.convert.inception import BLOCK, from_flat, from_graph, from_torch, is_inception
 from mdt_jax.models.inception import InceptionV3
 from mdt_jax.weights import files as weight_files
+from mdt_jax.weights import hub_folder
 from mdt_jax.weights.files import WeightsError
 
 INCEPTION_FILE = "inception.safetensors"  # the file that `save_parameters` writes into a folder
@@ -78,6 +79,8 @@ def save_parameters(folder: str | Path, params: dict[str, Any], source: str | Pa
 def holds_inception(source: str | Path) -> bool:
     """Whether a source, a file or a folder, is meant to be an Inception-v3's weights."""
     path = Path(source)
+    if hub_folder.is_hub_folder(source):
+        return False
     if path.is_dir():
         return (path / INCEPTION_FILE).is_file()
     if path.suffix == GRAPH or path.name in (INCEPTION_FILE, TORCH_FILE):

@@ -26,7 +26,7 @@ from mdt_jax.convert.architecture import (
 from mdt_jax.convert.transformers import from_torch
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.models.positions import sincos_position_table
-from mdt_jax.weights import claims
+from mdt_jax.weights import claims, hub_folder
 from mdt_jax.weights import files as weight_files
 from mdt_jax.weights.descriptions import (
     architecture_of,
@@ -69,7 +69,8 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
     """The weights of a source; each array is read when it is asked for.
 
     Args:
-      source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, or a workdir (its first EMA).
+      source: a .pt or .safetensors file, hf://OWNER/REPO/FILE, a folder that is published
+        (`hub_folder`) or its hf://OWNER/REPO, or a workdir (its first EMA).
       nest: which part of a training file to take, as for `files.read_weights`.
       **hints: sizes that a PyTorch file does not show, as for `open_weights`.
 
@@ -78,6 +79,8 @@ def read_pretrained(source: str | Path, nest: str | None = None, **hints: int | 
       CheckpointError: a workdir without a sound checkpoint.
     """
     check_source(source)
+    if hub_folder.is_hub_folder(source):
+        return hub_folder.read_folder(source, read_pretrained)
     if not weight_files.is_weight_file(source) and not Path(source).is_file():
         return _read_workdir(source)
     weights, architecture = open_weights(source, nest, **hints)
