@@ -155,6 +155,7 @@ def commands() -> dict[str, Command]:
         ("plot_runs", ("run", "--output=o")),
         ("prepare_dataset", ("--folder=f",)),
         ("profile_input", ()),
+        ("push_to_hub", ("--input=i", "--output=o")),
         ("quality_per_cost", ("--workdir=w",)),
     ):
         found[name] = Command(needed, None, _argparse(tool(name).main))

@@ -41,6 +41,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "mdt_jax.commands.convert_checkpoint", "weights and runs from PyTorch, and to it"
         ),
         "export": Command("mdt_jax.commands.export_params", "a run's averaged weights alone"),
+        "publish": Command("mdt_jax.commands.push_to_hub", "a run on the Hugging Face hub"),
     },
     "Before there is a machine": {
         "compile-tpu": Command("mdt_jax.commands.compile_tpu", "memory and time on a TPU slice"),
