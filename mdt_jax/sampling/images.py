@@ -1,5 +1,6 @@
 """Images as users get them: 8-bit arrays, grids, and PNG and NPZ files that say what made them."""
 
+import io
 import json
 import math
 import os
@@ -167,15 +168,25 @@ def save_png(
     Raises:
       ValueError: C is neither 1 nor 3.
     """
+    try:
+        contents = encode_png(image, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with whole_file(path) as file:
+        file.write(contents)
+
+
+def encode_png(image: UInt8[np.ndarray, "h w c"], metadata: Mapping[str, str]) -> bytes:
+    """The contents of a PNG file; arguments and errors are those of `save_png`."""
     if image.shape[-1] not in (1, 3):
-        raise ValueError(f"{path}: a PNG of {image.shape} needs 1 or 3 channels, not those")
+        raise ValueError(f"a PNG of {image.shape} needs 1 or 3 channels, not those")
     text = PngInfo()
     for key, value in metadata.items():
         text.add_text(key, value)  # tEXt, or iTXt if Latin-1 cannot hold the value
-    with whole_file(path) as file:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-            file, format="PNG", pnginfo=text
-        )
+    file = io.BytesIO()
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
 
 
 def save_npz(

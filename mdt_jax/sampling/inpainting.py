@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mdt_jax import sampling
 from mdt_jax.basics import ranges
@@ -53,6 +53,7 @@ from mdt_jax.diffusion.samplers import SINGLE_STEP
 from mdt_jax.models import LatentTransformer
 from mdt_jax.parallel import sharding
 from mdt_jax.sampling.options import given_labels
+from mdt_jax.sampling.sampler import chunks
 
 # The uses of noise, each keyed by its number: the first state, a reverse step, the known pixels,
 # going back a step.
@@ -338,11 +339,6 @@ class CompiledInpainter(sampling.CompiledBatch):
 
         self._start, self._chunk = self._compile(chunk, START, 0)
 
-    @property
-    def num_steps(self) -> int:
-        """Calls of the sampler's step for one batch; the last step, to x₀, is taken once."""
-        return (self.diffusion.num_steps - 1) * self.resamples + 1
-
     def __call__(
         self,
         params: Any,
@@ -362,23 +358,37 @@ class CompiledInpainter(sampling.CompiledBatch):
           first_index: the sample whose noise the first result has.
           advance: is told how many steps were taken since it was last called.
         """
+        states = self.states(params, task, rows, key, first_index)
+        return self.joined(self._last_of(states, len(rows), advance), task, rows)
+
+    def states(
+        self,
+        params: Any,
+        task: Task,
+        rows: Int[np.ndarray, " n"],
+        key: Array,
+        first_index: int = 0,
+        pace: Callable[[], int] = lambda: sampling.CHUNK_STEPS,
+    ) -> Iterator[tuple[int, Array]]:
+        """The states of the painting, as `CompiledSampler.states` yields a sampler's.
+
+        Known pixels are copied into the last one by `joined`.
+        """
         images, unknown = task.images[rows % len(task.images)], task.mask[..., None]
         keys, x = self._start(key, np.int32(first_index))
         inputs = (self._place(task.labels[rows]), self._place(images), unknown)
-        for first, last, masked in self._chunks(task.masked_share):
-            ids = task.ids_keep if masked else None
-            x = self._chunk(params, x, keys, *inputs, ids, np.int32(first), np.int32(last))
-            x.block_until_ready()
-            advance(last - first)
-        return np.where(unknown, self._gather(x, len(rows)), images)
-
-    def _chunks(self, masked_share: float) -> Iterator[tuple[int, int, bool]]:
-        """Each chunk's first step, the step after its last, and whether its passes are masked."""
-        turn = round(masked_share * self.diffusion.num_steps) * self.resamples
+        turn = round(task.masked_share * self.diffusion.num_steps) * self.resamples
         turn = min(turn, self.num_steps)
-        for begin, end, masked in ((0, turn, True), (turn, self.num_steps, False)):
-            for first in range(begin, end, sampling.CHUNK_STEPS):
-                yield first, min(first + sampling.CHUNK_STEPS, end), masked
+        for begin, end, ids in ((0, turn, task.ids_keep), (turn, self.num_steps, None)):
+            for first, last in chunks(begin, end, pace):
+                x = self._chunk(params, x, keys, *inputs, ids, np.int32(first), np.int32(last))
+                yield last, x
+
+    def joined(
+        self, painted: Float[np.ndarray, "n h w c"], task: Task, rows: Int[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Painted pixels where the task's are unknown, the known ones elsewhere."""
+        return np.where(task.mask[..., None], painted, task.images[rows % len(task.images)])
 
 
 @lru_cache(maxsize=8)
@@ -409,9 +419,14 @@ def read_image(path: str | os.PathLike, channels: int) -> Float[np.ndarray, "h w
             "paints the latents that its autoencoder makes of a picture (`Autoencoder.encode`)"
         )
     refuse_url(path, "the picture")
-    levels = decode_image(Path(path), str(path), channels).astype(np.float32)
+    return to_unit_range(decode_image(Path(path), str(path), channels))
+
+
+def to_unit_range(levels: UInt8[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w c"]:
+    """Levels 0 … 255 in [−1, 1], float32, of which `images.to_uint8` gives the levels back."""
     # A hundredth of a level is added: to_uint8 truncates, and rounding leaves some just too low.
-    return np.minimum((levels + np.float32(0.01)) / np.float32(127.5) - 1, np.float32(1))
+    higher = levels.astype(np.float32) + np.float32(0.01)
+    return np.minimum(higher / np.float32(127.5) - 1, np.float32(1))
 
 
 def read_mask(path: str | os.PathLike) -> Bool[np.ndarray, "h w"]:

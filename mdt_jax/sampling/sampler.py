@@ -221,7 +221,10 @@ class CompiledBatch:
       diffusion: the respaced process.
       mesh: the devices.
       shape: (batch size, h, w, c), the shape of a batch.
+      resamples: how often each step but the last is taken.
     """
+
+    resamples = 1
 
     def __init__(self, model: DiffusionModel, mesh: Mesh, batch_size: int, options: SamplerOptions):
         self.diffusion = model.diffusion.respaced(options.steps)
@@ -231,8 +234,13 @@ class CompiledBatch:
 
     @property
     def num_steps(self) -> int:
-        """Steps of one run."""
-        return self.diffusion.num_steps
+        """Steps of one run; the last one, to x₀, is taken once."""
+        return (self.diffusion.num_steps - 1) * self.resamples + 1
+
+    def timestep(self, done: int) -> int:
+        """The timestep, of the training process, of a state after `done` of `num_steps` steps."""
+        index = self.diffusion.num_steps - 1 - done // self.resamples
+        return int(self.diffusion.schedule.timesteps[index])
 
     def _noise(self, keys: Array, *purpose: Int[Array, ""] | int) -> Array:
         """Standard normal samples, each from its key with the integers of `purpose` folded in."""
@@ -303,6 +311,17 @@ class CompiledBatch:
         shard = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(rows.shape, shard, lambda index: rows[index])
 
+    def _last_of(
+        self, states: Iterator[tuple[int, Array]], count: int, advance: Callable[[int], Any]
+    ) -> np.ndarray:
+        """The first rows of the last state, on every process; `advance` is told of each."""
+        before = 0
+        for done, x in states:
+            x.block_until_ready()
+            advance(done - before)
+            before = done
+        return self._gather(x, count)
+
     def _gather(self, x: Array, count: int) -> np.ndarray:
         """The first rows of a batch, on every process."""
         if jax.process_count() > 1:
@@ -370,14 +389,41 @@ class CompiledSampler(CompiledBatch):
           first_index: index of the first sample under the key.
           advance: is told how many steps were taken since it was last called.
         """
+        return self._last_of(self.states(params, labels, key, first_index), len(labels), advance)
+
+    def states(
+        self,
+        params: Any,
+        labels: Int[np.ndarray, " n"],
+        key: Array,
+        first_index: int = 0,
+        pace: Callable[[], int] = lambda: CHUNK_STEPS,
+    ) -> Iterator[tuple[int, Array]]:
+        """The states that a call goes through, after every few steps, to their last, the samples.
+
+        However the steps are divided, it is one compiled program that takes them, with the same
+        bits. A caller that asks for no further state stops the devices there.
+
+        Args:
+          params, labels, key, first_index: as for a call.
+          pace: is asked how many steps to take next.
+
+        Yields:
+          The number of steps taken, and the whole batch's x, which the next steps overwrite.
+        """
         keys, state = self._start(key, np.int32(first_index))
         placed = self._place(labels.astype(np.int32))
-        for first in range(0, self.num_steps, CHUNK_STEPS):
-            last = min(first + CHUNK_STEPS, self.num_steps)
+        for first, last in chunks(0, self.num_steps, pace):
             state = self._run(params, state, keys, placed, np.int32(first), np.int32(last))
-            state.x.block_until_ready()
-            advance(last - first)
-        return self._gather(state.x, len(labels))
+            yield last, state.x
+
+
+def chunks(begin: int, end: int, pace: Callable[[], int]) -> Iterator[tuple[int, int]]:
+    """The first step of each chunk from `begin` to `end`, and the step after its last."""
+    while begin < end:
+        last = min(begin + pace(), end)
+        yield begin, last
+        begin = last
 
 
 @lru_cache(maxsize=8)
