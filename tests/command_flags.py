@@ -15,6 +15,8 @@ from absl import flags
 
 from mdt_jax import digits_report, sampling
 from mdt_jax.checkpoints import __main__ as checkpoints_command
+from mdt_jax.demo import command as demo_command
+from mdt_jax.demo import flags as demo_flags
 from mdt_jax.evaluate import command as evaluate_command
 from mdt_jax.evaluate import flags as evaluate_flags
 from mdt_jax.evaluation import extractors
@@ -105,6 +107,10 @@ def _generate(f: flags.FlagValues) -> None:
     sample_command.generate(f, mesh)
 
 
+def _load_engine(f: flags.FlagValues) -> None:
+    demo_command.load_engine(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor))
+
+
 def commands() -> dict[str, Command]:
     """Every command and tool by name."""
     found = {
@@ -132,6 +138,11 @@ def commands() -> dict[str, Command]:
             ("w",),
             checkpoints_command.define_flags,
             _absl(checkpoints_command.define_flags, lambda f: None),
+        ),
+        "demo": Command(
+            ("--workdir=w",),
+            demo_flags.define_flags,
+            _absl(demo_flags.define_flags, _load_engine),
         ),
     }
     for name, required in (("benchmark", False), ("compile_tpu", False), ("compile_gpu", False)):

@@ -27,7 +27,7 @@ FLOORS = (
     ("compilers",),
     ("sample",),
     ("commands",),
-    ("train", "evaluate", "digits_report"),
+    ("train", "evaluate", "digits_report", "demo"),
 )
 MOST_LINES = 450
 HEIGHT = {entry: height for height, floor in enumerate(FLOORS) for entry in floor}

@@ -253,6 +253,11 @@ RANGES: dict[str, Range] = {
     "--split_size": _COUNT,
     "--neighbours": _whole(1, 10_000),
     "--per_class": _whole(2, 10_000_000),
+    # Of the demo.
+    "--port": _whole(0, 65_535),
+    "--most_pictures": _whole(1, 256),
+    "--most_steps": _whole(1, 100_000),
+    "--most_waiting": _whole(0, 1000),
     # Of tools.
     "--image_size": _whole(1, 2**16),
     "--images_per_shard": _COUNT,
