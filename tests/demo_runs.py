@@ -85,7 +85,7 @@ class Server:
         )
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
-        if not self._ready.wait(300) or self.process.poll() is not None:
+        if not self._ready.wait(900) or self.process.poll() is not None:
             self.process.kill()
             raise AssertionError("\n".join(self.lines[-20:]))
 

@@ -1,11 +1,14 @@
 """The demo's page in a real browser, and its server under load and under attack: -m browser.
 
-It needs Debian's chromium and chromium-driver, and the extras `demo` and `browser`.
+It needs Debian's chromium and chromium-driver, and the extras `demo` and `browser`. From the
+clone's root, `PYTHONPATH=. python tests/test_demo_page.py docs/demo.png` draws the README's page.
 """
 
 import json
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -376,3 +379,22 @@ def test_malformed_and_oversized_calls_leave_the_server_alive(server):
     assert server.ask("inpaint", [{"picture": bad}, -1, 1, "ddpm", 9, 1, 4, 0, 0])[0] == "error"
     assert server.ask("sample", SEVEN)[0] == "complete"
     assert not any("Traceback" in line for line in server.lines[lines:])
+
+
+def draw_page(output):
+    """The README's picture: the page after four sevens were sampled."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_digits_run(Path(folder) / "run")
+        server = Server(Path(folder) / "run", Path(folder) / "tmp")
+        with open_browser(Path(folder) / "profile", server.address) as page:
+            page.driver.set_window_size(1240, 1000)
+            page.write("Class", "7")
+            page.write("Seed", "3")
+            page.press("Sample")
+            page.pictures()
+            page.driver.save_screenshot(output)
+        server.stop()
+
+
+if __name__ == "__main__":
+    draw_page(sys.argv[1])

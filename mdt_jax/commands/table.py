@@ -18,6 +18,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "train": Command("mdt_jax.train", "train a model, or go on with a run"),
         "sample": Command("mdt_jax.sample", "samples of a run or of PyTorch weights; inpainting"),
         "evaluate": Command("mdt_jax.evaluate", "FID, Inception Score, precision, recall"),
+        "demo": Command("mdt_jax.demo", "a page on which a model is tried"),
         "checkpoints": Command("mdt_jax.checkpoints", "list a run's checkpoints, verify them"),
         "plot": Command("mdt_jax.commands.plot_runs", "a metric of several runs, as a picture"),
         "digits-report": Command("mdt_jax.digits_report", "judge the quick start's digits"),

@@ -1,25 +1,32 @@
-"""A page on which a model is tried: `python -m mdt_jax.demo --workdir runs/digits`.
+"""Serves a page on which a model is tried.
 
-Or PyTorch weights, `--checkpoint mdt_xl2_v2_ckpt.pt --vae ema`. It needs the extra `demo`. The page
-samples, paints into pictures, and shows what the masked pass makes of hidden tokens. It is served
-to this machine alone, unless --host says otherwise; Ctrl-C or SIGTERM ends it.
+    mdt demo --workdir runs/digits
+    mdt demo --checkpoint mdt_xl2_v2_ckpt.pt --vae ema
+
+It needs the extra `demo`. The page samples, paints into pictures, and shows what the masked pass
+makes of hidden tokens. It is served to this machine alone, unless --host says otherwise; Ctrl-C or
+SIGTERM ends it.
 """
 
-from absl import app, flags
+from mdt_jax.basics.help_page import Page
+from mdt_jax.demo.flags import GROUPS, define_flags
+from mdt_jax.parallel.flag_parsing import run_command
 
-from mdt_jax.demo.flags import define_flags
-from mdt_jax.parallel.command import ending_quietly
-from mdt_jax.parallel.flag_parsing import parse_flags
+PAGE = Page(
+    "mdt demo",
+    "python -m mdt_jax.demo",
+    "--workdir RUN [OPTION ...]",
+    __doc__,
+    GROUPS,
+)
 
 
 def main(arguments: list[str]) -> None:
-    """The command, whose modules are imported when it has work to do."""
-    from mdt_jax.demo.command import main as serve
+    """The command, which imports what it needs when its work begins."""
+    from mdt_jax.demo import command
 
-    serve(arguments)
+    command.main(arguments)
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    with ending_quietly():
-        app.run(main, flags_parser=parse_flags)
+    run_command(main, define_flags, PAGE)

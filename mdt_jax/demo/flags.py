@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from absl import flags
 
-from mdt_jax.parallel.flag_parsing import define_flag
-
 flags.disclaim_key_flags()  # they are the command's, whose --help lists them
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +36,18 @@ DEMO_FLAGS = (
 )
 
 
+GROUPS = {
+    "The model": (
+        "workdir", "ema_rate", "step", "checkpoint", "decode_layers", "num_heads", "num_classes",
+        "input_size", "vae",
+    ),
+    "Where it is served": ("host", "port"),
+    "Limits of a request": ("most_pictures", "most_steps", "most_waiting"),
+    "Devices": ("mesh_fsdp", "mesh_tensor"),
+}  # fmt: skip
+
+
 def define_flags(f: flags.FlagValues) -> None:
     """The command's flags."""
     for define, name, default, text in DEMO_FLAGS:
-        define_flag(define, name, default, text, f)
+        define(name, default, help=text, flag_values=f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as std_logging
 import os
 import sys
 from typing import Any
@@ -112,6 +113,9 @@ def quiet_environment(folder: str) -> None:
     Args:
       folder: where its files go.
     """
+    # Gradio asks itself whether it is there, which httpx reports.
+    for name in ("httpx", "httpx2"):
+        std_logging.getLogger(name).setLevel(std_logging.WARNING)
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
         GRADIO_TEMP_DIR=folder,
