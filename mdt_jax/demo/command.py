@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ from mdt_jax.sample.command import FLAGS_OF_KEYS, load_autoencoder
 # Data sets that are small and at hand, of which the page shows real pictures.
 _AT_HAND = ("digits", "fashion_mnist")
 _DATA_PICTURES = 20
-_END_SECONDS = 5.0  # that the line has to end in, before the process leaves it
+_END_SECONDS = 4.0  # that the line has to end in, before the process leaves it
+_TELL_SECONDS = 1.0  # in which Gradio sends those who wait why they are left
 
 
 def main(_: list[str]) -> None:
@@ -70,6 +72,7 @@ def serve(f: flags.FlagValues) -> None:
         stop.wait()
         print("stopping", file=sys.stderr)
         line.close("the server is stopping", _END_SECONDS)
+        time.sleep(_TELL_SECONDS)
         page.close(verbose=False)
     _leave()
 

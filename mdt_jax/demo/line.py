@@ -45,11 +45,15 @@ class Job:
         self._asked = time.monotonic()
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Stops the job: at once if it waits, else after the steps that the devices are at."""
+        """Stops the job: at once if it waits, else after the steps that the devices are at.
+
+        Whoever waits for it is told at once.
+        """
         with self._changed:
             if self._is_over or self._reason:
                 return
             self._reason = reason
+            self._changed.notify_all()
         self._line.leave(self)
 
     def updates(self) -> Iterator[Any]:
@@ -62,23 +66,24 @@ class Job:
           Exception: the work's own.
         """
         try:
-            told = None
             while True:
                 with self._changed:
                     self._asked = time.monotonic()
-                    self._changed.wait_for(lambda: self._is_new or self._is_over, TOLD_EVERY)
+                    self._changed.wait_for(
+                        lambda: self._is_new or self._is_over or self._reason, TOLD_EVERY
+                    )
                     self._asked = time.monotonic()
-                    fresh, latest = self._is_new, self._latest
-                    over, error, self._is_new = self._is_over, self._error, False
+                    fresh, self._is_new = self._is_new, False
+                    latest, over, error = self._latest, self._is_over, self._error
+                    stopped = Stopped(self._reason) if self._reason else None
+                if error or stopped:
+                    raise error or stopped
                 if fresh:
                     yield latest
-                elif (place := self._line.place(self)) and not over:
-                    told = place
-                    yield told
-                if over and not fresh:
-                    if error:
-                        raise error
+                elif over:
                     return
+                elif place := self._line.place(self):
+                    yield place
         finally:
             self.cancel("nobody waits for it")
 
@@ -107,8 +112,6 @@ class Job:
         """Says that nothing more comes."""
         with self._changed:
             self._is_over, self._error = True, error
-            if error:
-                self._is_new = False
             self._changed.notify_all()
 
     def _why_stop(self) -> str:
