@@ -80,11 +80,13 @@ class Guard:
 
         try:
             await self._app(scope, receive_some, send_with_headers)
-        except Exception:
+        except Exception as failure:  # a malformed request's, of which the server prints a page
             if not over:
-                raise
+                logging.warning("a request failed: %s", one_line(failure)[:300])
         if over and not begun:
             await _answer(send, 413, self._too_large())
+        elif not begun:
+            await _answer(send, 500, "the server cannot answer this request")
 
     def _too_large(self) -> str:
         return f"the request is larger than {self._most / 2**20:.0f} MiB"
