@@ -398,7 +398,7 @@ def draw_page(output):
         save_digits_run(Path(folder) / "run")
         server = Server(Path(folder) / "run", Path(folder) / "tmp")
         with open_browser(Path(folder) / "profile", server.address) as page:
-            page.driver.set_window_size(1240, 1000)
+            page.driver.set_window_size(1240, 1130)
             page.write("Class", "7")
             page.write("Seed", "3")
             page.press("Sample")
