@@ -69,6 +69,18 @@ def test_the_slurm_job_queues_itself_again_only_when_it_stopped_early():
     assert "#SBATCH --signal=USR1@300\n#SBATCH --requeue\n" in out
 
 
+def test_the_slurm_job_runs_in_a_container_that_sees_the_clone():
+    image = {"CONTAINER_IMAGE": "/images/mdt jax.sqsh", "CONTAINER_MOUNTS": "/shared:/shared"}
+    _, out, _ = launch("slurm.sh", "--dry_run", *COMMAND, env=os.environ | image)
+    step = shlex.split(next(line for line in out.splitlines() if line.startswith("srun")))
+    assert step[3:6] == [
+        "--container-image=/images/mdt jax.sqsh",
+        f"--container-mounts={ROOT}:{ROOT},/shared:/shared",
+        f"--container-workdir={ROOT}",
+    ]
+    assert step[6:] == ["bash", "tools/launch/until_done.sh", *COMMAND]
+
+
 def test_the_tpu_job_makes_the_slice_and_runs_on_all_its_hosts():
     create, delete, setup, clear, train = dry_run("tpu_pod.sh", *TPU, "--spot", "--", *COMMAND)
     assert create[3:6] == ["tpu-vm", "create", "slice"]

@@ -23,6 +23,11 @@
 # node's GPU k, and so every task must see them all. 300 s before the time is over SLURM sends
 # SIGUSR1; training saves and ends, and the job queues again. Preempted jobs and those of lost nodes
 # are queued again by SLURM itself (--requeue). A job that failed is not.
+#
+# With CONTAINER_IMAGE (an enroot .sqsh file, or a registry's name) the tasks run in that image, by
+# pyxis' srun plugin; CONTAINER_MOUNTS are the folders that it sees beside this clone, such as
+# /shared:/shared. NCCL's and JAX's variables are taken from the environment that sbatch is called
+# in; docs/scaling.md has those that matter.
 set -u
 
 dry_run=''
@@ -36,7 +41,14 @@ if (($# == 0)) || [[ $1 == --help ]]; then
 fi
 
 # SLURM runs a copy of this file, from the folder that it was submitted in.
-step=(srun --kill-on-bad-exit=1 --label bash tools/launch/until_done.sh "$@")
+container=()
+if [[ ${CONTAINER_IMAGE-} ]]; then
+  mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+  container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts"
+    --container-workdir="$PWD")
+fi
+step=(srun --kill-on-bad-exit=1 --label ${container[@]+"${container[@]}"}
+  bash tools/launch/until_done.sh "$@")
 again=(scontrol requeue "${SLURM_JOB_ID-JOB}")
 if [[ $dry_run ]]; then
   grep '^#SBATCH' "$0"
