@@ -1,5 +1,7 @@
 """The attention kernel, interpreted, against the plain form: output and every gradient."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from mdt_jax.models import attention_kernel, placement
 from mdt_jax.models.computation import choose_kernels
 from mdt_jax.models.positions import relative_position_index
+from mdt_jax.parallel import sharding
 
 GRID = 16
 N = GRID**2
@@ -167,14 +170,40 @@ def test_bfloat16_is_near():
         ("tpu", 32, 72, "plain"),  # 1,024 tokens: their logits do not fit the core
         ("tpu", 2, 16, "plain"),
         ("tpu", 16, 36, "plain"),
-        ("gpu", 16, 72, "plain"),
         ("cpu", 16, 72, "plain"),
     ],
 )
 def test_kernels_are_chosen_by_platform_and_size(platform, grid, width, kernels):
     token = placement.current.set(placement.Placement(platform=platform))
     try:
-        assert choose_kernels(True, grid, width) == kernels
-        assert choose_kernels(False, grid, width) == "plain"
+        assert choose_kernels(True, grid, width, jnp.bfloat16) == kernels
+        assert choose_kernels(False, grid, width, jnp.bfloat16) == "plain"
     finally:
         placement.current.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "dtype", "kernels"),
+    [
+        ("9.0", 72, jnp.bfloat16, "cudnn"),
+        ("8.0", 64, "bfloat16", "cudnn"),
+        (None, 64, "bfloat16", "cudnn"),  # a GPU that only a compiler knows of does not say
+        ("10.0", 64, jnp.float32, "plain"),
+        ("9.0", 36, jnp.bfloat16, "plain"),
+        ("9.0", 136, jnp.bfloat16, "plain"),
+        ("7.5", 64, jnp.bfloat16, "plain"),
+        ("gfx942", 64, jnp.bfloat16, "plain"),
+    ],
+)
+def test_gpus_since_ampere_take_cudnns_attention_in_bfloat16(capability, width, dtype, kernels):
+    card = {} if capability is None else {"compute_capability": capability}
+    for platform in ("gpu", "cuda"):
+        fits = sharding.has_cudnn_attention(SimpleNamespace(platform=platform, **card))
+        place = placement.Placement(platform="gpu", cudnn_attention=fits)
+        token = placement.current.set(place)
+        try:
+            assert choose_kernels(True, 16, width, dtype) == kernels
+            assert choose_kernels(False, 16, width, dtype) == kernels
+        finally:
+            placement.current.reset(token)
+    assert not sharding.has_cudnn_attention(SimpleNamespace(platform="tpu", **card))

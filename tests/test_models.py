@@ -193,7 +193,7 @@ def test_gelu_is_the_tanh_form():
     x = jnp.linspace(-3, 3, 13)[None, None]
     identity = {"kernel": np.eye(13, dtype=np.float32), "bias": np.zeros(13, np.float32)}
     params = {"fc1": identity, "fc2": identity}
-    out = layers.Mlp(1.0, jnp.float32).apply({"params": params}, x).added()
+    out = layers.Mlp(1.0, layers.gelu, jnp.float32).apply({"params": params}, x).added()
     tanh_form = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     np.testing.assert_allclose(out, tanh_form, atol=1e-6)  # erf's form differs by 5e-4
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.compilers.hardware import GIB
 from mdt_jax.compilers.programs import Program, TrainingJob
+from mdt_jax.parallel import sharding
 
 MICROBATCHES = (2, 4, 8, 16)
 
@@ -107,7 +108,9 @@ def advice_lines(job: TrainingJob, refused: Program) -> list[str]:
         lines.append(
             f"--config.accumulation_steps={n}: half of a microbatch's temporaries, the same step"
         )
-    if unit == "GPU" and job.trainer.model.chosen_kernels == "plain":
+    with sharding.activations(job.mesh):  # in which the step is traced
+        kernels = job.trainer.model.chosen_kernels
+    if unit == "GPU" and kernels == "plain":
         lines.append("--config.model.kernels=cudnn: attention's logits are not kept; in bfloat16")
     if chip.name == "v5e":
         lines.append("more chips, or v5p with 95 GiB each")

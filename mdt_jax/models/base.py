@@ -144,7 +144,7 @@ class LatentTransformer(nn.Module):
         if self.kernels != "auto":
             return self.kernels
         head_width = self.hidden_size // self.num_heads
-        return choose_kernels(self.relative_bias, self.grid_size, head_width)
+        return choose_kernels(self.relative_bias, self.grid_size, head_width, self.dtype)
 
     @property
     def block_settings(self) -> BlockSettings:

@@ -36,7 +36,7 @@ class Block(nn.Module):
         """The block of one pass, or of several packed in one array."""
         s = self.settings
         attention = Attention(s, name="attn")
-        mlp = layers.Mlp(s.mlp_ratio, s.dtype, name="mlp")
+        mlp = layers.Mlp(s.mlp_ratio, s.computation.gelu, s.dtype, name="mlp")
 
         def residual(
             x: Array, f: Callable[[Array], Product], shift: Vector, scale: Vector, gate: Vector

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int
 from mdt_jax.models import (
     attention_kernel,
     layers,
+    norm_gradients,
     norm_kernels,
     passes,
     placement,
@@ -90,6 +91,10 @@ class BlockComputation(abc.ABC):
         The bias gets its gradient here: by `branch.added()`, or in a kernel.
         """
 
+    def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The tanh form of GELU."""
+        return layers.gelu(x)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlainComputation(BlockComputation):
@@ -132,6 +137,28 @@ class PlainComputation(BlockComputation):
 
 
 @dataclasses.dataclass(frozen=True)
+class CudnnComputation(PlainComputation):
+    """For GPUs: cuDNN's attention, and plain forms whose gradients are written out."""
+
+    attend: Callable[[Array, Array | None], Array] = plain_attention.cudnn_attention
+
+    def modulated_norm(
+        self, x: Array, shift: Array, scale: Array, packing: Packing
+    ) -> tuple[Array, Array]:
+        """As `BlockComputation` has it."""
+        return norm_gradients.modulated_norm(x, shift, scale, packing.lengths, layers.EPSILON)
+
+    def gated_residual(self, x: Array, gate: Array, branch: Product, packing: Packing) -> Array:
+        """As `BlockComputation` has it."""
+        h = branch.added_without_gradient()
+        return norm_gradients.gated_residual(x, h, branch.bias, gate, packing.lengths)
+
+    def gelu(self, x: Array) -> Array:
+        """As `BlockComputation` has it."""
+        return norm_gradients.gelu(x)
+
+
+@dataclasses.dataclass(frozen=True)
 class PallasComputation(BlockComputation):
     """Pallas kernels for a TPU: they read each activation once, and sum the biases' gradients."""
 
@@ -171,21 +198,26 @@ class PallasComputation(BlockComputation):
 COMPUTATIONS: dict[str, BlockComputation] = {
     "plain": PlainComputation(plain_attention.attention),
     "pallas": PallasComputation(),
-    "cudnn": PlainComputation(plain_attention.cudnn_attention),
+    "cudnn": CudnnComputation(),
 }
 
 
-def choose_kernels(relative_bias: bool, grid_size: int, head_width: int) -> str:
+def choose_kernels(relative_bias: bool, grid_size: int, head_width: int, dtype: DTypeLike) -> str:
     """The key of COMPUTATIONS that computes a model best on the mesh that is in force.
 
-    On a TPU these are the Pallas kernels, for models with a bias of sizes that they take; elsewhere
-    the plain forms (docs/performance.md). "cudnn" is never chosen: it has not been timed on a GPU.
-    Outside of `sharding.activations` it is "plain" on a TPU too: a Pallas call has to be divided
-    over a known mesh. The choice is made when the model is traced.
+    On a TPU these are the Pallas kernels, for models with a bias of sizes that they take. On GPUs
+    since Ampere it is cuDNN's attention, in bfloat16 and for heads that it takes; no card has timed
+    it, the bytes of the compiled programs decide (docs/performance.md). Elsewhere, and outside of
+    `sharding.activations` everywhere, it is "plain": a Pallas call has to be divided over a known
+    mesh. The choice is made when the model is traced.
     """
-    platform = placement.current.get().platform
-    fits = relative_bias and attention_kernel.supports(grid_size, head_width)
-    return "pallas" if platform == "tpu" and fits else "plain"
+    place = placement.current.get()
+    if place.platform == "tpu":
+        fits = relative_bias and attention_kernel.supports(grid_size, head_width)
+        return "pallas" if fits else "plain"
+    if place.platform == "gpu" and place.cudnn_attention and jnp.dtype(dtype) == jnp.bfloat16:
+        return "cudnn" if plain_attention.cudnn_takes(head_width) else "plain"
+    return "plain"
 
 
 def kept_position_index(

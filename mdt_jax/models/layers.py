@@ -123,6 +123,7 @@ class Mlp(nn.Module):
     """Linear to ratio × width, tanh-GELU, and the product of the linear map back."""
 
     ratio: float
+    gelu: Callable[[Array], Array]
     dtype: DTypeLike
 
     @nn.compact
@@ -131,7 +132,7 @@ class Mlp(nn.Module):
         hidden = (int(x.shape[-1] * self.ratio),)
         h = Linear(width, hidden, ("embed", "mlp"), self.dtype, xavier, name="fc1")(x)
         back = Linear(hidden, width, ("mlp", "embed"), self.dtype, xavier, name="fc2")
-        return back.product(gelu(h))
+        return back.product(self.gelu(h))
 
 
 class Modulation(nn.Module):

@@ -32,6 +32,7 @@ class Placement:
       add_up: where batch_shards is above 1: a parameter's gradients of each part of the batch,
         (batch_shards, *shape), by the parameter's logical axes, to their sum as the state holds it.
       platform: the devices' platform: "tpu", "gpu", "cpu"; None where no mesh is in force.
+      cudnn_attention: whether the devices are GPUs for which cuDNN has fused attention.
       batch_shards: into how many parts a batch is divided.
       merges: whether axes of one parameter can be merged: no device computes with a part of one.
       partition: (function, axes of its arguments, axes of its results) → the function run on each
@@ -44,6 +45,7 @@ class Placement:
     shard: Callable[[Array, Axes], Array] = _same
     add_up: Callable[[Array, Axes], Array] = _same
     platform: str | None = None
+    cudnn_attention: bool = False
     batch_shards: int = 1
     merges: bool = True
     partition: Callable[[Callable, tuple[Axes, ...], tuple[Axes, ...]], Callable] = (

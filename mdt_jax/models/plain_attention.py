@@ -30,6 +30,11 @@ def attention(
     return jnp.transpose(out, (0, 2, 1, 3))
 
 
+def cudnn_takes(head_width: int) -> bool:
+    """Whether cuDNN's fused attention takes heads of this width on every card that has it."""
+    return head_width % 8 == 0 and head_width <= 128
+
+
 def cudnn_attention(
     qkv: Float[Array, "batch n 3 heads width"],
     bias: Float[Array, "*batch heads n n"] | None,

@@ -249,13 +249,15 @@ def activations(mesh: Mesh) -> Iterator[None]:
         added = jax.shard_map(add, mesh=mesh, in_specs=parts, out_specs=spec(axes), check_vma=False)
         return added(x)
 
+    device = mesh.devices.flat[0]
     token = placement.current.set(
         Placement(
             batch=partial(shard_batch, mesh),
             gather=partial(lay_out, rules=whole),
             shard=partial(lay_out, rules=rules),
             add_up=add_up,
-            platform=mesh.devices.flat[0].platform,
+            platform="gpu" if is_gpu(device) else device.platform,
+            cudnn_attention=has_cudnn_attention(device),
             batch_shards=batch_shards(mesh),
             merges=mesh.shape["tensor"] == 1,
             partition=partition,
@@ -265,6 +267,20 @@ def activations(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         placement.current.reset(token)
+
+
+def is_gpu(device: Any) -> bool:
+    """Whether a device is a GPU, be it one that only a compiler knows of."""
+    return device.platform in ("gpu", "cuda")
+
+
+def has_cudnn_attention(device: Any) -> bool:
+    """Whether cuDNN's fused attention runs on a device: on GPUs since Ampere."""
+    if not is_gpu(device):
+        return False
+    capability = str(getattr(device, "compute_capability", "8.0"))
+    major = capability.partition(".")[0]
+    return major.isdigit() and int(major) >= 8  # AMD's are words, such as gfx942
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
