@@ -15,6 +15,9 @@ from fixtures import reference, relative_error
 from configs import imagenet256
 from mdt_jax.commands import benchmarking
 from mdt_jax.commands.benchmarking import Workload, Workloads
+from mdt_jax.compilers import estimate
+from mdt_jax.compilers.gpu_estimate import GpuEstimate
+from mdt_jax.compilers.programs import estimate_here
 from mdt_jax.models import flops
 from tools import benchmark
 
@@ -64,6 +67,30 @@ def test_a_row_is_of_the_median_and_gives_mfu_where_the_peak_is_known(parts, mon
     monkeypatch.setattr("mdt_jax.parallel.devices.peak_flops", lambda kind, dtype: 3e12)
     row = benchmarking.record(workload, [4.0, 2.0, 9.0], parts.run)
     assert row["mfu"] == pytest.approx(1.5e12 / (3e12 * jax.device_count()))
+
+
+def test_on_a_gpu_that_is_known_what_was_measured_stands_beside_the_estimate(parts, monkeypatch):
+    kinds = dict.fromkeys(estimate.KINDS, 0.0) | {"dense": 1.5, "collectives": 0.5}
+    expected = GpuEstimate(kinds, kinds, {"elementwise": 2**30}, 1, (), {}, 0, ())
+    memory = {"device_memory_peak_bytes": 3 * 2**30}
+    monkeypatch.setattr(benchmarking, "device_memory", lambda: memory)
+    work = Workload("step", 8, lambda: None, 1.0, 6e12, program_bytes=2**31, expected=expected)
+    row = benchmarking.record(work, [4.0, 2.0, 2.5], parts.run)
+    assert (row["floor_seconds"], row["estimated_seconds"]) == (1.5, 2.0)
+    assert row["elementwise_bytes"] == 2**30
+    (line,) = benchmarking.expectation_lines([row, {"name": "forward pass"}])
+    assert line == (
+        "step: measured 2,500.0 ms, estimated 2,000.0 ms (measured / estimated 1.25), "
+        "floor 1,500.0 ms; memory at most 3.00 GiB so far, the program 2.00 GiB"
+    )
+    # Here are no such GPUs.
+    assert estimate_here(None, parts.run.mesh) is None
+    assert (
+        benchmarking.expectation_lines(
+            [benchmarking.record(Workload("x", 8, lambda: None, 1.0), [1.0], parts.run)]
+        )
+        == []
+    )
 
 
 def test_every_round_runs_all_calls_in_turn_forwards_and_backwards():

@@ -10,7 +10,8 @@ on a GPU or TPU, float32 on a CPU, unless --config.model.dtype says otherwise; o
 unless --device names others. --parts chooses among step, forward, sample and latency (batch 1; 10,
 20 and 50 steps, decoded; random autoencoder weights unless --vae gives them). Compiling is timed
 apart. FLOPs are the model's, by formula, without recomputation; MFU is their share of the devices'
-published peak.
+published peak. On GPUs that `tools/compile_gpu.py` knows, the step's measured time and memory stand
+beside that tool's estimate of the same program.
 
 --reference_torch times a PyTorch model of the same sizes (`benchmark_torch.py`), eager and
 compiled, beside ours by turns in one process, on as many threads, and prints the median of the
@@ -107,7 +108,7 @@ def time_alone(f: flags.FlagValues) -> list[dict[str, Any]]:
         (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats).values()
         rows.append(benchmarking.record(workload, seconds, parts.run))
         print(json.dumps(rows[-1]), flush=True)
-    print(benchmarking.results_table(rows))
+    print("\n".join([benchmarking.results_table(rows), *benchmarking.expectation_lines(rows)]))
     return rows
 
 

@@ -19,7 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import sampling
-from mdt_jax.compilers.programs import Memory
+from mdt_jax.compilers import gpus
+from mdt_jax.compilers.gpu_estimate import GpuEstimate
+from mdt_jax.compilers.hardware import GIB
+from mdt_jax.compilers.programs import Memory, estimate_here
 from mdt_jax.models import flops
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.latent_space import LatentSpace
@@ -43,6 +46,7 @@ class Workload:
       model_flops: the FLOPs of one call by formula, None where there is no formula.
       program_bytes: a device's memory for the program and its arguments, as the compiler says;
         None if unknown.
+      expected: what `tools/compile_gpu.py` would say of the program, None but of steps on GPUs.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Workload:
     compile_seconds: float
     model_flops: float | None = None
     program_bytes: int | None = None
+    expected: GpuEstimate | None = None
 
 
 class Workloads:
@@ -88,7 +93,9 @@ class Workloads:
         )
         lowered = self.run.trainer.jit_step(num_kept).lower(self.run.abstract, shapes)
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        # On a GPU the compiler also writes what it expects of the same program's times.
+        nodes = gpus.nodes_of(list(self.run.mesh.devices.flat))
+        compiled = lowered.compile(nodes and nodes.compiler_options)
         return compiled, traced - began, time.perf_counter() - traced
 
     def train_step(self) -> Workload:
@@ -109,6 +116,7 @@ class Workloads:
             tracing + compiling,
             flops.train_step_flops(run.model, self._size, kept),
             Memory.of(compiled).peak,
+            estimate_here(compiled, run.mesh),
         )
 
     def forward(self) -> Workload:
@@ -252,7 +260,39 @@ def record(workload: Workload, seconds: list[float], run: Run) -> dict[str, Any]
         "compile_seconds": workload.compile_seconds,
         "program_bytes": workload.program_bytes,
         **device_memory(),
+        **_expectation(workload.expected),
     }
+
+
+def _expectation(expected: GpuEstimate | None) -> dict[str, float]:
+    if expected is None:
+        return {}
+    return {
+        "floor_seconds": expected.floor_seconds,
+        "estimated_seconds": expected.estimated_seconds,
+        "elementwise_bytes": sum(expected.elementwise_bytes.values()),
+    }
+
+
+def expectation_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What was measured beside what the compiled program lets expect, of each row that has both."""
+    lines = []
+    for row in rows:
+        if "estimated_seconds" not in row:
+            continue
+        estimate, floor = row["estimated_seconds"], row["floor_seconds"]
+        line = (
+            f"{row['name']}: measured {1e3 * row['seconds']:,.1f} ms, estimated "
+            f"{1e3 * estimate:,.1f} ms (measured / estimated {row['seconds'] / estimate:.2f}), "
+            f"floor {1e3 * floor:,.1f} ms"
+        )
+        peak, program = row.get("device_memory_peak_bytes"), row["program_bytes"]
+        if peak is not None and program is not None:
+            line += (
+                f"; memory at most {peak / GIB:.2f} GiB so far, the program {program / GIB:.2f} GiB"
+            )
+        lines.append(line)
+    return lines
 
 
 def describe_machine() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import ctypes.util
 import dataclasses
 import importlib.util
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -213,6 +215,20 @@ def parse_gpus(name: str, num_nodes: int | None = None) -> Nodes:
     return Nodes(card, count, num_nodes)
 
 
+def nodes_of(devices: Sequence[Any]) -> Nodes | None:
+    """The nodes that devices are the GPUs of; None where they are no cards that are known here.
+
+    GPUs of one process are taken to be in one node. Processes with one GPU each, as under SLURM,
+    fill nodes of the usual size.
+    """
+    card = next((c for c in CARDS.values() if c.device_kind == devices[0].device_kind), None)
+    if card is None or not sharding.is_gpu(devices[0]):
+        return None
+    held = Counter(device.process_index for device in devices)
+    size = max(held.values()) if max(held.values()) > 1 else min(len(devices), card.largest_node)
+    return Nodes(card, size, max(1, len(devices) // size))
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -220,19 +236,20 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def check_compiler(kernels: str = "auto") -> None:
+def check_compiler(kernels: str = "plain") -> None:
     """Raises ValueError if the compiler for CUDA, or what it needs for these kernels, is missing.
 
     Args:
-      kernels: `model.kernels`; "cudnn" needs cuDNN's library to be traced.
+      kernels: `model.kernels`; "cudnn", and "auto", which chooses it, need cuDNN's library to be
+        traced.
     """
     if not any(map(_is_installed, _PLUGINS)):
         raise ValueError(f"the compiler for CUDA, JAX's CUDA plugin, is not installed: {_INSTALL}")
     found = _is_installed("nvidia.cudnn") or ctypes.util.find_library("cudnn")
-    if kernels == "cudnn" and not found:
+    if kernels in ("auto", "cudnn") and not found:
         raise ValueError(
-            f"model.kernels 'cudnn' needs cuDNN's library, which is not installed: {_INSTALL}; or "
-            "--config.model.kernels=plain"
+            f"model.kernels {kernels!r} needs cuDNN's library, which is not installed: {_INSTALL}; "
+            "or --config.model.kernels=plain"
         )
 
 

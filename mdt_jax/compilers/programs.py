@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -155,6 +156,26 @@ def compile_program(name: str, function: Any, arguments: Any, topology: Hardware
 def _gpu_estimate(text: str, nodes: Nodes) -> GpuEstimate:
     lone = lone_products(nodes.chip, gpu_estimate.product_shapes(text))
     return gpu_estimate.estimate_program(text, nodes, lone)
+
+
+def estimate_here(compiled: Any, mesh: Mesh) -> GpuEstimate | None:
+    """The estimate of a program for the GPUs of a mesh that are here, to set beside what it takes.
+
+    Args:
+      compiled: the program, compiled with the nodes' `compiler_options`, which `gpus.nodes_of` has.
+      mesh: its devices.
+
+    Returns:
+      None if they are no GPUs whose figures are known.
+    """
+    nodes = gpus.nodes_of(list(mesh.devices.flat))
+    if nodes is None:
+        return None
+    try:
+        return _gpu_estimate(compiled.as_text(), nodes)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # a measurement goes on without it
+        logging.warning("no estimate of the program: %s", " ".join(str(error).split()))
+        return None
 
 
 _lone: dict[str, dict[gpu_estimate.Product, float | None]] = {}  # seconds so far, by card
