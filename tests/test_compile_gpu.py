@@ -194,7 +194,8 @@ def test_a_ring_between_nodes_uses_the_network_cards_of_its_gpus(group, bandwidt
         ("jax_plugins", "auto", 'pip install "mdt_jax[gpu-compiler]" (no GPU needed)'),
         ("jax_plugins", "cudnn", 'pip install "mdt_jax[gpu-compiler]" (no GPU needed)'),
         ("nvidia", "cudnn", "--config.model.kernels=plain"),
-        ("nvidia", "auto", None),
+        ("nvidia", "auto", "--config.model.kernels=plain"),
+        ("nvidia", "plain", None),
     ],
 )
 def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, missing, kernels, says):
@@ -421,7 +422,7 @@ def test_the_tools_table_has_a_row_for_each_model_and_kind_of_nodes(
     monkeypatch.setattr(TrainingJob, "compile_step", lambda job, count: step)
     monkeypatch.setattr(programs, "calibrate", lambda topology: None)
     flags = {"all": True, "gpus": None, "models": ["DiT-S/2"], "all_gpus": ["h100x8", "a100x4"]}
-    flags |= {"unroll": 1, "kernels": "plain", "quick": True, "sampler": False}
+    flags |= {"output": None, "unroll": 1, "kernels": "plain", "quick": True, "sampler": False}
     flags |= {"calibration": True, "calibrate": False, "sample_batch_size": None, "config": None}
     made = compile_gpu.run_compilation(SimpleNamespace(**flags))
     lines = capsys.readouterr().out.splitlines()
@@ -437,6 +438,80 @@ def test_the_tools_table_has_a_row_for_each_model_and_kind_of_nodes(
         given = flags | {"all": False, "gpus": "h100x8", "num_nodes": None} | {missing: None}
         with pytest.raises(ValueError, match=says):
             compile_gpu.run_compilation(SimpleNamespace(**given))
+
+
+def test_the_tools_table_goes_on_where_it_was_left(eight_gpus, monkeypatch, capsys, tmp_path):
+    compiled_, jobs = [], {}
+
+    def job_of(config, topology):  # a job once, as making one takes a second
+        key = str(topology), config.model.scan_unroll
+        if key not in jobs:
+            jobs[key] = TrainingJob(config, topology)
+        return jobs[key]
+
+    monkeypatch.setattr(command, "TrainingJob", job_of)
+
+    def compile_step(job, count):
+        compiled_.append((job.config.model.name, str(job.topology)))
+        if len(compiled_) == 2:
+            raise KeyboardInterrupt
+        return a_program("step", 0.02)
+
+    monkeypatch.setattr(TrainingJob, "compile_step", compile_step)
+    monkeypatch.setattr(TrainingJob, "compile_sampler", lambda job, n: a_program("sampler", 0.01))
+    monkeypatch.setattr(programs, "calibrate", lambda topology: 0.79)
+    arguments = SimpleNamespace(
+        models=["DiT-S/2"], quick=True, sampler=False, calibration=True, sample_batch_size=None,
+        output=str(tmp_path / "sub" / "rows.json"),
+    )  # fmt: skip
+    nodes = [EIGHT, gpus.parse_gpus("a100x4")]
+
+    def rows(unroll=1):
+        made = command.compile_all(
+            arguments, nodes, lambda m, n: command.imagenet_config(m, n, unroll), GpuReport
+        )
+        return [row["topology"] for row in made], capsys.readouterr().out.splitlines()[2:]
+
+    with pytest.raises(KeyboardInterrupt):
+        rows()
+    (first,) = capsys.readouterr().out.splitlines()[2:]
+    found, lines = rows()
+    assert found == ["h100x8", "a100x4"] and lines[0] == first
+    assert [where for _, where in compiled_] == ["h100x8", "a100x4", "a100x4"]
+    written = json.loads((tmp_path / "sub" / "rows.json").read_text())["rows"]
+    assert [row["table_row"] for row in written] == lines
+    assert written[0]["asked"]["scan_unroll"] == 1 and written[0]["versions"]["jax"]
+    # Other settings are other rows; a sampler that is not there yet takes the row's place.
+    rows(unroll=2)
+    arguments.sampler = True
+    rows()
+    assert len(compiled_) == 7
+    arguments.sampler = False
+    assert len(rows()[0]) == 2 and len(compiled_) == 7
+    assert len(command.read_rows(arguments.output)) == 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"name": "train step"}]}', '{"rows": 1}'])
+def test_a_file_that_is_no_table_is_not_overwritten(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is no table of --all") as error:
+        command.read_rows(str(path))
+    assert repr(str(path)) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "processes", "says"),
+    [
+        ("NVIDIA H100 80GB HBM3", [0] * 8, "h100x8"),
+        ("NVIDIA A100-SXM4-80GB", [0, 0, 1, 1], "a100x2 x 2 nodes"),
+        ("NVIDIA H200", list(range(16)), "h200x8 x 2 nodes"),
+        ("NVIDIA GeForce RTX 4090", [0], "None"),
+    ],
+)
+def test_the_gpus_that_are_here_are_known_by_their_kind(kinds, processes, says):
+    here = [SimpleNamespace(device_kind=kinds, platform="gpu", process_index=i) for i in processes]
+    assert str(gpus.nodes_of(here)) == says
 
 
 # What the compiler itself makes of a run. Bytes are of jaxlib 0.10.2.

@@ -1,16 +1,17 @@
 """Compiles a run for GPUs that are not there: does it fit, what bounds it, how long might it take.
 
     mdt compile-gpu --config imagenet256:MDTv2-XL/2 --gpus h100x8 \\
-        --config.mesh.fsdp=8 --config.model.kernels=cudnn --quick --nosampler
+        --config.mesh.fsdp=8 --config.model.scan_unroll=12 --quick --nosampler
     mdt compile-gpu --config imagenet256:MDTv2-XL/2 --gpus h100x8 \\
         --num_nodes 4 --config.batch_size=1024 --config.mesh.fsdp=8 --advise
     mdt compile-gpu --gpus h200 --calibrate
-    mdt compile-gpu --all --quick --nosampler
+    mdt compile-gpu --all --quick --nosampler --output rows.json
 
 The training step (one program for each number of kept tokens) and the sampler's are what
 `mdt_jax.train` and `mdt_jax.sample` run; the compiler is the one in JAX's CUDA plugin
 (pip install "mdt_jax[gpu-compiler]"). No data, no GPU and no driver are needed; that it finds no
-driver is all that the plugin complains of. Compiling XL/2 takes minutes, --all an hour or two.
+driver is all that the plugin complains of. Compiling XL/2 takes minutes, --all hours; with --output
+it goes on where it was left: rows that the file has are not compiled again.
 
 --gpus takes a card and the number in a node: h100x8, h100 (one), a100x8, a100-40gbx8, h200x8,
 b200x8, gb200x4; --num_nodes takes the number of such nodes.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +54,7 @@ PAGE = Page(
         "The run": (*CONFIG_OPTIONS, "gpus", "num_nodes"),
         "What is compiled": ("quick", "sampler", "sample_batch_size", "advise"),
         "The compiler itself": ("calibrate", "calibration"),
-        "A table of many": ("all", "models", "all_gpus", "unroll", "kernels"),
+        "A table of many": ("all", "models", "all_gpus", "unroll", "kernels", "output"),
     },
 )
 
@@ -61,7 +63,7 @@ FLAGS = (
     (flags.DEFINE_string, "gpus", None, "Such as h100x8: a card, and how many a node has."),
     (flags.DEFINE_integer, "num_nodes", None, "Nodes of that size, joined by the network."),
     (flags.DEFINE_bool, "all", False, "A table of models over several nodes."),
-    (flags.DEFINE_integer, "unroll", 1, "scan_unroll of --all."),
+    (flags.DEFINE_integer, "unroll", 12, "scan_unroll of --all."),
     (flags.DEFINE_string, "kernels", "cudnn", "model.kernels of --all."),
     (flags.DEFINE_list, "models", list(ALL_MODELS), "The models of --all."),
     (flags.DEFINE_list, "all_gpus", list(ALL_GPUS), "The nodes of --all."),
@@ -75,8 +77,11 @@ def run_compilation(arguments: Any) -> Any:
     from mdt_jax.compilers.gpu_report import GpuReport
 
     def config_of(model: str, nodes: Any) -> Any:
+        """A model's recipe; on one GPU large models begin with microbatches of 32 images."""
         config = imagenet_config(model, nodes, arguments.unroll)
         config.model.kernels = arguments.kernels
+        if nodes.num_chips == 1 and re.search(r"-X?L/", model):
+            config.accumulation_steps = config.batch_size // 32
         return config
 
     gpus.check_compiler()

@@ -48,7 +48,7 @@ PAGE = Page(
         "The run": (*CONFIG_OPTIONS, "topology", "num_slices"),
         "What is compiled": ("quick", "sampler", "sample_batch_size", "advise"),
         "The compiler itself": ("calibrate", "calibration"),
-        "A table of many": ("all", "models", "topologies", "unroll"),
+        "A table of many": ("all", "models", "topologies", "unroll", "output"),
     },
 )
 

@@ -5,13 +5,17 @@ The functions take the flags that `compilers.flags.define_flags` defines, as att
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from mdt_jax.basics.atomic import whole_file
 from mdt_jax.compilers import advice, programs
 from mdt_jax.compilers.hardware import GIB, Hardware
 from mdt_jax.compilers.programs import Program, TrainingJob
@@ -116,28 +120,79 @@ def compile_all(
 ) -> list[dict[str, Any]]:
     """Compiles --models for several slices or nodes, each pair with the first settings that fit.
 
-    Prints the table and returns the reports as plain values.
+    Prints the table and returns the reports as plain values. With --output they are written after
+    each row, and the rows that are there already, of the same settings, are printed as they are.
 
     Args:
       arguments: the flags; `models` are names of models.
       topologies: the slices or nodes.
       config_of: the settings of a model on slices or nodes.
       kind: the kind of report.
+
+    Raises:
+      ValueError: an --output that is no such table.
     """
     topologies = list(topologies)
+    known = read_rows(arguments.output)
     print(f"| {' | '.join(kind.table_header)} |")
     print("|" + " --- |" * len(kind.table_header))
     records = []
     for name in arguments.models:
         for topology in topologies:
-            job, known, _ = find_fitting(
-                TrainingJob(config_of(name, topology), topology), arguments
-            )
-            report = compile_job(job, arguments, known, kind)
-            print(report.table_row(), flush=True)
-            records.append(report.as_json())
-            jax.clear_caches()
+            config = config_of(name, topology)
+            asked = {
+                "model": name,
+                "topology": str(topology),
+                "scan_unroll": config.model.scan_unroll,
+                "kernels": config.model.kernels,
+                "quick": arguments.quick,
+            }
+            record = next((row for row in known if _answers(row, asked, arguments.sampler)), None)
+            if record is None:
+                job, compiled, _ = find_fitting(TrainingJob(config, topology), arguments)
+                report = compile_job(job, arguments, compiled, kind)
+                record = report.as_json() | {"asked": asked, "versions": _versions()}
+                record["table_row"] = report.table_row()
+                # A row with a sampler takes the place of the one without.
+                known = [row for row in known if row["asked"] != asked] + [record]
+                _write_rows(arguments.output, known)
+                jax.clear_caches()
+            print(record["table_row"], flush=True)
+            records.append(record)
     return records
+
+
+def read_rows(path: str | None) -> list[dict[str, Any]]:
+    """The rows in a file that `compile_all` wrote; none without a file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if path is None or not Path(path).exists():
+        return []
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+        if all(row["asked"] and row["table_row"] for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--output {path!r} is no table of --all's; give a new file, or remove it")
+
+
+def _write_rows(path: str | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps({"rows": rows}, indent=1).encode() + b"\n")
+
+
+def _answers(row: dict[str, Any], asked: dict[str, Any], sampler: bool) -> bool:
+    has_sampler = any(program["name"] == "sampler" for program in row["programs"])
+    return row["asked"] == asked and (has_sampler or not sampler or not row["fits"])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("mdt-jax", "jax", "jaxlib")}
 
 
 def imagenet_config(model: str, topology: Hardware, unroll: int) -> ConfigDict:

@@ -17,6 +17,7 @@ SHARED_FLAGS: tuple[tuple[Callable, str, Any, str], ...] = (
     (flags.DEFINE_integer, "sample_batch_size", None, "Samples at a time; the batch size if none."),
     (flags.DEFINE_bool, "calibration", True, "Set a lone product beside the MFU."),
     (flags.DEFINE_bool, "calibrate", False, "Compile only a lone product; needs no --config."),
+    (flags.DEFINE_string, "output", None, "The JSON file of --all; its rows stay as they are."),
 )
 
 
