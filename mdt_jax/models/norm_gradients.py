@@ -11,7 +11,7 @@ All sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
+from mdt_jax.models import placement
 from mdt_jax.models.passes import over_tokens, segments
 
 
@@ -48,11 +49,15 @@ def modulated_norm(
 def _norm_forward(
     x: Array, shift: Array, scale: Array, lengths: tuple[int, ...], epsilon: float
 ) -> Any:
-    x = in_order(x)
-    with jax.named_scope("modulated_norm"):
+    def forward(x: Array, shift: Array, scale: Array) -> tuple[Array, ...]:
+        x = in_order(x)
         factor, offset = over_tokens(1 + scale, lengths), over_tokens(shift, lengths)
-        y = (_normalised(x.astype(jnp.float32), epsilon) * factor + offset).astype(x.dtype)
-    return (rounded(y), x), (x, scale, moments(x, epsilon))
+        y = _normalised(x.astype(jnp.float32), epsilon) * factor + offset
+        return (rounded(y.astype(x.dtype)), x, *moments(x, epsilon))
+
+    with jax.named_scope("modulated_norm"):
+        y, x, *of_tokens = _on_each_device(forward, (x, shift, scale), 4)
+    return (y, x), (x, scale, *of_tokens)
 
 
 def _normalised(x: Float32[Array, "..."], epsilon: float) -> Float32[Array, "..."]:
@@ -61,20 +66,21 @@ def _normalised(x: Float32[Array, "..."], epsilon: float) -> Float32[Array, "...
 
 
 def _norm_backward(lengths: tuple[int, ...], epsilon: float, saved: Any, gradients: Any) -> Any:
-    x, scale, (mean, inverse) = saved
-    dy, dx = map(in_order, gradients)
-
     def terms(dy: Array, x: Array, mean: Array, inverse: Array) -> tuple[Array, Array]:
         dy = dy.astype(jnp.float32)
         return dy, dy * ((x.astype(jnp.float32) - mean) * inverse)
 
-    with jax.named_scope("modulated_norm"):
+    def backward(x: Array, scale: Array, mean: Array, inverse: Array, dy: Array, dx: Array) -> Any:
+        dy, dx = in_order(dy), in_order(dx)
         d_shift, d_scale = sums_by_pass(terms, (dy, x, mean, inverse), lengths)
         normalised = (x.astype(jnp.float32) - mean) * inverse
         g = dy.astype(jnp.float32) * over_tokens(1 + scale, lengths)
         along = jnp.mean(g * normalised, axis=-1, keepdims=True)
         g = inverse * (g - jnp.mean(g, axis=-1, keepdims=True) - along * normalised)
         return rounded((dx.astype(jnp.float32) + g).astype(x.dtype)), d_shift, d_scale
+
+    with jax.named_scope("modulated_norm"):
+        return _on_each_device(backward, (*saved, *gradients), 3)
 
 
 modulated_norm.defvjp(_norm_forward, _norm_backward)
@@ -97,29 +103,48 @@ def gated_residual(
       gate: one row for each pass.
       lengths: tokens of each pass.
     """
-    return in_order(x + over_tokens(gate.astype(h.dtype), lengths) * h)
+    return _residual_forward(x, h, bias, gate, lengths)[0]
 
 
 def _residual_forward(
     x: Array, h: Array, bias: Array, gate: Array, lengths: tuple[int, ...]
 ) -> Any:
-    return gated_residual(x, h, bias, gate, lengths), (h, gate)
+    def forward(x: Array, h: Array, gate: Array) -> tuple[Array]:
+        return (in_order(x + over_tokens(gate.astype(h.dtype), lengths) * h),)
+
+    (x,) = _on_each_device(forward, (x, h, gate), 1)
+    return x, (h, gate)
 
 
 def _residual_backward(lengths: tuple[int, ...], saved: Any, dx: Array) -> Any:
-    h, gate = saved
-    dx = in_order(dx)
-    dh = rounded(over_tokens(gate.astype(dx.dtype), lengths) * dx)
-
     def terms(dx: Array, h: Array) -> tuple[Array, Array]:
         dx = dx.astype(jnp.float32)
         return dx, dx * h.astype(jnp.float32)
 
-    total, d_gate = sums_by_pass(terms, (dx, h), lengths)
-    return dx, dh, jnp.sum(gate * total, axis=(0, 1)), d_gate
+    def backward(h: Array, gate: Array, dx: Array) -> tuple[Array, ...]:
+        dx = in_order(dx)
+        dh = rounded(over_tokens(gate.astype(dx.dtype), lengths) * dx)
+        return dx, dh, *sums_by_pass(terms, (dx, h), lengths)
+
+    dx, dh, total, d_gate = _on_each_device(backward, (*saved, dx), 4)
+    return dx, dh, jnp.sum(saved[1] * total, axis=(0, 1)), d_gate
 
 
 gated_residual.defvjp(_residual_forward, _residual_backward)
+
+
+def _on_each_device(
+    function: Callable[..., tuple[Array, ...]],
+    arrays: Sequence[Float[Array, "batch _ _"]],
+    outputs: int,
+) -> tuple[Float[Array, "batch _ _"], ...]:
+    """Runs a function of arrays (batch, rows, columns) on each device's samples.
+
+    The partitioner would gather a whole batch for a layout.
+    """
+    axes = ("batch", None, None)
+    run = placement.current.get().partition(function, (axes,) * len(arrays), (axes,) * outputs)
+    return tuple(run(*arrays))
 
 
 def sums_by_pass(
