@@ -1,5 +1,6 @@
 """The gradients that are written out for GPUs, against those of the plain forms."""
 
+import re
 from functools import partial
 
 import jax
@@ -79,38 +80,39 @@ def test_activations_and_their_gradients_keep_their_dtype_and_sums_are_float32()
     assert norm_gradients.gelu(x).dtype == jnp.bfloat16
 
 
-def test_a_blocks_output_and_gradients_over_a_mesh():
+def test_a_block_over_a_mesh():
     """With attention left to XLA, both passes packed, on four devices."""
     lengths, width = (16, 8), 32
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
-    x, along = draw(4, 24, width), draw(4, 24, width)
-    c = draw(4, 2, width)
+    x, along, c = draw(4, 24, width), draw(4, 24, width), draw(4, 2, width)
     ids = jnp.asarray(np.stack([rng.permutation(16)[:8] for _ in range(4)]).astype(np.int32))
     mesh = sharding.create_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     by_xla = partial(plain_attention.cudnn_attention, implementation="xla")
-    ours = computation.CudnnComputation(by_xla)
 
-    def through(how):
-        settings = computation.BlockSettings(2, 4.0, 4, how, "none", 1, jnp.float32)
-        block = Block(settings)
+    def compiled(how):
+        block = Block(computation.BlockSettings(2, 4.0, 4, how, "none", 1, jnp.float32))
         pairs = tuple(how.bias_pairs(4, i) for i in (None, ids))
         packing = Packing(lengths, (None, ids), pairs)
         abstract = jax.eval_shape(block.init, jax.random.key(0), x, c, packing)
         leaves, tree = jax.tree.flatten(nn.unbox(abstract))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        drawn = [
-            0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
-        ]
-
-        def apply(params, x, c):
-            with sharding.activations(mesh):
-                return block.apply(params, x, c, packing)
+        drawn = np.random.default_rng(1)
+        leaves = [jnp.asarray(0.1 * drawn.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
 
         def run(params, x, c):
-            out, pull = jax.vjp(apply, params, x, c)
-            return out, pull(along)
+            with sharding.activations(mesh):  # also of the way back, which is traced at its end
+                out, pull = jax.vjp(lambda *a: block.apply(*a, packing), params, x, c)
+                return out, pull(along)
 
-        return jax.jit(run)(jax.tree.unflatten(tree, drawn), x, c)
+        whole, batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        jitted = jax.jit(run, in_shardings=(whole, batch, batch))
+        arguments = jax.tree.unflatten(tree, leaves), x, c
+        program = jitted.lower(*arguments).compile()
+        return program.as_text(), jitted(*arguments)
 
-    assert_alike(through(ours), through(computation.COMPUTATIONS["plain"]), 1e-4)
+    text, actual = compiled(computation.CudnnComputation(by_xla))
+    _, expected = compiled(computation.COMPUTATIONS["plain"])
+    assert_alike(actual, expected, 1e-4)
+    # The partitioner gathers no activations: weights alone.
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    assert gathered and not [shape for shape in gathered if shape.endswith(f"24,{width}")]
