@@ -50,7 +50,7 @@ def workdir(tmp_path_factory):
 
 def test_the_training_images_are_at_distance_0_of_themselves(workdir):
     config = get_config()
-    judge = quality_per_cost.Judge(workdir, config)
+    judge = quality_per_cost.Judge(config, workdir / "eval_classifier.npy")
     real = run_evaluation.real_images(create_source(config.data), config).images
     assert abs(judge.distance([real[:700], real[700:]])) < 1e-6
     assert judge.distance([real[::2]]) < 1 < judge.distance([255 - real])

@@ -35,15 +35,13 @@ from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
 from mdt_jax.basics.atomic import check_writable, whole_file
 from mdt_jax.commands.benchmarking import processor_name
-from mdt_jax.data import create_source
 from mdt_jax.diffusion.seeds import key_of
-from mdt_jax.evaluation import classifier
-from mdt_jax.evaluation.statistics import FeatureMoments, Gaussian, frechet_distance
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, ending_quietly
 from mdt_jax.parallel.flag_parsing import ArgumentParser
 from mdt_jax.sampling import images
 from mdt_jax.training import run_evaluation
+from mdt_jax.training.judges import Judge
 
 METHODS = (
     "ddpm:250", "ddim:20", "ddim:10", "heun:10", "heun:5", "dpm++:20", "dpm++:10", "dpm++:10,10",
@@ -87,42 +85,6 @@ class Row:
     def is_as_good(self, reference: Row) -> bool:
         """Whether the mean distance is within the reference's spread of its mean, or below."""
         return self is reference or self.mean <= reference.mean + reference.spread
-
-
-class Judge:
-    """Distances from a run's training images, in the features of its own classifier."""
-
-    def __init__(self, workdir: Path, config: ConfigDict):
-        """Loads or trains the run's classifier, and describes its training images.
-
-        Raises:
-          ValueError: a run that no classifier judges.
-        """
-        source = create_source(config.data)
-        if run_evaluation.evaluator_kind(config, source) != "classifier":
-            raise ValueError(
-                f"{workdir}: this compares runs that a classifier judges, labelled images of up to "
-                f"{classifier.MAX_SIDE} pixels such as configs/digits.py's"
-            )
-        real = run_evaluation.real_images(source, config)
-        self.extractor = classifier.load_or_train(
-            workdir / run_evaluation.CLASSIFIER_FILE,
-            real.images,
-            real.labels,
-            len(source.class_names),
-        )
-        self._real = self._gaussian([real.images])
-
-    def distance(self, batches: list[np.ndarray]) -> float:
-        """The Fréchet distance of batches of uint8 images."""
-        return frechet_distance(self._real, self._gaussian(batches))
-
-    def _gaussian(self, batches: list[np.ndarray]) -> Gaussian:
-        features = [self.extractor.extract(batch).pool for batch in batches]
-        moments = FeatureMoments(features[0].shape[1])
-        for rows in features:
-            moments.update(rows)
-        return moments.gaussian()
 
 
 def model_calls(sampler: str, num_steps: int) -> int:
@@ -171,7 +133,7 @@ def compare_methods(
     """Yields the rows of all methods after each seed, with the results so far."""
     step, meta = checkpoints.read_meta(workdir)
     config = config_lib.from_json(meta["config"])
-    judge = Judge(workdir, config)
+    judge = Judge(config, workdir / run_evaluation.CLASSIFIER_FILE)
     mesh = sharding.create_mesh()
     model, params = sampling.load(workdir, step=step, mesh=mesh)
     labels = sampling.resolve_labels(model, None, num_samples)
