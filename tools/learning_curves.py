@@ -34,10 +34,8 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 AXES = {"steps": "training steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 # The part of a document that `write_section` replaces.
-BEGIN, END = (
-    "<!-- learning speed: made by tools/learning_speed.py -->",
-    "<!-- learning speed ends -->",
-)
+BEGIN = "<!-- learning speed: written by tools/learning_speed.py --write -->"
+END = "<!-- end of learning speed -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +230,10 @@ def report_lines(results: Results) -> list[str]:
     """The report in Markdown: what there is, the answer, and the tables."""
     timed = "seconds" in results.axes
     header = ["arm", "seeds", "distance", "GFLOP a step", *(["seconds a step"] if timed else [])]
-    out = [describe_runs(results), "", verdict(results), ""]
-    out += [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    out = [describe_runs(results), "", verdict(results)]
+    if not results.curves:
+        return out
+    out += ["", f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for arm, seeds in results.curves.items():
         last = [curve.last for curve in seeds.values()]
         spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""

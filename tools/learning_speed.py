@@ -7,8 +7,8 @@
         --write README.md
 
 The first trains every arm with its seeds on Fashion-MNIST (configs/fashion.py), one run after
-another, a seed of all arms before the next, about eight hours of two CPU cores. The results' file
-has all that the report needs after each run. The same command goes on where it was stopped, also on
+another, a seed of all arms before the next: 19 runs, hours of two CPU cores. The results' file has
+all that the report needs after each run. The same command goes on where it was stopped, also on
 another machine, from the results and the judge beside them: finished runs are not done again.
 Several machines may take runs each (`--only`).
 
