@@ -1,10 +1,21 @@
-"""The digits report passes real scans, and fails each way a model can cheat on its own measure."""
+"""The samples' report passes real images, and fails each way a model can cheat on its measure."""
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mdt_jax.digits_report import report, report_table
+from mdt_jax.evaluation import image_classifier, samples_report
+from mdt_jax.evaluation.samples_report import RealImages
+
+DIGITS = samples_report.KINDS["digits"]
+
+
+def report(guided, labels, plain, labels_plain, *scans):
+    return samples_report.report(DIGITS, guided, labels, plain, labels_plain, RealImages(*scans))
+
+
+def report_table(result):
+    return samples_report.report_table(DIGITS, result)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +100,44 @@ def test_the_table_shows_value_requirement_and_verdict():
     assert rows[2][-4:] == ["0.500", ">=", "0.90", "FAIL"]
     assert rows[3][-2:] == ["for", "0.400"]
     assert rows[4][-5:] == ["1.000", "0.70", "to", "1.30", "pass"]
+    assert samples_report.conclusion(DIGITS, result) == (
+        "The samples do not pass: guided_accuracy is 0.500, required >= 0.90."
+    )
+
+
+def strokes(count, seed):
+    """Gray 8 × 8 images with a bright row, column or diagonal: three classes, any place, noise."""
+    rng = np.random.default_rng(seed)
+    labels, places = np.arange(count) % 3, rng.integers(0, 8, count)
+    images = rng.integers(0, 80, (count, 8, 8, 1))
+    for image, label, place in zip(images, labels, places, strict=True):
+        if label < 2:
+            image[(place,) if label == 0 else (slice(None), place)] += 150
+        else:
+            image[np.arange(8), (np.arange(8) + place) % 8] += 150
+    return images.astype(np.uint8), labels
+
+
+def test_the_convolutional_classifier_learns_what_is_the_same_at_every_place():
+    images, labels = strokes(1_536, 0)
+    found = image_classifier.train_image_classifier(images, labels, 3, epochs=20)
+    others, classes = strokes(600, 1)
+    assert np.mean(found.read(others) == classes) > 0.95
+    assert np.mean(found.read(others) == np.roll(classes, 1)) < 0.1
+    with pytest.raises(ValueError, match="of 6 × 8 pixels: this classifier takes sides"):
+        image_classifier.train_image_classifier(images[:, :6], labels, 3)
+
+
+def test_a_classifier_is_kept_in_a_file(tmp_path):
+    images, labels = strokes(64, 0)
+    found = image_classifier.load_or_train(tmp_path / "c.npz", images, labels, 3)
+    again = image_classifier.load_or_train(tmp_path / "c.npz", images[:0], labels[:0], 3)
+    np.testing.assert_array_equal(again.read(images), found.read(images))
+    larger = np.tile(images, (1, 2, 2, 1))
+    with pytest.raises(ValueError, match=r"images of \(16, 16, 1\); the classifier was trained"):
+        found.read(larger)
+    with pytest.raises(ValueError, match="c.npz: a classifier of other images; remove it"):
+        image_classifier.load_or_train(tmp_path / "c.npz", larger, labels, 3)
+    (tmp_path / "c.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="c.npz: no classifier .*; remove it to train another"):
+        image_classifier.load_or_train(tmp_path / "c.npz", images, labels, 3)

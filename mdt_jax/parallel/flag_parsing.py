@@ -22,8 +22,8 @@ flags.disclaim_key_flags()  # the flags here are the command's, whose --help lis
 
 # Flags that name a file or a folder. An empty one comes of an unset variable of a shell.
 PLACES = (
-    "checkpoint", "data_dir", "ema", "folder", "imagenet", "inception", "inpaint", "input", "json",
-    "lmdb", "mask", "model", "opt", "output", "parquet", "reference", "samples", "scratch",
+    "checkpoint", "data_dir", "ema", "folder", "grid", "imagenet", "inception", "inpaint", "input",
+    "json", "lmdb", "mask", "model", "opt", "output", "parquet", "reference", "samples", "scratch",
     "workdir",
 )  # fmt: skip
 
