@@ -15,6 +15,7 @@ from absl import flags
 
 from mdt_jax import digits_report, sampling
 from mdt_jax.checkpoints import __main__ as checkpoints_command
+from mdt_jax.commands import samples_report
 from mdt_jax.demo import command as demo_command
 from mdt_jax.demo import flags as demo_flags
 from mdt_jax.evaluate import command as evaluate_command
@@ -134,6 +135,11 @@ def commands() -> dict[str, Command]:
             None,
             _argparse(lambda argv: digits_report.parse_report_flags(["command", *argv])),
         ),
+        "samples_report": Command(
+            ("--workdir=w",),
+            None,
+            _argparse(lambda argv: samples_report.parse_report_flags(["command", *argv])),
+        ),
         "checkpoints": Command(
             ("w",),
             checkpoints_command.define_flags,
@@ -160,6 +166,7 @@ def commands() -> dict[str, Command]:
         ("benchmark_conversion", ()),
         ("benchmark_evaluation", ()),
         ("benchmark_startup", ()),
+        ("compare_runs", ("run", "reference")),
         ("convert_checkpoint", ("to-jax", "--output=o")),
         ("export_params", ("--input=i", "--output=o")),
         ("learning_speed", ()),

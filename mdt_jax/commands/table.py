@@ -21,6 +21,12 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "demo": Command("mdt_jax.demo", "a page on which a model is tried"),
         "checkpoints": Command("mdt_jax.checkpoints", "list a run's checkpoints, verify them"),
         "plot": Command("mdt_jax.commands.plot_runs", "a metric of several runs, as a picture"),
+        "compare": Command(
+            "mdt_jax.commands.compare_runs", "how far a run is from a published curve"
+        ),
+        "samples-report": Command(
+            "mdt_jax.commands.samples_report", "do samples of Fashion-MNIST show their class?"
+        ),
         "digits-report": Command("mdt_jax.digits_report", "judge the quick start's digits"),
     },
     "Data": {
