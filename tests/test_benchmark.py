@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -188,3 +189,19 @@ def test_the_pytorch_that_is_timed_equals_the_authors():
     assert torch.isfinite(loss)
     moved = [not torch.equal(a, b) for a, b in zip(before, timed.model.parameters(), strict=True)]
     assert all(moved)
+
+
+def test_first_steps_of_four_programs_and_of_one_are_timed_by_turns(monkeypatch, capsys):
+    asked = []
+
+    def pretend(workdir, cache, config, *arguments):
+        assert not cache.exists() and config == "configs/fashion.py"
+        (span,) = (a.rpartition("=")[2] for a in arguments if "ratio_span" in a)
+        asked.append(span)
+        return 12.0 if span == "0.2" else 10.0
+
+    monkeypatch.setattr(benchmark, "seconds_to_first_step", pretend)
+    four, one = benchmark.time_first_step(types.SimpleNamespace(repeats=3))
+    assert asked == ["0.2", "0.0", "0.0", "0.2", "0.2", "0.0"]
+    assert four["over_one_program"] == 1.2 and one["rounds"] == [10.0] * 3
+    assert "| four programs over one, round by round | 1.20 |" in capsys.readouterr().out

@@ -3,6 +3,7 @@
     python tools/benchmark.py --model MDTv2-XL/2 --output benchmarks/h200.json
     python tools/benchmark.py --model MDTv2-S/2 --config.batch_size=16 --reference_torch
     python tools/benchmark.py --model MDTv2-XL/2 --compile
+    python tools/benchmark.py --first_step --output benchmarks/first_step.json
 
 --model NAME is short for --config configs/imagenet256.py:NAME; --config.KEY=VALUE changes a
 setting, as for `mdt_jax.train`, and the programs are the ones it and `mdt_jax.sample` run: bfloat16
@@ -17,6 +18,9 @@ beside that tool's estimate of the same program.
 compiled, beside ours by turns in one process, on as many threads, and prints the median of the
 ratios within each round: above 1, ours is faster. --compile times compiling the training step for
 eight host devices, and the first step of the digits run with no cache and with a warm one.
+--first_step times the first step of a run whose masked pass keeps one of four numbers of tokens
+beside one that keeps a single number, by turns, each with no cache: configs/fashion.py, without
+sampling and judging, whose programs are the same in both.
 
 Prints a line of JSON for each result, then a table.
 """
@@ -72,7 +76,7 @@ RECIPES = ROOT / "configs" / "imagenet256.py"
 PARTS = ("step", "forward", "sample", "latency")
 LATENCY_STEPS = (10, 20, 50)
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
-FIRST_STEP_SECONDS = 600  # the digits run is given up after this time
+FIRST_STEP_SECONDS = 600  # a run is given up after this time
 
 
 def workloads(f: flags.FlagValues) -> Iterator[tuple[Workloads, Workload]]:
@@ -199,12 +203,46 @@ def time_compilation(f: flags.FlagValues) -> list[dict[str, Any]]:
     return rows
 
 
-def seconds_to_first_step(workdir: Path, cache: Path) -> float:
-    """Starts `mdt_jax.train` on the digits, waits for its first step's metrics, then ends it.
+def time_first_step(f: flags.FlagValues) -> list[dict[str, Any]]:
+    """Times the first step of a run of four programs and of one, by turns, nothing cached."""
+    spans = {"four programs": 0.2, "one program": 0.0}
+    taken: dict[str, list[float]] = {name: [] for name in spans}
+    for turn in range(f.repeats):
+        for name in list(spans)[:: -1 if turn % 2 else 1]:
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = seconds_to_first_step(
+                    Path(folder) / "run",
+                    Path(folder) / "cache",
+                    "configs/fashion.py",
+                    f"--config.masking.ratio_span={spans[name]}",
+                    "--config.eval_every=0",
+                    "--config.sample.every=0",
+                )
+            taken[name].append(seconds)
+            print(json.dumps({"name": name, "seconds": seconds}), flush=True)
+    ratio = benchmarking.median_ratio(*taken.values())
+    rows: list[dict[str, Any]] = [
+        {"name": f"first step, {name}", "seconds": statistics.median(times), "rounds": times}
+        for name, times in taken.items()
+    ]
+    rows[0]["over_one_program"] = ratio
+    print("| | seconds |\n| --- | --- |")
+    for row in rows:
+        print(f"| {row['name']} | {row['seconds']:.1f} |")
+    print(f"| four programs over one, round by round | {ratio:.2f} |")
+    return rows
+
+
+def seconds_to_first_step(
+    workdir: Path, cache: Path, config: str = "configs/digits.py", *arguments: str
+) -> float:
+    """Starts `mdt_jax.train`, waits for its first step's metrics, then ends it.
 
     Args:
       workdir: the run's folder.
       cache: the folder of compiled programs.
+      config: the config's file.
+      *arguments: further ones of the command.
 
     Returns:
       The seconds from the start to the metrics.
@@ -212,8 +250,8 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
     Raises:
       RuntimeError: training failed, or took more than `FIRST_STEP_SECONDS`.
     """
-    command = [sys.executable, "-m", "mdt_jax.train", "--config", "configs/digits.py"]
-    command += ["--workdir", str(workdir), "--config.log_every=1"]
+    command = [sys.executable, "-m", "mdt_jax.train", "--config", config]
+    command += ["--workdir", str(workdir), "--config.log_every=1", *arguments]
     flags_ = [w for w in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in w]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -251,15 +289,16 @@ def run_benchmark(f: flags.FlagValues) -> list[dict[str, Any]]:
     unknown = sorted(set(f.parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--parts {unknown[0]!r} is unknown; known: {', '.join(PARTS)}")
-    if f.config is None:
+    if f.config is None and not f.first_step:
         raise ValueError("--model is missing: such as MDTv2-XL/2")
     about = benchmarking.describe_machine()
     print(json.dumps(about), flush=True)
-    alone = time_compilation if f.compile else time_alone
+    alone = time_compilation if f.compile else time_first_step if f.first_step else time_alone
     rows = time_beside_torch(f) if f.reference_torch else alone(f)
     if f.output:
         Path(f.output).parent.mkdir(parents=True, exist_ok=True)
-        about["model"], about["dtype"] = f.config.model.name, f.config.model.dtype
+        if not f.first_step:
+            about["model"], about["dtype"] = f.config.model.name, f.config.model.dtype
         about["command"] = " ".join(["python tools/benchmark.py", *sys.argv[1:]])
         with whole_file(f.output) as file:
             file.write(json.dumps(about | {"rows": rows}, indent=2).encode() + b"\n")
@@ -307,6 +346,8 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
         "reference_torch", False, "Time PyTorch beside step and forward.", flag_values=f
     )
     flags.DEFINE_bool("compile", False, "Time compilation instead.", flag_values=f)
+    text = "Time the first step of runs of four programs and of one instead."
+    flags.DEFINE_bool("first_step", False, text, flag_values=f)
     flags.DEFINE_string("output", None, "Where the JSON goes; nowhere by default.", flag_values=f)
 
 
