@@ -124,6 +124,7 @@ def test_the_convolutional_classifier_learns_what_is_the_same_at_every_place():
     others, classes = strokes(600, 1)
     assert np.mean(found.read(others) == classes) > 0.95
     assert np.mean(found.read(others) == np.roll(classes, 1)) < 0.1
+    np.testing.assert_array_equal(found.read(others[:, :, ::-1]), found.read(others))
     with pytest.raises(ValueError, match="of 6 × 8 pixels: this classifier takes sides"):
         image_classifier.train_image_classifier(images[:, :6], labels, 3)
 

@@ -47,7 +47,7 @@ class ImageClassifier:
     image_shape: tuple[int, int, int]
 
     def read(self, images: UInt8[np.ndarray, "n h w c"]) -> Integer[np.ndarray, "n"]:
-        """The class that each image is read as.
+        """The class that each image, together with its mirror, is read as.
 
         Raises:
           ValueError: images of another shape.
@@ -218,4 +218,5 @@ def _neighbours(x: Float[Array, "n h w c"]) -> Float[Array, "n h w 9*c"]:
 
 @jax.jit
 def _read(params: Params, images: Array) -> Array:
-    return jnp.argmax(_logits(params, images), axis=-1)
+    """The classes of the largest sums of an image's and its mirror's logits."""
+    return jnp.argmax(_logits(params, images) + _logits(params, images[:, :, ::-1]), axis=-1)
