@@ -43,6 +43,29 @@ def test_tokens_last_is_the_product_transposed(mesh_shape):
         np.testing.assert_allclose(a, e, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 1), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("inputs", "features", "axes"),
+    [((24,), (8,), ("mlp", "embed")), ((2, 12), (8,), ("heads", None, "embed"))],
+)
+def test_the_gradient_of_a_kernel_that_narrows_is_that_of_the_product(
+    inputs, features, axes, mesh_shape
+):
+    """On a CPU the narrower array is the product's left one: no wide one is transposed."""
+    x, kernel, along = draw(4, 5, *inputs), draw(*inputs, *features), draw(4, 5, *features, seed=1)
+    mesh = sharding.create_mesh(*mesh_shape, jax.devices()[: np.prod(mesh_shape)])
+
+    def gradient(kernel):
+        with sharding.activations(mesh):
+            y, pull = jax.vjp(lambda k: linear.project(x, k, axes, len(inputs)), kernel)
+            return pull(along.reshape(y.shape))[0]
+
+    expected = jnp.einsum("bnd,bnf->df", x.reshape(4, 5, -1), along).reshape(kernel.shape)
+    np.testing.assert_allclose(jax.jit(gradient)(kernel), expected, atol=1e-5, rtol=1e-5)
+    if mesh_shape == (1, 1, 1):
+        assert re.search(r":f32\[8,24\] = dot_general", str(jax.make_jaxpr(gradient)(kernel)))
+
+
 def transfers(function, kernel, x):
     """How often a kernel is gathered for an output and its gradients, and how often its gradient is
     summed over eight devices."""

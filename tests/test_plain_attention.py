@@ -33,6 +33,19 @@ def test_what_cudnn_is_given_is_the_plain_form(n, shared):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
 
 
+def test_the_heads_gradient_on_a_cpu_is_jaxs_own():
+    qkv, _ = arrays(5, True)
+
+    def through(qkv):
+        heads, pull = jax.vjp(lambda qkv: plain_attention.heads_first(qkv), qkv)
+        return heads, pull([jnp.cos(one) for one in heads])
+
+    with sharding.activations(sharding.create_mesh(1, devices=jax.devices()[:1])):
+        found = through(qkv)
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(through(qkv)), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_mesh_divides_it(shared):
     rng = np.random.default_rng(0)
