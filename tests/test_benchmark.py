@@ -94,6 +94,23 @@ def test_on_a_gpu_that_is_known_what_was_measured_stands_beside_the_estimate(par
     )
 
 
+@pytest.mark.parametrize(
+    ("features", "xla_flags", "expected"),
+    [
+        ("sse4_2 avx avx2 fma avx512f avx512_bf16", "", "AVX512"),
+        ("sse4_2 avx avx2 avx512f", "--xla_dump_to=x --xla_cpu_max_isa=AVX2", "AVX2"),
+        ("sse4_2 avx avx2", "--xla_cpu_max_isa=AVX512_BF16", "AVX2"),
+        ("sse4_2 avx avx2 avx512f", "--xla_cpu_max_isa=AVX2 --xla_cpu_max_isa=avx", "AVX"),
+        ("asimd", "", None),
+    ],
+)
+def test_the_instruction_set_is_the_processors_or_what_xla_is_held_to(
+    features, xla_flags, expected
+):
+    found = benchmarking.instruction_set(features, {"XLA_FLAGS": xla_flags})
+    assert found == expected
+
+
 def test_every_round_runs_all_calls_in_turn_forwards_and_backwards():
     ran = []
     calls = {name: lambda name=name: ran.append(name) for name in "ab"}

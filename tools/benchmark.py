@@ -49,6 +49,7 @@ from mdt_jax.commands import benchmarking
 from mdt_jax.commands.benchmarking import Workload, Workloads
 from mdt_jax.parallel.command import UserError, command_ending
 from mdt_jax.parallel.flag_parsing import run_command
+from mdt_jax.parallel.host_memory import use_main_heap
 from mdt_jax.training import metrics
 from mdt_jax.training.config_flag import CONFIG_OPTIONS, define_config_flag, parse_config_flags
 from mdt_jax.weights import descriptions
@@ -292,6 +293,10 @@ def run_benchmark(f: flags.FlagValues) -> list[dict[str, Any]]:
     if f.config is None and not f.first_step:
         raise ValueError("--model is missing: such as MDTv2-XL/2")
     about = benchmarking.describe_machine()
+    if f.reference_torch:
+        import torch
+
+        about["torch_instruction_set"] = torch.backends.cpu.get_cpu_capability()
     print(json.dumps(about), flush=True)
     alone = time_compilation if f.compile else time_first_step if f.first_step else time_alone
     rows = time_beside_torch(f) if f.reference_torch else alone(f)
@@ -324,6 +329,7 @@ def set_up(f: flags.FlagValues) -> None:
     if f.compile:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+    use_main_heap()
 
 
 def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,9 +29,13 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import device_memory, mfu
+from mdt_jax.parallel.host_memory import keep_memory
 from mdt_jax.training.run import Run
 from mdt_jax.weights.autoencoder import Autoencoder
 
+# XLA's names of x86's vector instructions, the widest first, and Linux's names of the features.
+# Further ones (AVX512_BF16, AMX) are for dtypes that a CPU does not compute in here.
+_INSTRUCTION_SETS = {"AVX512": "avx512f", "AVX2": "avx2", "AVX": "avx", "SSE4_2": "sse4_2"}
 VERSIONED = ("mdt-jax", "jax", "jaxlib", "flax", "numpy", "torch")
 
 
@@ -102,6 +107,8 @@ class Workloads:
         """A training step for `num_kept` tokens: full and masked pass, optimiser and EMA."""
         run, kept = self.run, self.num_kept
         compiled, tracing, compiling = self.compile_step(kept)
+        memory = Memory.of(compiled)
+        keep_memory(memory.temporaries)
         state = run.trainer.create_state()
 
         def call() -> None:
@@ -115,7 +122,7 @@ class Workloads:
             call,
             tracing + compiling,
             flops.train_step_flops(run.model, self._size, kept),
-            Memory.of(compiled).peak,
+            memory.peak,
             estimate_here(compiled, run.mesh),
         )
 
@@ -136,13 +143,15 @@ class Workloads:
         jitted = jax.jit(apply, in_shardings=shardings, out_shardings=batch)
         compiled = jitted.lower(*inputs).compile()
         seconds = time.perf_counter() - began
+        memory = Memory.of(compiled)
+        keep_memory(memory.temporaries)
         return Workload(
             "forward pass",
             self._size,
             lambda: jax.block_until_ready(compiled(*inputs)),
             seconds,
             2.0 * flops.forward_macs(run.model) * self._size,
-            Memory.of(compiled).peak,
+            memory.peak,
         )
 
     def sampling(
@@ -310,6 +319,7 @@ def describe_machine() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "num_devices": len(devices),
         "processor": processor_name(),
+        "instruction_set": instruction_set(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": versions,
@@ -318,12 +328,36 @@ def describe_machine() -> dict[str, Any]:
 
 def processor_name() -> str:
     """The processor's name as Linux knows it, else its architecture."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def instruction_set(
+    flags: str | None = None, environment: Mapping[str, str] = os.environ
+) -> str | None:
+    """The widest vector instructions in XLA's CPU programs here, by XLA's name; None if unknown.
+
+    Those of the processor, or fewer if --xla_cpu_max_isa in XLA_FLAGS says so.
+
+    Args:
+      flags: the processor's features as Linux names them; this one's by default.
+      environment: the environment variables.
+    """
+    features = (_cpuinfo("flags") if flags is None else flags).split()
+    known = [name for name, feature in _INSTRUCTION_SETS.items() if feature in features]
+    asked = re.findall(r"--xla_cpu_max_isa=(\w+)", environment.get("XLA_FLAGS", ""))
+    names = list(_INSTRUCTION_SETS)
+    if asked and (most := asked[-1].upper()) in names:
+        known = [name for name in known if names.index(name) >= names.index(most)]
+    return next(iter(known), None)
+
+
+def _cpuinfo(field: str) -> str:
+    """The first value of a field of /proc/cpuinfo; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    return next((line.partition(": ")[2] for line in lines if line.startswith(field)), "")
 
 
 def results_table(rows: list[dict[str, Any]]) -> str:

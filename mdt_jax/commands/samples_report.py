@@ -65,9 +65,11 @@ def main(args: argparse.Namespace, only: str | None = None) -> int:
     from mdt_jax.evaluation import samples_report
     from mdt_jax.parallel.command import command_ending
     from mdt_jax.parallel.distributed import initialize_distributed
+    from mdt_jax.parallel.host_memory import use_main_heap
 
     with command_ending(args):
         initialize_distributed()
+        use_main_heap()
         if args.grid:
             check_writable(args.grid, "--grid")
         kind, real, guided, plain, labels = _draw_samples(args, only)

@@ -25,6 +25,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import by_first_process, initialize_distributed, leave
+from mdt_jax.parallel.host_memory import use_main_heap
 from mdt_jax.sample import command as sample_command
 from mdt_jax.sample import flags as sample_flags
 from mdt_jax.weights import hub_folder, pretrained
@@ -200,6 +201,7 @@ def main(_: list[str]) -> None:
     keys = sample_command.FLAGS_OF_KEYS
     with command_ending(f, message=functools.partial(one_line, flags_of_keys=keys)):
         initialize_distributed()
+        use_main_heap()
         use_compilation_cache()
         evaluate_samples(f)
     if jax.process_count() > 1:

@@ -15,6 +15,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
+from mdt_jax.parallel.host_memory import use_main_heap
 from mdt_jax.sample.drawing import chosen_labels, draw_samples
 from mdt_jax.sample.flags import check_sample_flags, given_options, output_files
 from mdt_jax.sample.painting import paint_picture
@@ -116,6 +117,7 @@ def main(_: list[str]) -> None:
     with command_ending(f, message=functools.partial(one_line, flags_of_keys=FLAGS_OF_KEYS)):
         check_sample_flags(f)
         initialize_distributed()
+        use_main_heap()
         use_compilation_cache()
         for path in generate(f, sharding.create_mesh(fsdp=f.mesh_fsdp, tensor=f.mesh_tensor)):
             print(path)

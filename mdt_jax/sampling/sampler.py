@@ -24,6 +24,7 @@ from mdt_jax.diffusion.options import SamplerOptions
 from mdt_jax.diffusion.samplers import SamplerState
 from mdt_jax.diffusion.seeds import key_of
 from mdt_jax.parallel import sharding
+from mdt_jax.parallel.host_memory import keep_memory
 from mdt_jax.sampling import images
 from mdt_jax.sampling.batch_size import fitting
 from mdt_jax.sampling.model import DiffusionModel
@@ -368,7 +369,9 @@ class CompiledSampler(CompiledBatch):
         keys, state = self._start(key, np.int32(0))
         labels = self._place(np.zeros(self.shape[0], np.int32))
         step = np.int32(0)
-        self._run = self._chunk.lower(params, state, keys, labels, step, step).compile()
+        compiled = self._chunk.lower(params, state, keys, labels, step, step).compile()
+        keep_memory(compiled.memory_analysis().temp_size_in_bytes)
+        self._run = compiled
         if jax.process_count() > 1:
             multihost_utils.process_allgather(state.x, tiled=True)
 

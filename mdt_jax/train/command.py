@@ -15,6 +15,7 @@ from mdt_jax.data.missing import MissingData
 from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
+from mdt_jax.parallel.host_memory import use_main_heap
 from mdt_jax.train.loop import train
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.programs import leaving_compilations
@@ -54,6 +55,7 @@ def main(_: list[str]) -> None:
     """The command; errors that a user can mend end it with one line and exit status 1."""
     with leaving_compilations(), command_ending(flags.FLAGS):
         initialize_distributed()
+        use_main_heap()
         use_compilation_cache()
         _run_command(flags.FLAGS)
 

@@ -24,6 +24,7 @@ from mdt_jax.models.latent_space import LatentSpace
 from mdt_jax.models.masking import KeptTokens
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.devices import mfu
+from mdt_jax.parallel.host_memory import keep_memory
 from mdt_jax.training import checks, optimizers, resumption
 from mdt_jax.training.checks import check_settings
 from mdt_jax.training.finetune import initial_parameters
@@ -161,7 +162,9 @@ class Run:
         }
 
         def compile_step(count: int | None) -> Callable:
-            return trainer.jit_step(count).lower(self.abstract, abstract_batch).compile()
+            step = trainer.jit_step(count).lower(self.abstract, abstract_batch).compile()
+            keep_memory(step.memory_analysis().temp_size_in_bytes)
+            return step
 
         return StepPrograms(compile_step, self.kept_tokens.in_order(self.config.seed, self._first))
 
