@@ -45,7 +45,7 @@ def run(**environment):
         env={**clean, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=True,
     )
     heap, kept, touched = done.stdout.split()
@@ -109,15 +109,28 @@ def test_an_accelerators_command_leaves_it_alone(asked, monkeypatch):
     assert not host_memory.use_main_heap({}) and asked == []
 
 
-def test_several_processes_stay_as_they_are(asked):
-    assert not host_memory.use_main_heap({"JAX_NUM_PROCESSES": "2"}) and asked == []
+@pytest.mark.parametrize(
+    "environment",
+    [{"JAX_NUM_PROCESSES": "2"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}],
+)
+def test_several_processes_and_devices_stay_as_they_are(environment, asked):
+    assert not host_memory.use_main_heap(environment) and not host_memory.keep_memory(1000)
+    assert asked == []
 
 
 def test_pieces_too_large_to_hold_several_of_are_given_back(asked, monkeypatch):
     monkeypatch.setattr(host_memory._Heap, "main", True)
     assert not host_memory.keep_memory(None)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert not host_memory.keep_memory(memory // 2)
+    assert not host_memory.keep_memory(host_memory.memory() // 2)
     assert asked == []
     assert host_memory.keep_memory(1000) and host_memory.keep_memory(2000)
     assert len(asked) == 1
+
+
+def test_a_containers_limit_counts_as_its_memory(tmp_path):
+    limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
+    limit.write_text("1048576\n")
+    unlimited.write_text("max\n")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host_memory.memory([tmp_path / "none", unlimited, limit]) == 1048576
+    assert host_memory.memory([unlimited]) == machine

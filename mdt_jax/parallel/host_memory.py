@@ -8,10 +8,12 @@ freed (mallopt(3)), if there is room for what it then holds.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 from absl import logging
@@ -25,6 +27,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # than it needs, to align it. Its heap was seen to grow to seven pieces before it grew no more.
 _PIECES = 8
 _SHARE = 0.5  # of the machine's memory, that those pieces may take
+CONTAINERS_LIMITS = (
+    "/sys/fs/cgroup/memory.max",  # "max" where there is none
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 class _Heap:
@@ -39,7 +45,8 @@ def use_main_heap(environment: Mapping[str, str] = os.environ) -> bool:
 
     A program that runs in the thread that calls it takes its memory from that thread's heap, and
     only the main thread's grows beyond 64 MiB. So calls return when a program is done, not before;
-    the next batch is made ready in threads of its own anyway. Several processes stay as they are.
+    the next batch is made ready in threads of its own anyway. Several processes, and one process's
+    several devices, stay as they are.
 
     Commands call it after `initialize_distributed` and before anything asks for devices. It does
     nothing without a CPU's devices or glibc; where the user has set the allocator (MALLOC_*,
@@ -51,7 +58,7 @@ def use_main_heap(environment: Mapping[str, str] = os.environ) -> bool:
     Returns:
       Whether it was done.
     """
-    if environment.get(VARIABLE) == "0" or is_cluster(environment) or _glibc() is None:
+    if environment.get(VARIABLE) == "0" or _divided(environment) or _glibc() is None:
         return False
     if theirs := users_settings(environment):
         logging.info("memory: %s decides what is kept between steps", theirs)
@@ -73,8 +80,7 @@ def keep_memory(temporaries: int | None) -> bool:
     Returns:
       Whether memory is kept.
     """
-    room = _SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not _Heap.main or temporaries is None or _PIECES * temporaries > room:
+    if not _Heap.main or temporaries is None or _PIECES * temporaries > _SHARE * memory():
         return False
     if not _Heap.kept:
         # Pieces of any size come from the heap, and the heap is never made smaller.
@@ -82,6 +88,12 @@ def keep_memory(temporaries: int | None) -> bool:
         if _Heap.kept:
             logging.info("memory that a step frees is kept for the next (%s=0: not)", VARIABLE)
     return _Heap.kept
+
+
+def _divided(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several, or its CPU is asked to be several devices."""
+    forced = "xla_force_host_platform_device_count" in environment.get("XLA_FLAGS", "")
+    return is_cluster(environment) or forced or jax.config.jax_num_cpu_devices > 1
 
 
 def users_settings(environment: Mapping[str, str]) -> str | None:
@@ -92,6 +104,19 @@ def users_settings(environment: Mapping[str, str]) -> str | None:
         if name == "LD_PRELOAD" and "malloc" in value:  # jemalloc, tcmalloc, mimalloc
             return name
     return None
+
+
+def memory(limits: Sequence[str | Path] = CONTAINERS_LIMITS) -> int:
+    """The bytes of memory of this machine, or of the container that this process is in.
+
+    Args:
+      limits: files of which the first that holds a number is the container's limit.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in limits:
+        with contextlib.suppress(OSError, ValueError):
+            return min(machine, int(Path(file).read_text()))
+    return machine
 
 
 def _mallopt(settings: Mapping[int, int]) -> bool:
