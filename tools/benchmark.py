@@ -13,6 +13,8 @@ unless --device names others. --parts chooses among step, forward, sample and la
 apart. FLOPs are the model's, by formula, without recomputation; MFU is their share of the devices'
 published peak. On GPUs that `tools/compile_gpu.py` knows, the step's measured time and memory stand
 beside that tool's estimate of the same program.
+processor_seconds and new_pages are this process's use of all cores, and the pages of memory that it
+touched anew, in a call on average, the one that warms up included.
 
 --reference_torch times a PyTorch model of the same sizes (`benchmark_torch.py`), eager and
 compiled, beside ours by turns in one process, on as many threads, and prints the median of the
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -110,8 +113,15 @@ def time_alone(f: flags.FlagValues) -> list[dict[str, Any]]:
     """Times each workload by itself; prints a line of JSON for each, then a table."""
     rows = []
     for parts, workload in workloads(f):
-        (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats).values()
-        rows.append(benchmarking.record(workload, seconds, parts.run))
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        (seconds,) = benchmarking.time_by_turns({"": workload.call}, f.repeats, warm_up=1).values()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        row = benchmarking.record(workload, seconds, parts.run)
+        calls = f.repeats + 1
+        used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+        row["processor_seconds"] = used / calls
+        row["new_pages"] = (after.ru_minflt - before.ru_minflt) / calls
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
     print("\n".join([benchmarking.results_table(rows), *benchmarking.expectation_lines(rows)]))
     return rows
