@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from mdt_jax.basics.names import printable
+from mdt_jax.data import reading
 
 _ORIENTATION = 0x0112  # an EXIF tag
 # The turn that shows a picture of each orientation upright.
@@ -61,6 +62,7 @@ def decode_picture(file: str | Path | bytes, name: str, channels: int = 3) -> Im
       BadImage: a picture that is missing, cut off or damaged, of an unknown format, of more than
         twice `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit values, whose white is unknown.
     """
+    reading.at(printable, name)
     try:
         if not isinstance(file, bytes) and _is_endless(file):
             raise ValueError("it is a pipe or a device, not a file")

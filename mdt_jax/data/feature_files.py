@@ -28,6 +28,7 @@ from jaxtyping import Float32
 
 from mdt_jax.basics.names import printable
 from mdt_jax.basics.places import open_file
+from mdt_jax.data import reading
 from mdt_jax.data.npy import read_header
 from mdt_jax.models.latent_space import STABLE_DIFFUSION_SCALE
 
@@ -89,6 +90,7 @@ class FeatureFiles:
 
     def __getitem__(self, index: int) -> tuple[Float32[np.ndarray, "h w moments"], int]:
         path = self.features / self.names[index]
+        reading.at(printable, path)
         stored = _read(path)
         if stored.shape != (1, *self.shape) or stored.dtype.kind != "f":
             raise ValueError(

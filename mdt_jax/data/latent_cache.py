@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int32, Integer
 
 from mdt_jax.basics.names import printable
 from mdt_jax.basics.places import expand, wrong_kind
+from mdt_jax.data import reading
 from mdt_jax.data.cache_json import (
     CACHE_MANIFEST,
     ENCODING,
@@ -309,6 +310,7 @@ class LatentCache:
         )
 
     def _read(self, shard: int, place: int) -> bytes:
+        reading.at(self._place, shard, place)
         try:
             data = self._readers.read(shard, place)
         except (RuntimeError, ValueError, IndexError) as error:

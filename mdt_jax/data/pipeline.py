@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from mdt_jax.data import reading
 from mdt_jax.data.source import Source
 from mdt_jax.data.stream import ExampleStream, check_bad_fraction
 
@@ -141,7 +142,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         if not self._readers:
             self._readers.append(self._open_at(self._position))
         try:
-            batch = next(self._readers[0])
+            with reading.noting(self.stream.source.name, self._place, waits=True):
+                batch = next(self._readers[0])
             self._report(batch.pop("bad", ()))
         except BaseException as error:
             # Its note, of frames that it leaves out of a traceback, is no part of a message.
@@ -153,6 +155,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             raise
         self._position += self._global_batch_size
         return {name: _own_memory(rows) for name, rows in batch.items()}
+
+    def _place(self) -> str:
+        first, last = self._position, self._position + self._global_batch_size - 1
+        return f"examples {first} to {last} of the run, the first at {self.stream.place(first)}"
 
     def _report(self, bad: Iterable[tuple[int, str]]) -> None:
         """Counts bad images, and warns of each when it is met for the first time."""

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from mdt_jax.data import reading
 from mdt_jax.data.decoding import BadImage
 from mdt_jax.data.source import Source, check_posteriors
 from mdt_jax.data.transforms import center_crop, random_crop
@@ -124,7 +125,7 @@ class ExampleStream:
     ) -> dict[str, np.ndarray]:
         rngs = _generators(self.seed, _AUGMENTATION, indices) if self.flip else ()
         mirror = np.array([rng.random() < 0.5 for rng in rngs] or [False] * len(indices))
-        with self._located("", indices):
+        with self._located("", indices), self._noted(records):
             cache = self.source.records
             if hasattr(cache, "read_posteriors"):
                 rows = mirror if cache.mirrored else None
@@ -172,7 +173,7 @@ class ExampleStream:
             some, places = records[first : first + at_once], indices[first : first + at_once]
             if at_once > 1:
                 try:
-                    with self._located("", places):
+                    with self._located("", places), self._noted(some):
                         examples = read(some)
                 except BadImage:
                     if self.on_bad_image == "error":
@@ -181,7 +182,7 @@ class ExampleStream:
                     yield from examples
                     continue
             for record, index in zip(some, places, strict=True):
-                with self._located(f"record {record} of ", [index]):
+                with self._located(f"record {record} of ", [index]), self._noted([record]):
                     if self.on_bad_image == "skip":
                         example = self._next_good(read, record, bad)
                     else:
@@ -198,6 +199,15 @@ class ExampleStream:
                 bad.append((record, str(error)))
             check_bad_fraction(self.source, self.max_bad_fraction, dict(bad[known:]))
             record = (record + 1) % len(self.source)
+
+    def place(self, index: int) -> str:
+        """Where example `index` of the run is stored, for messages."""
+        (record,) = _records(self.seed, range(index, index + 1), len(self.source))
+        return self.source.place(int(record))
+
+    def _noted(self, records: Sequence[int] | np.ndarray) -> contextlib.AbstractContextManager:
+        """A context for reading records, which says so to whoever waits for them."""
+        return reading.noting(self.source.name, lambda: self.source.place(int(records[0])))
 
     @contextlib.contextmanager
     def _located(self, what: str, indices: Sequence[int]) -> Iterator[None]:
