@@ -39,7 +39,7 @@ class FakeLog(StepLog):
         self.lines, self.is_paused = [], False
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self, kind):
         self.is_paused = True
         yield
         self.is_paused = False

@@ -24,6 +24,7 @@ import pytest
 from jobs import xla_flags
 
 from mdt_jax import checkpoints, data, sampling
+from mdt_jax.checkpoints import goodput
 from mdt_jax.config import default_config, to_json
 from mdt_jax.parallel import distributed, sharding
 from mdt_jax.sampling import images
@@ -146,14 +147,16 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed, wall = tmp_path / "whole", tmp_path / "killed", []
     reference = run_command([*TRAIN, *flags, "--workdir", whole], **environment)
     assert reference.returncode == 0, reference.stderr
 
     def kill(method, when, count, seconds):
         """Starts the run, kills it, and returns its newest checkpoint."""
         driver = [sys.executable, "-c", KILLED_TRAIN, *method.split(":"), when, count, seconds]
+        began = time.monotonic()
         done = run_command([*driver, *flags, "--workdir", killed], **environment)
+        wall.append(time.monotonic() - began)
         assert done.returncode == -signal.SIGKILL, done.stderr
         return max(sealed_steps(killed), default=None)
 
@@ -167,8 +170,14 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     for moment, newest in moments:
         assert kill(*moment) in newest, moments
 
+    began = time.monotonic()
     last = run_command([*TRAIN, *flags, "--workdir", killed], **environment)
+    wall.append(time.monotonic() - began)
     assert last.returncode == 0, last.stderr
+    record = goodput.read_record(killed)
+    assert record["starts"] == 4 and record["seconds"]["lost"] > 0
+    # A process that ends takes a moment after its last word.
+    assert 0.9 * sum(wall) < sum(record["seconds"].values()) < sum(wall)
     assert logged(killed) == logged(whole), moments
     assert [line["step"] for line in logged(whole)] == [3, 6, 9, 10, 12, 15, 18, 20, 20]
     assert [line["step"] for line in logged(whole) if "eval_fid" in line] == [10, 20]
@@ -468,6 +477,40 @@ def test_a_time_limit_ends_the_command_with_a_checkpoint_and_status_0(
     step = sealed_steps(tmp_path)[-1]
     assert 5 <= step <= 9 and "stopping: --max_hours 1" in caplog.text
     assert f"stopped at step {step}, saved; the same command resumes" in caplog.text
+
+
+def test_the_account_of_wall_time_adds_up_over_five_resumptions(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Run, "compile_steps", lambda run, _: finished.steps)
+    config = changed(finished.config, sample__every=0, eval_every=0, checkpoint_every=3)
+    wall = 0.0
+
+    def fail():
+        raise ZeroDivisionError
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # Failures at 2, 8 and 10 lose the steps after 0, 6 and 9.
+    for step, action in {2: fail, 5: stop, 8: fail, 7: stop, 10: fail, 12: lambda: None}.items():
+        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+            before_step(patch, {step: action})
+            if action is fail:
+                stack.enter_context(pytest.raises(ZeroDivisionError))
+            began = time.monotonic()
+            loop.train(config, tmp_path)
+        wall += time.monotonic() - began
+    record = goodput.read_record(tmp_path)
+    assert record["starts"] == 6 and record["step"] == 12
+    assert sum(record["seconds"].values()) == pytest.approx(wall, rel=0.01)
+    assert all(record["seconds"][kind] > 0 for kind in ("lost", "steps", "input", "checkpoint"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    walls = [line["wall_seconds"] for line in lines]
+    assert walls == sorted(walls) and 0.9 * wall < walls[-1] < wall
+    for line in lines:
+        kinds = [line[f"wall_{kind}"] for kind in goodput.KINDS]
+        assert sum(kinds) == pytest.approx(line["wall_seconds"])
+        assert line["goodput"] == pytest.approx(line["wall_steps"] / line["wall_seconds"])
 
 
 def until(condition, seconds=60):

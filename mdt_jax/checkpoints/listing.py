@@ -1,4 +1,4 @@
-"""The table of a run's checkpoints, which `python -m mdt_jax.checkpoints` prints."""
+"""The tables of a run's checkpoints and of its time; `python -m mdt_jax.checkpoints` prints them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mdt_jax.checkpoints import goodput
 from mdt_jax.checkpoints.items import read_meta
 from mdt_jax.checkpoints.seal import CheckpointError, checkpoint_root, find_problems, is_unsealed
 from mdt_jax.parallel.command import command_ending
@@ -98,4 +99,6 @@ def main(arguments: list[str], verify: bool = True) -> None:
             raise ValueError("give one workdir: mdt checkpoints WORKDIR")
         entries = list_checkpoints(arguments[1], verify)
         print(checkpoint_table(arguments[1], entries))
+        if (record := goodput.read_record(arguments[1])) is not None:
+            print(goodput.table(record))
     sys.exit(1 if any(entry.damaged for entry in entries) else 0)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
+from mdt_jax.checkpoints.goodput import process_began
 from mdt_jax.data import create_source
 from mdt_jax.data.missing import MissingData
 from mdt_jax.parallel.command import command_ending, one_line
@@ -68,4 +69,5 @@ def _run_command(f: Any) -> None:
     elif not f.workdir:
         raise ValueError("--workdir is missing: the folder for checkpoints, metrics and samples")
     else:
-        train(f.config, f.workdir, f.max_hours, f.allow_changes, given)
+        began = process_began()
+        train(f.config, f.workdir, f.max_hours, f.allow_changes, given, began=began)

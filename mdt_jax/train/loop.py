@@ -18,6 +18,7 @@ from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
 from mdt_jax.basics.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
+from mdt_jax.checkpoints.goodput import Goodput
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
 from mdt_jax.parallel import sharding
 from mdt_jax.parallel.preemption import Stop
@@ -44,6 +45,8 @@ def train(
     max_hours: float | None = None,
     allowed_changes: Collection[str] = (),
     given: Collection[str] = (),
+    *,
+    began: float | None = None,
 ) -> TrainState:
     """Starts or resumes a run, trains it to config.num_steps and returns the final state.
 
@@ -58,6 +61,7 @@ def train(
       allowed_changes: keys of settings that may be others than a run in the workdir has, beside
         those that always may (`training.resumption`).
       given: keys that a person gave on the command line, to be told if they are of no use.
+      began: when the account of the run's time begins, by `time.monotonic`; None for now.
 
     Raises:
       ValueError: settings cannot work, the workdir is of another run, or processes differ.
@@ -66,35 +70,51 @@ def train(
       NonFiniteLoss: the loss or the gradient norm is not finite.
     """
     ranges.check_config(config)
-    with Stop(max_hours) as stop:
-        config = checks.with_classes_of_data(config)
-        run = Run(config, workdir, allowed_changes)
-        source = create_source(config.data)
-        checks.check_data(config, source)
-        checks.check_processes_agree(config, source)
-        run_evaluation.check_evaluation(config, source)
-        log_remarks(config, given)
-        logging.info("%s", "\n" + run.describe())
-        logging.info("data           %s", source.describe())
-        logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
-        keep = {"keep_last": config.keep_last, "keep_every": config.keep_every}
+    with Stop(max_hours) as stop, contextlib.closing(Goodput(began)) as account:
+        run, source = _set_up(config, workdir, allowed_changes, given)
+        keep = {"keep_last": run.config.keep_last, "keep_every": run.config.keep_every}
         with Checkpoints(workdir, **keep) as store:
-            return _train(run, source, store, stop)
+            account.open(workdir)
+            if (store.latest_step() or 0) < run.config.num_steps:
+                account.keep()
+            return _train(run, source, store, stop, account)
 
 
-def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainState:
+def _set_up(
+    config: ConfigDict,
+    workdir: str | Path,
+    allowed_changes: Collection[str] = (),
+    given: Collection[str] = (),
+) -> tuple[Run, Source]:
+    """The run of a config and its data, checked and told in the log; writes nothing."""
+    config = checks.with_classes_of_data(config)
+    run = Run(config, workdir, allowed_changes)
+    source = create_source(config.data)
+    checks.check_data(config, source)
+    checks.check_processes_agree(config, source)
+    run_evaluation.check_evaluation(config, source)
+    log_remarks(config, given)
+    logging.info("%s", "\n" + run.describe())
+    logging.info("data           %s", source.describe())
+    logging.info("epoch          %s steps", f"{len(source) / config.batch_size:,.1f}")
+    return run, source
+
+
+def _train(
+    run: Run, source: Source, store: Checkpoints, stop: Stop, account: Goodput
+) -> TrainState:
     """Trains from the newest checkpoint to the last step, or until asked to stop."""
-    state, meta, owed = _restore(run, source, store)
+    state, meta, owed = _restore(run, source, store, account)
     first, last, position = int(state.step), run.config.num_steps, meta.get("position", 0)
     if first >= last and not owed:
         logging.info("%s is trained already: step %d of %d", run.workdir, first, last)
         return state
-    steps, grids, judge, seconds = _prepare(run, source, stop)
+    steps, grids, judge, seconds = _prepare(run, source, stop, account)
     stop.ready()
     if stop.requested():
         return state
     with (
-        contextlib.closing(StepLog(run, first, store, meta, seconds)) as log,
+        contextlib.closing(StepLog(run, first, store, meta, seconds, account)) as log,
         contextlib.closing(StepProfiler(run.workdir, run.config.profile_steps)) as trace,
         _batches(run, source, position) as (batches, on_device),
         closing(steps),
@@ -106,7 +126,7 @@ def _train(run: Run, source: Source, store: Checkpoints, stop: Stop) -> TrainSta
             if stop.stopping:
                 return state
         for step in range(first + 1, last + 1):
-            with log.times.waiting():
+            with log.waiting():
                 batch = next(on_device)
             with trace.step(step):
                 state, values = steps[run.kept(step - 1)](state, batch)
@@ -141,13 +161,13 @@ def _ask_to_stop(run: Run, steps: Steps, step: int, log: StepLog, stop: Stop) ->
     if steps.wait(count, 0.0):
         return
     alone = jax.process_count() == 1
-    with log.paused():
+    with log.paused("compile"):
         while not steps.wait(count, _ASK_SECONDS) and not (alone and stop.requested()):
             pass
 
 
 def _restore(
-    run: Run, source: Source, store: Checkpoints
+    run: Run, source: Source, store: Checkpoints, account: Goodput
 ) -> tuple[TrainState, dict[str, Any], bool]:
     """The state to train from, and whether its samples have yet to be judged.
 
@@ -158,6 +178,7 @@ def _restore(
     state, meta = run.restore(store, source.latent_space)
     checks.check_data_unchanged(meta, source, run.workdir)
     step = int(state.step)
+    account.resume(step, meta.get("goodput"))
     owed = run_evaluation.judgement_is_owed(run.config, run.workdir, step)
     if 0 < step < run.config.num_steps or owed:
         logging.info("resuming %s from step %d", run.workdir, step)
@@ -165,7 +186,7 @@ def _restore(
 
 
 def _prepare(
-    run: Run, source: Source, stop: Stop
+    run: Run, source: Source, stop: Stop, account: Goodput
 ) -> tuple[Steps, GridSampler | None, SampleJudge | None, float]:
     """Writes the run's config, and compiles what it needs for its first step.
 
@@ -179,7 +200,8 @@ def _prepare(
     began = time.perf_counter()
     count = len(run.kept_tokens.programs)
     logging.info("compiling %d step(s), one for each number of kept tokens, in turn", count)
-    with ThreadPoolExecutor(1) as background:  # one compilation does not use all processors
+    # One compilation does not use all processors.
+    with account.spent_on("compile"), ThreadPoolExecutor(1) as background:
         compiling = background.submit(run.compile_steps, source)
         grids = GridSampler.asked_for(run, source, stop)
         if evaluator:

@@ -81,7 +81,7 @@ class GridSampler:
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Draws a grid, saves it as a file and adds it to TensorBoard."""
-        with log.paused():
+        with log.paused("evaluate"):
             grid = None
             with tolerate_full_disk():
                 grid = self._draw(state, step)
@@ -165,7 +165,7 @@ class CheckpointSaver:
           SaveError: the state cannot be saved and this is the run's last step.
         """
         c, done = self._run.config, step - self._first_step
-        with log.paused():
+        with log.paused("checkpoint"):
             meta = {
                 "config": config_lib.to_json(c),
                 **self._data,
@@ -194,7 +194,7 @@ class SampleJudge:
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Judges samples and writes a line; gives up if the run is asked to stop meanwhile."""
-        with log.paused():
+        with log.paused("evaluate"):
             found = self._evaluator.judge(state, self._stop.requested)
             if found is None:
                 return

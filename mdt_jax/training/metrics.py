@@ -21,6 +21,7 @@ from jaxtyping import ScalarLike, UInt8
 
 from mdt_jax.basics.atomic import is_at, is_full_disk, whole_file
 from mdt_jax.basics.places import open_file, read_bytes, refuse_url
+from mdt_jax.checkpoints import goodput
 from mdt_jax.training.tensorboard import EventLog
 from mdt_jax.training.wandb_log import WandbLog
 
@@ -28,7 +29,7 @@ METRICS_FILE = "metrics.jsonl"  # in the workdir
 # Metrics that depend on clock and machine. All others are the same in every run of a config.
 CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
          "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
-         "device_memory_bytes", "device_memory_peak_bytes", "mfu")  # fmt: skip
+         "device_memory_bytes", "device_memory_peak_bytes", "mfu", *goodput.METRICS)  # fmt: skip
 
 
 class MetricsWriter:

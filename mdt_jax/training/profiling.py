@@ -46,7 +46,7 @@ class StepProfiler:
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Ends the trace once the step's metrics are there, and writes it."""
-        with log.paused():
+        with log.paused("evaluate"):
             self._write()
 
     def close(self) -> None:

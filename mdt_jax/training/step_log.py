@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mdt_jax.checkpoints import Checkpoints, SaveError
+from mdt_jax.checkpoints.goodput import Goodput
 from mdt_jax.parallel.command import UserError
 from mdt_jax.parallel.devices import device_memory
 from mdt_jax.training import clock, metrics
@@ -31,7 +32,7 @@ class StepLog:
     Attributes:
       watch: the run's clock, over all its resumptions: seconds of waiting for data, of the steps
         and of their logging. `paused` stops it for all other work.
-      times: seconds of single steps; the loop tells it when it waits for data.
+      times: seconds of single steps.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class StepLog:
         store: Checkpoints,
         saved: Mapping[str, Any] | None = None,
         compile_seconds: float | None = None,
+        account: Goodput | None = None,
     ):
         """Opens the run's metrics, and starts the clock.
 
@@ -51,6 +53,7 @@ class StepLog:
           saved: `state()` as the checkpoint of the first step has it; None or empty for a fresh
             run.
           compile_seconds: how long compiling took, for the first line.
+          account: the account of the run's wall time; None for one that begins here.
         """
         saved = saved or {}
         c = run.config
@@ -67,6 +70,9 @@ class StepLog:
         self.watch = clock.Stopwatch(saved.get("train_seconds", 0.0))
         self._since, self._logged_step = saved.get("train_seconds", 0.0), first_step
         self.times = clock.StepTimes(self.watch)
+        self._account = account or Goodput()
+        self._account.keep()
+        self._account.begin("steps")
         self._once = {} if compile_seconds is None else {"compile_seconds": compile_seconds}
         self._skipped_images = 0
 
@@ -90,21 +96,37 @@ class StepLog:
         self._take(pending)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """A context for taking the next batch."""
+        with (
+            self._account.spent_on("input"),
+            self.times.waiting(),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
         """Stops the clock while the context is open; reads the last step's metrics before.
 
         For work between two steps that is not training.
+
+        Args:
+          kind: what the time is spent on, one of `goodput.KINDS`.
 
         Raises:
           NonFiniteLoss: the loss or gradient norm of the last step is not finite.
         """
         self.settle()
-        with self.watch.paused():
+        with self.watch.paused(), self._account.spent_on(kind):
             yield
 
     def state(self) -> dict[str, Any]:
-        """The window of means and the clock as JSON values, for a checkpoint."""
-        return {"window": self._window.state(), "train_seconds": self.watch.seconds}
+        """The window of means and the clocks as JSON values, for a checkpoint."""
+        return {
+            "window": self._window.state(),
+            "train_seconds": self.watch.seconds,
+            "goodput": self._account.state(),
+        }
 
     def write(self, step: int, line: Mapping[str, float], texts: Mapping[str, str]) -> None:
         """Writes a line beside those of the steps: metrics, the clock's seconds, and texts.
@@ -120,7 +142,8 @@ class StepLog:
         self._writer.image(step, name, image)
 
     def close(self) -> None:
-        """Closes the files and the bar."""
+        """Closes the files and the bar; what is left is the last save."""
+        self._account.begin("checkpoint")
         self._progress.close()
         self._writer.close()
 
@@ -142,6 +165,7 @@ class StepLog:
                 )
         self._window.add(values)
         self.times.step()
+        self._account.done(step)
         self._progress.advance(step)
         c = self._run.config
         if step % c.log_every == 0 or step == c.num_steps:
@@ -160,6 +184,7 @@ class StepLog:
         self.times.reset()
         self._once = {}
         line["train_seconds"] = now
+        line |= self._account.metrics()
         if run.config.data.on_bad_image == "skip":
             line["skipped_images"] = self._skipped_images
         if (used := run.utilisation(seconds)) is not None:
