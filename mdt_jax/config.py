@@ -134,6 +134,16 @@ def default_config() -> ConfigDict:
     config.keep_last = 3  # checkpoints kept
     config.keep_every = integer()  # checkpoints at its multiples are kept for ever; None: none are
 
+    config.watchdog = Settings()  # ends a run that hangs, names what is slow
+    # A step that takes longer than `factor` times the median and than `least_seconds` ends the run
+    # with status 1, the stacks of all threads in the log. factor 0: no step does.
+    config.watchdog.factor = 20.0
+    config.watchdog.least_seconds = 300.0  # a tenth of it waiting for one batch is told
+    # A process whose own part of a step (input, handing over) takes so many times the others'
+    # median is named in the log. 0: none is.
+    config.watchdog.slow = 1.5
+    config.watchdog.window = 100  # steps whose medians are compared
+
     config.sample = Settings()  # sampling while training, and the defaults of mdt_jax.sample
     config.sample.every = 5_000  # steps between grids of EMA samples; 0: none
     config.sample.num_samples = 16  # samples in a grid

@@ -1,4 +1,4 @@
-"""The tables of a run's checkpoints and of its time; `python -m mdt_jax.checkpoints` prints them."""
+"""The tables of a run's checkpoints and time, which `python -m mdt_jax.checkpoints` prints."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ HEARTBEAT_TIMEOUT = 30
 _GATHER_TIMEOUT_MS = 20 * 60 * 1000  # one process may verify a large checkpoint meanwhile
 _FAILURE = "mdt_jax/failure"  # the key under which the first process to fail says why
 _WATCH_SECONDS = 1.0
+_TELL_SECONDS = 5.0
 _WAIT_MS = 2 * 60 * 60 * 1000  # the others' wait while process 0 reads or joins tens of gigabytes
 _MEETINGS = itertools.count()
 _gathers = Counter()  # how often each name was used, since a key can be written only once
@@ -139,7 +140,7 @@ def end_the_others(error: BaseException) -> None:
     leaving it would wait for them. So it tells them why, and exits at once, with status 1.
     """
     # `sys.exit()` and `sys.exit(0)` are not failures.
-    if not _joined() or (isinstance(error, SystemExit) and not error.code):
+    if not joined() or (isinstance(error, SystemExit) and not error.code):
         return
     if isinstance(error, SystemExit):
         message = str(error.code).removeprefix("error: ")
@@ -147,7 +148,7 @@ def end_the_others(error: BaseException) -> None:
     else:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    _fail(message)
+    fail(message)
 
 
 def leave(status: int = 0) -> NoReturn:
@@ -155,12 +156,13 @@ def leave(status: int = 0) -> NoReturn:
 
     It waits for no thread of this process.
     """
-    if _joined() and status == 0:
+    if joined() and status == 0:
         jax.distributed.shutdown()
     _exit(status)
 
 
-def _joined() -> bool:
+def joined() -> bool:
+    """Whether this process is one of a job of several that `initialize_distributed` joined."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -171,19 +173,48 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _fail(message: str) -> NoReturn:
+def post(name: str, value: Any) -> None:
+    """Leaves a JSON value for the other processes, in place of this process's last of that name.
+
+    It waits for no other process, but for the service; any thread may call it, in a job of several.
+    """
+    path = f"mdt_jax/post/{name}/{jax.process_index()}"
+    _client().key_value_set(path, json.dumps(value), allow_overwrite=True)
+
+
+def posts(name: str) -> dict[int, Any]:
+    """The last values of a name that processes have left with `post`, by process."""
+    found = _client().key_value_dir_get(f"mdt_jax/post/{name}/")
+    return {int(path.rpartition("/")[2]): json.loads(text) for path, text in found}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends this process at once, from any thread, with status 1 and a message of one line.
+
+    In a job it tells the others why, which end, too.
+    """
+    if not joined():
+        print(f"error: {message}", file=sys.stderr)
+        _exit(1)
     me, others = jax.process_index(), jax.process_count() - 1
     if _is_about_a_peer(message):
         # The peer's reason may be on its way here; then the watching thread ends this process.
         time.sleep(3 * _WATCH_SECONDS)
         message = f"lost another process of the job, which died or failed before ({message})"
-    with contextlib.suppress(Exception):  # another was first, or the service is gone
-        _client().key_value_set(_FAILURE, f"{me} {message}")
+    # A service that hangs must not keep this process.
+    teller = threading.Thread(target=_tell, args=(f"{me} {message}",), daemon=True)
+    teller.start()
+    teller.join(_TELL_SECONDS)
     print(f"error: process {me}: {message}; ending the {others} other(s)", file=sys.stderr)
     if me == 0:
         # The service ends with this process: let the others read first.
         time.sleep(3 * _WATCH_SECONDS)
     _exit(1)
+
+
+def _tell(failure: str) -> None:
+    with contextlib.suppress(Exception):  # another was first, or the service is gone
+        _client().key_value_set(_FAILURE, failure)
 
 
 def _is_about_a_peer(message: str) -> bool:

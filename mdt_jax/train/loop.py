@@ -128,7 +128,7 @@ def _train(
         for step in range(first + 1, last + 1):
             with log.waiting():
                 batch = next(on_device)
-            with trace.step(step):
+            with log.handing_over(), trace.step(step):
                 state, values = steps[run.kept(step - 1)](state, batch)
             log.add(step, values, batches.num_skipped)
             save.check()

@@ -17,6 +17,7 @@ from mdt_jax.parallel.devices import device_memory
 from mdt_jax.training import clock, metrics
 from mdt_jax.training.run import Run
 from mdt_jax.training.wandb_log import WandbLog
+from mdt_jax.training.watchdog import Watchdog
 
 
 class NonFiniteLoss(UserError):
@@ -44,7 +45,7 @@ class StepLog:
         compile_seconds: float | None = None,
         account: Goodput | None = None,
     ):
-        """Opens the run's metrics, and starts the clock.
+        """Opens the run's metrics, and starts the clock and the watchdog.
 
         Args:
           run: the run.
@@ -73,6 +74,7 @@ class StepLog:
         self._account = account or Goodput()
         self._account.keep()
         self._account.begin("steps")
+        self._watchdog = Watchdog(c.watchdog, first_step)
         self._once = {} if compile_seconds is None else {"compile_seconds": compile_seconds}
         self._skipped_images = 0
 
@@ -100,9 +102,14 @@ class StepLog:
         """A context for taking the next batch."""
         with (
             self._account.spent_on("input"),
+            self._watchdog.part("input"),
             self.times.waiting(),
         ):
             yield
+
+    def handing_over(self) -> contextlib.AbstractContextManager[None]:
+        """A context for handing a step over to the devices."""
+        return self._watchdog.part("dispatch")
 
     @contextlib.contextmanager
     def paused(self, kind: str) -> Iterator[None]:
@@ -117,7 +124,7 @@ class StepLog:
           NonFiniteLoss: the loss or gradient norm of the last step is not finite.
         """
         self.settle()
-        with self.watch.paused(), self._account.spent_on(kind):
+        with self.watch.paused(), self._watchdog.paused(), self._account.spent_on(kind):
             yield
 
     def state(self) -> dict[str, Any]:
@@ -142,7 +149,8 @@ class StepLog:
         self._writer.image(step, name, image)
 
     def close(self) -> None:
-        """Closes the files and the bar; what is left is the last save."""
+        """Closes the files and the bar, and ends the watchdog; what is left is the last save."""
+        self._watchdog.close()
         self._account.begin("checkpoint")
         self._progress.close()
         self._writer.close()
@@ -151,7 +159,8 @@ class StepLog:
         if pending is None:
             return
         step, values = pending
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        with self._watchdog.part("wait"):
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 with contextlib.suppress(SaveError):
@@ -165,6 +174,7 @@ class StepLog:
                 )
         self._window.add(values)
         self.times.step()
+        self._watchdog.ended(step)
         self._account.done(step)
         self._progress.advance(step)
         c = self._run.config
