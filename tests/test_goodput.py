@@ -52,7 +52,7 @@ def take(account, clock, steps, seconds=2.0, wait=1.0):
         with account.spent_on("input"):
             clock.move(wait)
         clock.move(seconds)
-        account.done(step)
+        account.reached(step)
     return account.state()
 
 

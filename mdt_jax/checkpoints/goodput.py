@@ -123,8 +123,8 @@ class Goodput:
         finally:
             self.begin(outer)
 
-    def done(self, step: int) -> None:
-        """Takes down that so many steps are done."""
+    def reached(self, step: int) -> None:
+        """Takes down that so many steps are done, or under way."""
         self._step = step
 
     def age(self) -> float:
@@ -155,9 +155,9 @@ class Goodput:
     def record(self) -> dict[str, Any]:
         """The account as JSON values, as `read_record` gives it.
 
-        "starts", how often the run was started; "step", steps done; "until", when this was, seconds
-        since 1970; "stopped_seconds", the time between the starts, which is no wall time of the
-        run; "seconds" by kind.
+        "starts", how often the run was started; "step", steps done or under way; "until", when this
+        was, seconds since 1970; "stopped_seconds", the time between the starts, which is no wall
+        time of the run; "seconds" by kind.
         """
         seconds = {kind: round(value, 3) for kind, value in self.seconds().items()}
         return {

@@ -89,6 +89,7 @@ class StepLog:
           skipped_images: bad images replaced by others in this process since it started.
         """
         self._skipped_images = skipped_images
+        self._account.reached(step)
         pending, self._pending = self._pending, (step, values)
         self._take(pending)
 
@@ -175,7 +176,6 @@ class StepLog:
         self._window.add(values)
         self.times.step()
         self._watchdog.ended(step)
-        self._account.done(step)
         self._progress.advance(step)
         c = self._run.config
         if step % c.log_every == 0 or step == c.num_steps:
