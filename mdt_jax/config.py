@@ -134,6 +134,10 @@ def default_config() -> ConfigDict:
     config.keep_last = 3  # checkpoints kept
     config.keep_every = integer()  # checkpoints at its multiples are kept for ever; None: none are
 
+    config.checkpoint = Settings()  # what each process keeps for itself, beside the shared ones
+    config.checkpoint.local_every = 0  # steps between local checkpoints; 0: none
+    config.checkpoint.local_dir = "/dev/shm"  # on every machine; memory there, or a local disk
+
     config.watchdog = Settings()  # ends a run that hangs, names what is slow
     # A step that takes longer than `factor` times the median and than `least_seconds` ends the run
     # with status 1, the stacks of all threads in the log. factor 0: no step does.

@@ -45,6 +45,7 @@ TEXTS = {
     "sample.sampler": ["ddpm", "ddim", "heun", "dpm++", "dpm++sde", "euler"],
     "eval.evaluator": ["auto", "inception", "classifier", "judge"],
     "eval.sampler": ["ddpm", "dpm++", "euler"],
+    "checkpoint.local_dir": ["", "/dev/shm", "/nowhere"],
     "init_from": ["/nowhere", "weights.pt"],
     "eval.inception": ["", "/nowhere"],
     "eval.reference": ["", "/nowhere"],

@@ -225,6 +225,7 @@ RANGES: dict[str, Range] = {
     "checkpoint_every": _COUNT,
     "keep_last": _COUNT,
     "keep_every": _whole(1, MAX_COUNT, none="none is kept for ever"),
+    "checkpoint.local_every": _EVERY,
     "watchdog.factor": _number(2, 1e6, also=(0, "no step ends the run")),
     "watchdog.least_seconds": _number(5, 1e6),
     "watchdog.slow": _number(1.05, 1e6, also=(0, "none is named")),

@@ -73,7 +73,7 @@ def train(
     with Stop(max_hours) as stop, contextlib.closing(Goodput(began)) as account:
         run, source = _set_up(config, workdir, allowed_changes, given)
         keep = {"keep_last": run.config.keep_last, "keep_every": run.config.keep_every}
-        with Checkpoints(workdir, **keep) as store:
+        with Checkpoints(workdir, **keep) as store, run.keeping_local(store):
             account.open(workdir)
             if (store.latest_step() or 0) < run.config.num_steps:
                 account.keep()

@@ -154,9 +154,17 @@ class CheckpointSaver:
 
         A step to be judged is saved first, so that nothing is lost while it is judged.
         """
+        return self._is_shared(step) or self._is_local(step)
+
+    def _is_shared(self, step: int) -> bool:
         c = self._run.config
         periodic = step % c.checkpoint_every == 0
         return periodic or self._is_last(step) or run_evaluation.judgement_is_due(c, step)
+
+    def _is_local(self, step: int) -> bool:
+        """Whether each process also keeps a step for itself; not the last, which is soon shared."""
+        local = self._run.local is not None and not self._is_last(step)
+        return local and step % self._run.config.checkpoint.local_every == 0
 
     def __call__(self, step: int, state: TrainState, log: StepLog) -> None:
         """Starts to save the state, with the meta data that a resumed run needs.
@@ -173,6 +181,10 @@ class CheckpointSaver:
                 "position": self._position + done * c.batch_size,
                 **log.state(),
             }
+            if self._run.local is not None and self._is_local(step):
+                self._run.local.save(step, state, meta)
+            if not self._is_shared(step):
+                return
             with tolerate_full_disk():
                 self._store.wait()
             with contextlib.nullcontext() if self._is_last(step) else tolerate_full_disk():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mdt_jax import checkpoints
 from mdt_jax import config as config_lib
 from mdt_jax.basics import ranges
 from mdt_jax.checkpoints import CheckpointError, Checkpoints
+from mdt_jax.checkpoints.local import LocalCheckpoints
 from mdt_jax.data import ExampleKind, Source, example_spec
 from mdt_jax.models import flops
 from mdt_jax.models.latent_space import LatentSpace
@@ -69,7 +70,10 @@ class Run:
       rates: the averages' rates as text, which are their names in the state.
       latents: the latents that are trained on, of the encoder that the run or its initial weights
         know; None for pixels, and before `restore`.
+      local: this process's own checkpoints, while `keeping_local`; None where there are none.
     """
+
+    local: LocalCheckpoints | None = None
 
     def __init__(
         self, config: ConfigDict, workdir: str | Path, allowed_changes: Collection[str] = ()
@@ -173,8 +177,8 @@ class Run:
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state and meta data to train from.
 
-        They are those of the newest checkpoint that verifies; without a checkpoint, a fresh state
-        and {}.
+        They are those of the newest checkpoint that verifies, a shared one or one that each process
+        has for itself; without a checkpoint, a fresh state and {}.
 
         Args:
           store: the run's checkpoints.
@@ -187,17 +191,10 @@ class Run:
         """
         checks.check_memory(self.abstract, self.mesh)
         self.latents = latents
-        if store.latest_step() is None:
+        found = self._restore_local(store.latest_step())
+        if found is None and store.latest_step() is None:
             return self._fresh_state(latents), {}
-        items = self._saved_items(store)
-        try:
-            state, meta = self._restore_items(store, items)
-        except CheckpointError:
-            # The newest may have been damaged and set aside. The one before may be of converted
-            # weights, and hold other items.
-            if (before := self._saved_items(store)) == items:
-                raise
-            state, meta = self._restore_items(store, before)
+        state, meta = found or self._restore_shared(store)
         resumption.tell_changes(self._told_changes(meta), self.workdir, int(state.step))
         began = self._kept_tokens_of(meta)
         if began != self.kept_tokens:
@@ -205,6 +202,53 @@ class Run:
         self.kept_tokens, self._first = began, int(state.step)
         self.latents = _with_known_encoder(latents, latents_of_run(meta))
         return state, meta
+
+    @contextlib.contextmanager
+    def keeping_local(self, store: Checkpoints) -> Iterator[None]:
+        """A context in which the run has `local` checkpoints, if its config asks for them.
+
+        Those that are not later than the shared ones are removed when it ends without an error.
+
+        Args:
+          store: the shared ones, which are open.
+
+        Raises:
+          ValueError: `checkpoint.local_dir` is empty.
+          OSError: it cannot be made, or not be written to.
+        """
+        c = self.config.checkpoint
+        if not c.local_every:
+            yield
+            return
+        if not c.local_dir:
+            raise ValueError("checkpoint.local_dir is empty; name a folder of each machine's own")
+        self.local = LocalCheckpoints(c.local_dir, self.workdir)
+        try:
+            yield
+            self.local.remove(store.latest_step())
+        finally:
+            self.local.close()
+            self.local = None
+
+    def _restore_local(self, after: int | None) -> tuple[TrainState, dict[str, Any]] | None:
+        """What every process holds for itself; None where that is no later than a shared step."""
+        step = self.local.newest(self.abstract, after) if self.local else None
+        if self.local is None or step is None:
+            return None
+        self._check_same_run(self.local.read_meta(step))
+        logging.info("step %d is restored from local checkpoints", step)
+        return self.local.restore(step, self.abstract)
+
+    def _restore_shared(self, store: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+        items = self._saved_items(store)
+        try:
+            return self._restore_items(store, items)
+        except CheckpointError:
+            # The newest may have been damaged and set aside. The one before may be of converted
+            # weights, and hold other items.
+            if (before := self._saved_items(store)) == items:
+                raise
+            return self._restore_items(store, before)
 
     def _kept_tokens_of(self, meta: dict[str, Any]) -> KeptTokens:
         """The numbers of kept tokens that a checkpoint's run began with; else the config's."""
