@@ -175,6 +175,7 @@ def commands() -> dict[str, Command]:
         ("profile_input", ()),
         ("push_to_hub", ("--input=i", "--output=o")),
         ("quality_per_cost", ("--workdir=w",)),
+        ("start_time", ("c",)),
     ):
         found[name] = Command(needed, None, _argparse(tool(name).main))
     return found

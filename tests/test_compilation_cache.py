@@ -1,5 +1,6 @@
 """Compiled programs are kept between commands, by kind of processor, unless that is turned off."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,14 +8,16 @@ from pathlib import Path
 
 import jax
 from jax._src.lib import utils
+from jobs import outcomes, start_job
 
+from mdt_jax.config import apply_recipe, default_config
 from mdt_jax.parallel import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import jax
 from jax import monitoring
-from mdt_jax.parallel.compilation_cache import use_compilation_cache
+from mdt_jax.parallel.compilation_cache import programs, use_compilation_cache
 
 hits = []
 monitoring.register_event_listener(lambda name, **_: hits.append(name))
@@ -22,8 +25,72 @@ use_compilation_cache()
 # What compiles fast is not kept; here everything is.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x * 3 + 1)(1.0)
-print("/jax/compilation_cache/cache_hits" in hits)
+compiled, read = programs()
+assert (read > 0) == ("/jax/compilation_cache/cache_hits" in hits) == (compiled == 0)
+print(read > 0)
 """
+# Prints the parts of the key of a training step, by which JAX looks for it in the cache.
+KEYS = """
+import json, os, sys
+sys.path.insert(0, "tests")
+from mdt_jax.parallel.distributed import initialize_distributed
+initialize_distributed()
+import hashlib
+from unittest import mock
+import jax
+from jax._src import cache_key
+from mdt_jax.parallel.compilation_cache import use_compilation_cache
+from mdt_jax.training.run import Run
+from test_compilation_cache import small_config
+
+parts = {}
+
+def note(hash_so_far, name, part):
+    alone = hashlib.sha256()
+    part(alone)
+    parts[name] = alone.hexdigest()
+
+os.chdir(sys.argv[1 + jax.process_index()])
+use_compilation_cache()
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", os.getcwd())
+run = Run(small_config(), os.getcwd())
+with mock.patch.object(cache_key, "_log_cache_key_hash", note):
+    with mock.patch("jax._src.compiler.backend_compile_and_load", side_effect=StopIteration):
+        try:
+            run.compile_steps()
+        except StopIteration:
+            pass
+print("KEY", json.dumps(parts), flush=True)
+"""
+
+
+def small_config():
+    """A DiT of one block, of pixels, in a mesh over all devices."""
+    config = apply_recipe(default_config())
+    config.model.update(name="DiT", input_size=8, in_channels=1, num_classes=4, patch_size=4)
+    config.model.update(hidden_size=8, depth=1, num_heads=2)
+    config.sample.guided_channels, config.batch_size, config.mesh.fsdp = None, 8, 2
+    return config
+
+
+def test_the_key_of_a_step_holds_no_workdir_host_or_process(tmp_path):
+    """But for JAX's description of a job's CPUs, by which they alone keep no programs."""
+    folders = [tmp_path / "a", tmp_path / "elsewhere" / "b"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    found = outcomes(start_job([sys.executable, "-c", KEYS, *folders], 2, 2), timeout=400)
+    keys = [
+        json.loads(line.removeprefix("KEY"))
+        for _, text in found
+        for line in text.splitlines()
+        if line.startswith("KEY")
+    ]
+    assert len(keys) == 2, found
+    first, second = keys
+    assert first.keys() == second.keys() and {"computation", "compile_options"} <= first.keys()
+    different = {name for name in first if first[name] != second[name]}
+    assert different == {"accelerator_config"}
 
 
 def run(**environment):

@@ -174,10 +174,12 @@ def test_a_run_killed_anywhere_ends_with_the_bits_of_one_that_was_not(tiny_confi
     last = run_command([*TRAIN, *flags, "--workdir", killed], **environment)
     wall.append(time.monotonic() - began)
     assert last.returncode == 0, last.stderr
+    # Whatever it needs was compiled by the starts before, and kept.
+    assert "; 0 programs were compiled, " in last.stderr
     record = goodput.read_record(killed)
     assert record["starts"] == 4 and record["seconds"]["lost"] > 0
-    # A process that ends takes a moment after its last word.
-    assert 0.9 * sum(wall) < sum(record["seconds"].values()) < sum(wall)
+    # A process takes a while to end after its last word, on a busy machine a long one.
+    assert 0.7 * sum(wall) < sum(record["seconds"].values()) < sum(wall)
     assert logged(killed) == logged(whole), moments
     assert [line["step"] for line in logged(whole)] == [3, 6, 9, 10, 12, 15, 18, 20, 20]
     assert [line["step"] for line in logged(whole) if "eval_fid" in line] == [10, 20]
@@ -721,7 +723,7 @@ def test_the_command_refuses_an_unknown_key_in_one_line(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
+def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None, compile_only=False):
     """The command's main, with its flags parsed."""
 
     class Parsed(types.SimpleNamespace):
@@ -734,6 +736,7 @@ def command(monkeypatch, config, workdir=None, dry_run=False, max_hours=None):
         dry_run=dry_run,
         max_hours=max_hours,
         allow_changes=[],
+        compile_only=compile_only,
     )
     monkeypatch.setattr(command_module, "flags", types.SimpleNamespace(FLAGS=parsed))
     command_module.main([])

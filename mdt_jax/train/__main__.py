@@ -4,7 +4,8 @@
     mdt train --config imagenet256:MDTv2-XL/2 --workdir runs/xl2 --config.data.path=DIR
 
 The same command resumes the run. SIGTERM, SIGUSR1 and --max_hours save a checkpoint and end it.
---config.KEY=VALUE changes a setting; --dry_run shows what would be trained, and stops.
+--config.KEY=VALUE changes a setting; --dry_run shows what would be trained, and stops;
+--compile_only compiles it, and stops.
 """
 
 import functools

@@ -17,7 +17,7 @@ from mdt_jax.parallel.command import command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
 from mdt_jax.parallel.host_memory import use_main_heap
-from mdt_jax.train.loop import train
+from mdt_jax.train.loop import compile_only, train
 from mdt_jax.training import checks, run_evaluation
 from mdt_jax.training.programs import leaving_compilations
 from mdt_jax.training.remarks import log_remarks
@@ -66,6 +66,8 @@ def _run_command(f: Any) -> None:
     given = getattr(f["config"], "override_values", {})
     if f.dry_run:
         print(dry_run(f.config, given))
+    elif f.compile_only:
+        compile_only(f.config)
     elif not f.workdir:
         raise ValueError("--workdir is missing: the folder for checkpoints, metrics and samples")
     else:

@@ -10,7 +10,7 @@ from mdt_jax.training.config_flag import CONFIG_OPTIONS, define_config_flag
 
 GROUPS = {
     "The run": (*CONFIG_OPTIONS, "workdir", "allow_changes"),
-    "How it ends": ("dry_run", "max_hours"),
+    "How it ends": ("dry_run", "compile_only", "max_hours"),
 }
 
 
@@ -21,6 +21,8 @@ def define_flags(f: flags.FlagValues, argv: Sequence[str] | None = None) -> None
     flags.DEFINE_string("workdir", None, text, flag_values=f)
     text = "Show parameters, memory and data, and stop."
     flags.DEFINE_bool("dry_run", False, text, flag_values=f)
+    text = "Compile what the run needs, keep it on disk for its start, and stop."
+    flags.DEFINE_bool("compile_only", False, text, flag_values=f)
     text = "Save and end after so many hours."
     flags.DEFINE_float("max_hours", None, text, flag_values=f)
     text = "Settings with which the run may go on though they were others, such as data.flip."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from mdt_jax.basics.atomic import whole_file
 from mdt_jax.checkpoints import Checkpoints
 from mdt_jax.checkpoints.goodput import Goodput
 from mdt_jax.data import BatchIterator, Source, create_batches, create_source, prefetch_to_device
-from mdt_jax.parallel import sharding
+from mdt_jax.parallel import compilation_cache, sharding
 from mdt_jax.parallel.preemption import Stop
 from mdt_jax.sampling.suggestion import sampling_command
 from mdt_jax.training import checks, run_evaluation
@@ -78,6 +79,32 @@ def train(
             if (store.latest_step() or 0) < run.config.num_steps:
                 account.keep()
             return _train(run, source, store, stop, account)
+
+
+def compile_only(config: ConfigDict) -> None:
+    """Compiles all that a new run of a config needs, to be kept on disk, and trains nothing.
+
+    Raises:
+      ValueError, OSError: settings or data cannot be used.
+      UserError: a program cannot be compiled.
+    """
+    ranges.check_config(config)
+    with (
+        tempfile.TemporaryDirectory() as workdir,
+        Stop() as stop,
+        contextlib.closing(Goodput()) as account,
+    ):
+        run, source = _set_up(config, workdir)
+        if not config.init_from:
+            run.trainer.create_state()
+        steps, *_ = _prepare(run, source, stop, account)
+        for count in steps:
+            steps[count]
+    compiled, read = compilation_cache.programs()
+    where = compilation_cache.folder_in_use() or "no folder: the cache is off"
+    logging.info(
+        "%d programs were compiled, %d were there before; kept in %s", compiled, read, where
+    )
 
 
 def _set_up(

@@ -29,7 +29,8 @@ METRICS_FILE = "metrics.jsonl"  # in the workdir
 # Metrics that depend on clock and machine. All others are the same in every run of a config.
 CLOCK = ("seconds_per_step", "images_per_second", "train_seconds", "eval_seconds",
          "step_seconds_p50", "step_seconds_p99", "input_wait_seconds", "compile_seconds",
-         "device_memory_bytes", "device_memory_peak_bytes", "mfu", *goodput.METRICS)  # fmt: skip
+         "device_memory_bytes", "device_memory_peak_bytes", "mfu",
+         "first_step_seconds", *goodput.METRICS)  # fmt: skip
 
 
 class MetricsWriter:

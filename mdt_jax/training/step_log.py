@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mdt_jax.checkpoints import Checkpoints, SaveError
 from mdt_jax.checkpoints.goodput import Goodput
+from mdt_jax.parallel import compilation_cache
 from mdt_jax.parallel.command import UserError
 from mdt_jax.parallel.devices import device_memory
 from mdt_jax.training import clock, metrics
@@ -58,7 +60,7 @@ class StepLog:
         """
         saved = saved or {}
         c = run.config
-        self._run, self._store = run, store
+        self._run, self._store, self._first_step = run, store, first_step
         self._window = metrics.Window.from_state(saved["window"]) if saved else metrics.Window()
         self._writer = metrics.MetricsWriter(
             run.workdir,
@@ -176,10 +178,18 @@ class StepLog:
         self._window.add(values)
         self.times.step()
         self._watchdog.ended(step)
+        if step == self._first_step + 1:
+            self._tell_first_step()
         self._progress.advance(step)
         c = self._run.config
         if step % c.log_every == 0 or step == c.num_steps:
             self._log(step, values["learning_rate"])
+
+    def _tell_first_step(self) -> None:
+        seconds = self._account.age()
+        self._once["first_step_seconds"] = seconds
+        told = "the first step was done %.1f s after the start; %d programs were compiled, %d read"
+        logging.info(told, seconds, *compilation_cache.programs())
 
     def _log(self, step: int, learning_rate: float) -> None:
         now, run = self.watch.seconds, self._run
