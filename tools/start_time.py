@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mdt_jax.basics.help_page import Page
 from mdt_jax.parallel.command import UserError, command_ending, ending_quietly
 from mdt_jax.parallel.compilation_cache import VARIABLE
 from mdt_jax.parallel.flag_parsing import ArgumentParser
@@ -82,7 +83,9 @@ def measure(arguments: argparse.Namespace, settings: Sequence[str], cache: str) 
 
 def parse_start_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The tool's flags, and those of the training command."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(
+        page=Page("python tools/start_time.py", "", "CONFIG [OPTION ...]", __doc__)
+    )
     parser.add_argument("config", help="The config file.")
     parser.add_argument("--cache", default="", help="A folder of compiled programs to use.")
     parser.add_argument("--processes", type=int, default=1, help="Processes of the job.")

@@ -169,11 +169,15 @@ def _train(
     if stop.stopping:
         logging.info("stopped at step %d, saved; the same command resumes", step)
     else:
-        channels, vae = run.config.model.in_channels, run.config.eval.vae
-        place = run.workdir / "picture"
-        how = sampling_command(run.workdir, place, channels, run.latents, vae)
-        logging.info("done; to sample: %s", how)
+        _tell_how_to_sample(run)
     return state
+
+
+def _tell_how_to_sample(run: Run) -> None:
+    channels, vae = run.config.model.in_channels, run.config.eval.vae
+    place = run.workdir / "picture"
+    how = sampling_command(run.workdir, place, channels, run.latents, vae)
+    logging.info("done; to sample: %s", how)
 
 
 def _ask_to_stop(run: Run, steps: Steps, step: int, log: StepLog, stop: Stop) -> None:
