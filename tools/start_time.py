@@ -61,7 +61,8 @@ def start(command: Sequence[str], processes: int, devices: int, cache: str) -> l
     said = [process.communicate()[0] for process in job]
     for process, text in zip(job, said, strict=True):
         if process.returncode:
-            raise UserError(f"a start ended with {process.returncode}: {text[-2000:]}")
+            said_last = text.strip().rpartition("\n")[2]
+            raise UserError(f"a start ended with {process.returncode}: {said_last}")
     return said
 
 
@@ -70,6 +71,7 @@ def measure(arguments: argparse.Namespace, settings: Sequence[str], cache: str) 
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "mdt_jax.train", "--config", arguments.config, *settings]
         command += ["--config.num_steps=1", "--config.log_every=1", "--workdir", workdir]
+        command += ["--config.schedule.warmup_steps=0"]  # longer than the run
         said = start(command, arguments.processes, arguments.num_devices, cache)
         line = read_lines(Path(workdir) / METRICS_FILE)[0]
     found = [list(map(int, match.groups())) for match in map(_PROGRAMS.search, said) if match]
