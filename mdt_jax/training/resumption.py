@@ -30,7 +30,6 @@ _NAMES = {
         mesh.data mesh.fsdp mesh.tensor
         data.path data.num_workers data.read_ahead data.on_bad_image data.max_bad_fraction
         log_every log.wandb profile_steps checkpoint_every keep_last keep_every
-        log_every profile_steps checkpoint_every keep_last keep_every
         checkpoint.local_every checkpoint.local_dir
         watchdog.factor watchdog.least_seconds watchdog.slow watchdog.window
         sample.every sample.num_samples eval_every eval.batch_size
