@@ -450,7 +450,7 @@ def test_a_damaged_image_can_be_left_out(one_bad, autoencoder, tmp_path):
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert len(cache) == 2 and manifest["left_out"] == 1
     assert manifest["shards"][0]["left_out"] == [1]
-    assert tool._summary(tmp_path / "latents").endswith(
+    assert tool.summary(tmp_path / "latents").endswith(
         "latents of 2 images in 1 files; left out, as they could not be used, 1"
     )
     for i, image in enumerate([0, 2]):

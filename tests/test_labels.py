@@ -190,7 +190,6 @@ COMMANDS = commands()
         ("--vae_batch_size=0", "--vae_batch_size 0 is below 1"),
         ("--steps=", "--steps '' is no number and no such text; it takes a whole number from 1"),
         ("--steps=0", "--steps '0' is no number and no such text; it takes"),
-        ("--steps=None", "--steps 'None' is no number and no such text; it takes"),
         ("--seed=None", "flag --seed=None: None is no value of it; it takes a whole number from 0"),
         (
             "--num_samples=1.5",

@@ -110,8 +110,8 @@ def test_blocks_multiply_in_bfloat16_and_norms_softmax_and_loss_are_float32(name
 
 
 def float32_mlp(original):
-    def mlp(ratio, dtype, **more):
-        module = original(ratio, jnp.float32, **more)
+    def mlp(ratio, gelu, dtype, **more):
+        module = original(ratio, gelu, jnp.float32, **more)
 
         def product(x):
             found = module(x)

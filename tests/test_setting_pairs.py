@@ -151,7 +151,7 @@ def test_every_setting_that_uses_name_is_one_of_the_configs():
 
 # What is changed, and why nothing is lost by it: a check of the changed config.
 def _first_save(config):
-    run = SimpleNamespace(config=config, latents=None)
+    run = SimpleNamespace(config=config, latents=None, local=None)
     source = SimpleNamespace(class_names=(), __len__=lambda: 0)
     saver = CheckpointSaver.__new__(CheckpointSaver)
     saver._run, saver._stop, saver._source = run, SimpleNamespace(stopping=False), source

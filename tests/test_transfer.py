@@ -655,7 +655,7 @@ def test_a_folder_that_holds_something_is_not_written_to(source, tmp_path):
         (("--input", "a.pt", "--ema", "b.pt"), "--input X, or --model M"),
         (("--input", "a.pt", "--model", "b.pt"), "--input X, or --model M"),
         (("--input", "missing.pt"), "missing.pt is not there"),
-        (("--input", "hf://owner/repo"), "hf://OWNER/REPO/FILE"),
+        (("--input", "hf://owner"), "hf://OWNER/REPO/FILE"),
     ],
 )
 def test_to_jax_says_what_it_wants(args, said, tmp_path):

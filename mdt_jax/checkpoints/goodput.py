@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from mdt_jax.basics.places import read_bytes, read_text
+
 RECORD = "goodput.json"  # in the workdir
 # What wall time is spent on, and the words for it. What the compiler does while steps run is none.
 KINDS = {
@@ -40,7 +42,7 @@ _SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.004, 0.1, 60.0
 def process_began() -> float | None:
     """When this process was started, by `time.monotonic`; None where only Linux would tell."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = read_text("/proc/self/stat").rpartition(")")[2].split()
         since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
     except (OSError, AttributeError, ValueError, IndexError):
@@ -203,7 +205,7 @@ def read_record(workdir: str | Path) -> dict[str, Any] | None:
     """The record in a workdir, `Goodput.record`; None if there is none that can be read."""
     path = Path(workdir) / RECORD
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_bytes(path))
         seconds = {kind: float(found["seconds"].get(kind, 0.0)) for kind in KINDS}
         times = {name: float(found[name]) for name in ("until", "stopped_seconds")}
         counts = {name: int(found[name]) for name in ("starts", "step")}

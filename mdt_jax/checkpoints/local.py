@@ -28,6 +28,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from mdt_jax.basics.atomic import make_folder, reason_of
+from mdt_jax.basics.places import open_file, read_bytes, read_text
 from mdt_jax.checkpoints.seal import (
     SEAL_FILE,
     find_problems,
@@ -95,12 +96,12 @@ class LocalCheckpoints:
 
     def read_meta(self, step: int) -> dict:
         """The meta data of a step that `newest` gave."""
-        return json.loads((self._root / str(step) / _INDEX).read_bytes())["meta"]
+        return json.loads(read_bytes(self._root / str(step) / _INDEX))["meta"]
 
     def restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict]:
         """A step that `newest` gave: the state, on the devices, and its meta data."""
         directory = self._root / str(step)
-        index = json.loads((directory / _INDEX).read_bytes())
+        index = json.loads(read_bytes(directory / _INDEX))
         data = np.memmap(directory / _ARRAYS, np.uint8, "r")
 
         def leaf(path: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -159,7 +160,7 @@ class LocalCheckpoints:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             leaves = {}
-            with open(directory / _ARRAYS, "wb") as file:
+            with open_file(directory / _ARRAYS, "wb") as file:
                 for name, shape, dtype, shards in copied:
                     places = {}
                     for where, array in shards.items():
@@ -184,7 +185,7 @@ class LocalCheckpoints:
 
     def _fits(self, directory: Path, abstract: PyTree) -> bool:
         """Whether a step has all shards that this process's devices need."""
-        leaves = json.loads((directory / _INDEX).read_bytes())["leaves"]
+        leaves = json.loads(read_bytes(directory / _INDEX))["leaves"]
         wanted = dict(_named(abstract))
         return leaves.keys() == wanted.keys() and all(
             (leaves[name]["dtype"], tuple(leaves[name]["shape"])) == (leaf.dtype.name, leaf.shape)
@@ -197,7 +198,7 @@ def _run_name(workdir: Path) -> str:
     """The run's own name, kept in its workdir; a run in a new workdir of that path has another."""
     path = workdir / RUN_FILE
     try:
-        return path.read_text().strip()
+        return read_text(path).strip()
     except FileNotFoundError:
         name = uuid.uuid4().hex
         path.write_text(name)

@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mdt_jax.basics.atomic import whole_file
+from mdt_jax.basics.places import read_text
 from mdt_jax.compilers import advice, programs
 from mdt_jax.compilers.hardware import GIB, Hardware
 from mdt_jax.compilers.programs import Program, TrainingJob
@@ -171,7 +172,7 @@ def read_rows(path: str | None) -> list[dict[str, Any]]:
     if path is None or not Path(path).exists():
         return []
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
+        rows = json.loads(read_text(path))["rows"]
         if all(row["asked"] and row["table_row"] for row in rows):
             return rows
     except (ValueError, KeyError, TypeError):
