@@ -13,8 +13,8 @@ others, of the same width and depth, each with its family's optimiser and loss w
 `mdt samples-report --workdir runs/fashion` says what share of its guided samples a classifier
 of the real pictures reads as the class asked for, 0.8 at least, and draws a grid of them.
 
-Layers are unrolled, which shortens a small model's step on a CPU by a fifth and makes compiling
-longer by a quarter; `--config.model.scan_unroll=1` is the loop.
+Layers are unrolled: a small model's step on a CPU is shorter, and takes longer to compile.
+`--config.model.scan_unroll=1` is the loop.
 
 As for the digits, the schedule is the squared cosine and the model predicts velocity, since the
 linear schedule destroys small images early.
