@@ -24,6 +24,7 @@ import optax
 import pytest
 from absl import flags
 from jobs import xla_flags
+from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
 
 from mdt_jax.checkpoints import (
     CheckpointError,
@@ -411,17 +412,24 @@ def test_opening_removes_what_interrupted_saves_left(workdir):
     assert os.listdir(checkpoints) == ["1"]
 
 
-@pytest.mark.parametrize("culprit", ["orbax", "seal"])
+@pytest.mark.parametrize("culprit", ["orbax", "orbax, whose metadata come late", "seal"])
 def test_a_failed_background_save_is_reported_and_can_be_repeated(tmp_path, monkeypatch, culprit):
     def fail(*_, **__):
         raise OSError("disk is full")
 
     store = Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        if culprit == "orbax":
+        if culprit.startswith("orbax"):
             patch.setattr("orbax.checkpoint.JsonCheckpointHandler.finalize", fail)
         else:
             patch.setattr("hashlib.file_digest", fail)
+        if "late" in culprit:
+            update = _MetadataStoreImpl.update
+            patch.setattr(
+                _MetadataStoreImpl,
+                "update",
+                lambda *args, **more: (time.sleep(1.0), update(*args, **more)),
+            )
         store.save(1, {"state": make_state()}, {})
         with pytest.raises(CheckpointError, match=f"{tmp_path}.*/1 failed.*disk is full"):
             store.wait()

@@ -41,6 +41,7 @@ _BARRIER_TIMEOUT_MS = 20 * 60 * 1000  # Orbax's own limit for a background save.
 _LAST_SECONDS = 15  # The time a save in progress is given when the job fails.
 # How long writes that are under way when a save fails may go on, and how long none must come.
 _LATE_SECONDS, _QUIET_SECONDS = 20.0, 0.3
+_MOST_WRITES = 100  # that Orbax has under way beside a save's arrays
 
 
 class Checkpoints:
@@ -280,6 +281,7 @@ class Checkpoints:
 
         A single process also removes the remains, which several processes could not do safely.
         """
+        self._forget_failures()
         if self._n_processes == 1:
             self._remove_remains(step)
         reason, code = reason_of(error)
@@ -293,6 +295,19 @@ class Checkpoints:
         parts += [WAYS_OUT[code]] if code in WAYS_OUT else []
         good = f"step {self._latest} is saved, from which the same command goes on"
         return SaveError("; ".join([*parts, good if self._latest else "no step is saved yet"]))
+
+    def _forget_failures(self) -> None:
+        """Waits for what else Orbax writes of a failed save, and takes its failures from it.
+
+        Its metadata come by a thread of their own. A failure there would else be raised by the next
+        save, which is another one.
+        """
+        for _ in range(_MOST_WRITES):
+            try:
+                self._checkpointer.wait_until_finished()
+                return
+            except Exception as error:  # each call raises one of them
+                logging.info("of the save that failed, this failed too: %s", error)
 
     def _remove_remains(self, step: int) -> None:
         """Removes what a failed save left, until none of its writes comes after."""
