@@ -34,7 +34,7 @@ from mdt_jax.parallel import sharding
 from mdt_jax.parallel.command import UserError, command_ending, one_line
 from mdt_jax.parallel.compilation_cache import use_compilation_cache
 from mdt_jax.parallel.distributed import initialize_distributed
-from mdt_jax.sample.command import FLAGS_OF_KEYS, load_autoencoder
+from mdt_jax.sample.command import FLAGS_OF_KEYS, load_models
 
 # Data sets that are small and at hand, of which the page shows real pictures.
 _AT_HAND = ("digits", "fashion_mnist")
@@ -109,21 +109,10 @@ def load_engine(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> Engine:
     """The flags' model with its autoencoder, as the engine."""
     if bool(f.workdir) == bool(f.checkpoint):
         raise ValueError("give --workdir, a run, or --checkpoint, a file of PyTorch weights")
-    source = f.workdir or f.checkpoint
-    model, params = sampling.load(
-        source,
-        ema_rate=f.ema_rate,
-        step=f.step,
-        mesh=mesh,
-        decode_layers=f.decode_layers,
-        num_heads=f.num_heads,
-        num_classes=f.num_classes,
-        input_size=f.input_size,
-    )
-    autoencoder = load_autoencoder(f, model, mesh)
+    model, params, autoencoder = load_models(f, mesh)
     if autoencoder is None and model.network.in_channels not in (1, 3):
         raise ValueError(
-            f"{source}: {model.name} makes latents, of {model.network.in_channels} channels; give "
+            f"{f.workdir or f.checkpoint}: {model.name} makes latents, of {model.network.in_channels} channels; give "
             "--vae, the autoencoder that makes pictures of them (--vae ema)"
         )
     limits = Limits(f.most_pictures, f.most_steps, waiting=f.most_waiting)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
+from jaxtyping import PyTree
 
 from mdt_jax import checkpoints, sampling
 from mdt_jax import config as config_lib
@@ -35,17 +36,7 @@ def generate(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[Path]:
         raise ValueError("--inpaint IMAGE and --mask MASK go together")
     if f.inpaint and f.label_order == "random":
         raise ValueError("--label_order random and --inpaint do not go together; give --labels")
-    model, params = sampling.load(
-        f.workdir or f.checkpoint,
-        ema_rate=f.ema_rate,
-        step=f.step,
-        mesh=mesh,
-        decode_layers=f.decode_layers,
-        num_heads=f.num_heads,
-        num_classes=f.num_classes,
-        input_size=f.input_size,
-    )
-    autoencoder = load_autoencoder(f, model, mesh)
+    model, params, autoencoder = load_models(f, mesh)
     # Before the work: an output that cannot be written would lose it.
     check_writable(output_files(f.output)[0])
     make = paint_picture if f.inpaint else draw_samples
@@ -81,6 +72,28 @@ def check_model(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> tuple[int, int]
     factor = autoencoder.module.downsampling if autoencoder else 1
     height, width, _ = model.network.image_shape
     return height * factor, width * factor
+
+
+def load_models(
+    f: flags.FlagValues, mesh: jax.sharding.Mesh
+) -> tuple[sampling.DiffusionModel, PyTree, Autoencoder | None]:
+    """What --workdir or --checkpoint names, its parameters, and --vae, None if it is not given.
+
+    Raises:
+      ValueError: as `load_autoencoder`.
+      CheckpointError, WeightsError: no run or no weights are there.
+    """
+    model, params = sampling.load(
+        f.workdir or f.checkpoint,
+        ema_rate=f.ema_rate,
+        step=f.step,
+        mesh=mesh,
+        decode_layers=f.decode_layers,
+        num_heads=f.num_heads,
+        num_classes=f.num_classes,
+        input_size=f.input_size,
+    )
+    return model, params, load_autoencoder(f, model, mesh)
 
 
 def load_autoencoder(
