@@ -112,7 +112,8 @@ def load_engine(f: flags.FlagValues, mesh: jax.sharding.Mesh) -> Engine:
     model, params, autoencoder = load_models(f, mesh)
     if autoencoder is None and model.network.in_channels not in (1, 3):
         raise ValueError(
-            f"{f.workdir or f.checkpoint}: {model.name} makes latents, of {model.network.in_channels} channels; give "
+            f"{f.workdir or f.checkpoint}: {model.name} makes latents, of "
+            f"{model.network.in_channels} channels; give "
             "--vae, the autoencoder that makes pictures of them (--vae ema)"
         )
     limits = Limits(f.most_pictures, f.most_steps, waiting=f.most_waiting)
